@@ -1,0 +1,49 @@
+"""RankAdaptor for Optuna: find a LoRA rank for each layer of a pruned LLM.
+
+The public names load on first use, so that importing the package pulls in neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankadaptor_optuna.dashboard import publish_dashboard
+    from rankadaptor_optuna.objective import RecoveryObjective
+    from rankadaptor_optuna.sampler import RankAdaptorSampler
+    from rankadaptor_optuna.space import RankSpace
+    from rankadaptor_optuna.study import create_study, recommend
+    from rankadaptor_optuna.surrogate.model import PerformanceModel
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "PerformanceModel": "surrogate.model",
+    "RankAdaptorSampler": "sampler",
+    "RankSpace": "space",
+    "RecoveryObjective": "objective",
+    "create_study": "study",
+    "publish_dashboard": "dashboard",
+    "recommend": "study",
+}
+
+__all__ = [
+    "PerformanceModel",
+    "RankAdaptorSampler",
+    "RankSpace",
+    "RecoveryObjective",
+    "create_study",
+    "publish_dashboard",
+    "recommend",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
