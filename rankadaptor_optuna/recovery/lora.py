@@ -1,0 +1,109 @@
+"""Ranks -> LoRA on a loaded model: PEFT's rank_pattern, nested initialisation, attach and detach."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALPHA_RATIO = 2.0
+
+
+def _key(layer: int) -> str:
+    return rf"layers\.{layer}\..*"  # escaped: an open dot would let layer 1 match layers 10 and 11
+
+
+def rank_pattern(ranks: Mapping[int, int]) -> dict[str, int]:
+    """PEFT's ``rank_pattern`` of ``{layer index: rank}``; layers of rank 0 are left out (see ``lora_config``)."""
+    return {_key(layer): int(rank) for layer, rank in ranks.items() if rank > 0}
+
+
+def alpha_pattern(ranks: Mapping[int, int], alpha_ratio: float = ALPHA_RATIO) -> dict[str, float]:
+    """PEFT's ``alpha_pattern`` with alpha = ``alpha_ratio`` x rank in each layer.
+
+    LoRA scales by alpha / rank, so this keeps the scaling the same in every layer: two configurations differ by
+    their ranks and not by their effective learning rates.
+    """
+    return {_key(layer): alpha_ratio * int(rank) for layer, rank in ranks.items() if rank > 0}
+
+
+def lora_config(
+    ranks: Mapping[int, int],
+    *,
+    targets: Sequence[str] = TARGETS,
+    alpha_ratio: float = ALPHA_RATIO,
+    dropout: float = 0.0,
+) -> LoraConfig:
+    """The ``peft.LoraConfig`` of a rank configuration ``{layer index: rank}``.
+
+    Layers that are not in ``ranks`` or have rank 0 get no adapter.
+
+    Raises:
+        ValueError: No layer has a positive rank.
+    """
+    from peft import LoraConfig
+
+    adapted = {layer: int(rank) for layer, rank in ranks.items() if rank > 0}
+    if not adapted:
+        raise ValueError("every layer has rank 0: there is nothing to train.")
+    default = max(adapted.values())
+    return LoraConfig(
+        r=default,
+        lora_alpha=alpha_ratio * default,
+        rank_pattern=rank_pattern(adapted),
+        alpha_pattern=alpha_pattern(adapted, alpha_ratio),
+        target_modules=list(targets),
+        layers_to_transform=sorted(adapted),
+        layers_pattern="layers",
+        lora_dropout=dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+@contextmanager
+def attached(model: Any, config: LoraConfig, *, seed: int) -> Iterator[PeftModel]:  # noqa: ANN401
+    """Attaches an adapter to a loaded model and takes it off again, whatever happens inside.
+
+    The initialisation is nested: A of rank r is the first r rows of one fixed matrix per module and seed, uniform in
+    +-1/sqrt(in_features) as PEFT draws it; B is zero. So two configurations differ only by their ranks.
+    """
+    from peft import get_peft_model
+
+    with _fixed_rng(seed):
+        adapted = get_peft_model(model, config)
+    try:
+        _initialise(adapted, seed)
+        yield adapted
+    finally:
+        adapted.unload()
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+
+
+@contextmanager
+def _fixed_rng(seed: int) -> Iterator[None]:
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _initialise(adapted: PeftModel, seed: int) -> None:
+    import torch
+
+    with torch.no_grad():
+        for name, module in adapted.named_modules():
+            for weights in getattr(module, "lora_A", {}).values():
+                rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+                bound = weights.in_features**-0.5
+                rows = rng.uniform(-bound, bound, size=tuple(weights.weight.shape))  # row by row: nested by rank
+                weights.weight.copy_(torch.from_numpy(rows))

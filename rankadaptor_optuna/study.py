@@ -1,0 +1,298 @@
+"""Create or resume a study in a shared database, and say what it found."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+import sqlalchemy
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.search_space import intersection_search_space
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from rankadaptor_optuna.recovery.lora import alpha_pattern, rank_pattern
+from rankadaptor_optuna.sampler import SPACE_ATTR, RankAdaptorSampler
+from rankadaptor_optuna.space import RankSpace
+from rankadaptor_optuna.surrogate.encoding import Encoding, rank_parameters
+from rankadaptor_optuna.surrogate.features import RankGrid
+from rankadaptor_optuna.surrogate.model import PerformanceModel
+from rankadaptor_optuna.surrogate.prior import Prior
+from rankadaptor_optuna.surrogate.search import solve
+
+RECIPE_ATTR = "rankadaptor:recipe"
+_LOCK = 7_236_117_601  # any number, the same in every worker
+_HEARTBEAT_S = 60
+
+
+def create_study(
+    *,
+    storage: str | BaseStorage | None = None,
+    study_name: str | None = None,
+    space: RankSpace | None = None,
+    sampler: BaseSampler | None = None,
+    direction: str = "maximize",
+    load_if_exists: bool = True,
+    recipe: Mapping[str, Any] | None = None,
+) -> Study:
+    """Creates or resumes a study, safely for workers that start at the same moment on a fresh database.
+
+    A database given by its URL gets a heartbeat: the trial of a killed worker is noticed and tried again.
+
+    Args:
+        storage: Any Optuna storage or its URL. Default: in memory.
+        study_name: Name of the study. Default: made up by Optuna.
+        space: What to search; used for the default sampler.
+        sampler: Default: ``RankAdaptorSampler(space)``.
+        direction: ``"maximize"`` or ``"minimize"``.
+        load_if_exists: Whether to go on with a study of that name.
+        recipe: What a trial is (model, pruning, data, training, ...), JSON-able. Stored with the study; a study with
+            another recipe is refused, for its trials would not be comparable.
+
+    Raises:
+        ValueError: The storage cannot be opened, or the study belongs to another recipe.
+    """
+    opened = open_storage(storage) if isinstance(storage, str) else storage
+    study = optuna.create_study(
+        storage=opened,
+        study_name=study_name,
+        sampler=RankAdaptorSampler(space) if sampler is None else sampler,
+        direction=direction,
+        load_if_exists=load_if_exists,
+    )
+    if recipe is not None:
+        stored = study.user_attrs.get(RECIPE_ATTR)
+        if stored is None:
+            study.set_user_attr(RECIPE_ATTR, dict(recipe))
+        elif stored != dict(recipe):
+            keys = sorted(k for k in {*stored, *recipe} if stored.get(k) != recipe.get(k))
+            raise ValueError(f"study {study.study_name!r} belongs to other settings: " + _differences(stored, recipe, keys))
+    return study
+
+
+def _differences(stored: Mapping[str, Any], given: Mapping[str, Any], keys: list[str]) -> str:
+    parts = [f"{key} was {str(stored.get(key)):.60}, now {str(given.get(key)):.60}" for key in keys]
+    return "; ".join(parts) + ". Use those settings again, or another study name or output folder."
+
+
+def masked(url: str) -> str:
+    """A database URL without its password, for messages."""
+    try:
+        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        return "(not a database URL)"
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Opens a database, creating Optuna's tables at most once however many workers start together.
+
+    Raises:
+        ValueError: It cannot be opened; the message carries no password.
+    """
+    try:
+        engine = sqlalchemy.create_engine(url)
+        with engine.connect() as connection:
+            if engine.dialect.name == "postgresql":  # released with the connection
+                connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(_LOCK)))
+            elif engine.dialect.name in ("mysql", "mariadb"):
+                connection.execute(sqlalchemy.select(sqlalchemy.func.get_lock("rankadaptor", 60)))
+            storage = _create_tables(url)
+        engine.dispose()
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise ValueError(f"cannot open the storage {masked(url)}: {reason}") from None
+    return storage
+
+
+def _create_tables(url: str) -> RDBStorage:
+    retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
+    for attempt in range(10):
+        try:
+            return RDBStorage(url, heartbeat_interval=_HEARTBEAT_S, heartbeat_stale_trial_callback=retry)
+        except sqlalchemy.exc.DBAPIError:  # SQLite has no advisory lock: another worker was creating the same table
+            if attempt == 9 or "sqlite" not in url:
+                raise
+            time.sleep(random.uniform(0.05, 0.3))  # noqa: S311
+    raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a recommendation rests on.
+
+    Attributes:
+        n_trials: Finished trials that the performance model learned from.
+        gain: Predicted gain over the uniform configuration, in score units, positive is better.
+        interval: Its central 95% interval.
+        closest: The nearest finished trials: (number, layers that differ, score).
+        statement: The same in one sentence.
+    """
+
+    n_trials: int
+    gain: float
+    interval: tuple[float, float]
+    closest: tuple[tuple[int, int, float], ...]
+    statement: str
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The rank configuration that the performance model expects to be best.
+
+    Attributes:
+        ranks: Rank of each searched layer, ``{layer index: rank}``.
+        params: The study's parameters with these ranks (and the best other parameters, where there are any).
+        predicted: Predicted score.
+        std: Standard deviation of that prediction.
+        cost: Trainable parameters (sum of ranks where no space is known).
+        evidence: What it rests on.
+        all_ranks: Also the ranks of adapted layers that were not searched.
+    """
+
+    ranks: dict[int, int]
+    params: dict[str, Any]
+    predicted: float
+    std: float
+    cost: float
+    evidence: Evidence
+    all_ranks: dict[int, int] = field(repr=False)
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """For ``peft.LoraConfig(rank_pattern=...)``."""
+        return rank_pattern(self.all_ranks)
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """For ``peft.LoraConfig(alpha_pattern=...)``: alpha proportional to rank."""
+        return alpha_pattern(self.all_ranks)
+
+
+def study_space(study: Study) -> RankSpace | None:
+    """The rank space of a study: its sampler's, else the one stored with it."""
+    sampler = getattr(study, "sampler", None)
+    if isinstance(sampler, RankAdaptorSampler) and sampler.space is not None:
+        return sampler.space
+    stored = study.user_attrs.get(SPACE_ATTR)
+    return None if stored is None else RankSpace.from_dict(stored)
+
+
+def study_ranks(study: Study, space: RankSpace | None = None) -> dict[str, int]:
+    """The study's rank parameters in depth order, ``{parameter name: layer index}``."""
+    space = space or study_space(study)
+    if space is not None:
+        return {space.name(layer): layer for layer in space.layers}
+    return rank_parameters(_common(study))
+
+
+def _common(study: Study) -> dict[str, BaseDistribution]:
+    trials = study.get_trials(deepcopy=False)
+    return {n: d for n, d in intersection_search_space(trials).items() if not d.single()}
+
+
+def finished_trials(study: Study) -> list[FrozenTrial]:
+    """Completed trials with a finite score that carry every rank parameter."""
+    names = study_ranks(study)
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [t for t in complete if np.isfinite(t.values).all() and names.keys() <= t.params.keys()]
+
+
+def uniform_trials(study: Study) -> list[FrozenTrial]:
+    """Finished trials of the uniform configuration: the study's own LoRA reference; none where no space is known."""
+    space = study_space(study)
+    if space is None:
+        return []
+    uniform = {space.name(layer): rank for layer, rank in space.uniform().items()}
+    return [t for t in finished_trials(study) if uniform.items() <= t.params.items()]
+
+
+def recommend(
+    study: Study,
+    *,
+    space: RankSpace | None = None,
+    prior: Prior | str | os.PathLike[str] | None = "pretrained",
+) -> Recommendation:
+    """The configuration with the best posterior mean inside the budget: never just the luckiest trial.
+
+    Args:
+        study: A study with one objective; any sampler may have made its trials.
+        space: The rank space. Default: the sampler's, else the one stored with the study, else read off the
+            parameters' names and ranges, without a budget.
+        prior: See ``RankAdaptorSampler``; the prior of the study's own sampler is used where it has one.
+
+    Raises:
+        ValueError: Several objectives, no finished trial, or no rank parameters.
+    """
+    if len(study.directions) > 1:
+        raise ValueError(f"recommend needs one objective, this study has {len(study.directions)}; see study.best_trials.")
+    space = space or study_space(study)
+    sampler = getattr(study, "sampler", None)
+    if isinstance(sampler, RankAdaptorSampler):
+        prior = sampler.prior
+    names = study_ranks(study, space)
+    if not names:
+        raise ValueError("the study has no rank parameters: names with a layer number and integer values.")
+    trials = finished_trials(study)
+    if not trials:
+        raise ValueError(f"study {study.study_name!r} has no finished trial yet; run some first.")
+    if space is None:
+        encoding = Encoding(_common(study))
+    else:
+        encoding = Encoding({**_common(study), **space.distributions()}, RankGrid.from_space(space), list(names))
+    trials = [t for t in trials if all(name in t.params for name in encoding.ordinary_names)]
+    minimize = study.direction is StudyDirection.MINIMIZE
+    model = PerformanceModel(
+        encoding.grid, prior=prior, direction="minimize" if minimize else "maximize", n_ordinary=encoding.width
+    )
+    scores = np.asarray([t.value for t in trials], dtype=np.float64)
+    points = np.asarray([encoding.point(t.params) for t in trials])
+    tried = np.asarray([encoding.ranks(t.params) for t in trials])
+    model.update(tried, scores, points)
+
+    belief, values = model.mean(), encoding.grid.padded_values()
+    table = belief.table.copy()
+    for row, candidates in enumerate(encoding.grid.values):
+        table[row, len(candidates) :] = -np.inf
+    budget = np.inf if space is None or space.budget is None else space.budget - space.fixed_cost
+    chosen = values[np.arange(len(values)), solve(table, values * encoding.grid.costs[:, None], budget)]
+    point = points[belief.of_ordinary(points).argmax()]
+
+    gain, gain_std = (float(x[0]) for x in model.predict_gain(chosen))
+    predicted, std = (float(x[0]) for x in model.predict(chosen, point))
+    ranks = {layer: int(rank) for layer, rank in zip(names.values(), chosen, strict=True)}
+    interval = (gain - 1.96 * gain_std, gain + 1.96 * gain_std)
+    differing = (tried != chosen).sum(1)
+    nearest = np.argsort(differing, kind="stable")[:3]
+    return Recommendation(
+        ranks=ranks,
+        params={**encoding.decode(point), **dict(zip(names, map(int, chosen), strict=True))},
+        predicted=predicted,
+        std=std,
+        cost=float(sum(ranks.values())) if space is None else space.cost(ranks),
+        evidence=Evidence(
+            n_trials=len(trials),
+            gain=gain,
+            interval=interval,
+            closest=tuple((trials[i].number, int(differing[i]), float(scores[i])) for i in nearest),
+            statement=_statement(len(trials), gain, interval, bool((chosen == encoding.grid.reference).all())),
+        ),
+        all_ranks=ranks if space is None else space.with_fixed(ranks),
+    )
+
+
+def _statement(n: int, gain: float, interval: tuple[float, float], is_uniform: bool) -> str:
+    low, high = interval
+    if is_uniform:
+        return f"After {n} trials the uniform configuration itself is expected to be best."
+    detail = f"predicted gain over uniform {gain:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, from {n} trials"
+    if low > 0:
+        return f"Supported by the data: {detail}."
+    return f"The data does not support a gain over uniform yet: {detail}."

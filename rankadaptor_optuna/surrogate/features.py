@@ -1,0 +1,158 @@
+"""Rank vector -> features, at any depth.
+
+Every feature is a sum over layers of a function of that layer alone (its rank, relative depth and pruning
+profile), so that one prior serves models of any number of layers, and a linear function of the features is a table
+``[layer, candidate]`` that can be optimised exactly under a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from rankadaptor_optuna.space import RankSpace
+
+Array = NDArray[np.float64]
+
+N_SMOOTH = 8
+N_CURVATURE = 4
+
+
+@dataclass
+class RankGrid:
+    """The searched layers as the performance model sees them.
+
+    Attributes:
+        depth: Relative depth of each layer, (L,), in [0, 1].
+        values: Candidate ranks of each layer, L sequences.
+        profile: What pruning took from each layer, (L,), shares in [0, 1].
+        costs: Cost of one rank in each layer, (L,).
+        reference: The uniform configuration, (L,); features are differences from it.
+    """
+
+    depth: Array
+    values: list[Array]
+    profile: Array
+    costs: Array
+    reference: Array
+    low: float = field(init=False, default=0.0)
+    high: float = field(init=False, default=1.0)
+
+    def __post_init__(self) -> None:
+        if len(self.values):
+            self.low = float(min(v.min() for v in self.values))
+            self.high = float(max(v.max() for v in self.values))
+
+    @classmethod
+    def from_space(cls, space: RankSpace) -> RankGrid:
+        """The grid of a ``RankSpace``; the reference is its uniform configuration."""
+        values = np.asarray(space.candidates, dtype=np.float64)
+        uniform = space.uniform()
+        return cls(
+            depth=np.asarray(space.layers, dtype=np.float64) / max(1, space.n_layers - 1),
+            values=[values] * len(space.layers),
+            profile=np.asarray(space.profile, dtype=np.float64),
+            costs=np.asarray(space.costs, dtype=np.float64),
+            reference=np.asarray([uniform[layer] for layer in space.layers], dtype=np.float64),
+        )
+
+    @property
+    def n_layers(self) -> int:
+        """Number of searched layers."""
+        return len(self.depth)
+
+    def scaled(self, ranks: Array) -> Array:
+        """log2(1 + rank), mapped so that the candidates span [-1, 1]: doubling a rank is one step anywhere."""
+        low, high = np.log2(1 + self.low), np.log2(1 + self.high)
+        scaled: Array = (2 * np.log2(1 + np.maximum(ranks, 0)) - low - high) / max(high - low, 1e-9)
+        return scaled
+
+    def padded_values(self) -> Array:
+        """Candidate ranks, (L, C), short rows padded with their last value."""
+        width = max(len(v) for v in self.values)
+        return np.stack([np.concatenate([v, np.full(width - len(v), v[-1])]) for v in self.values])
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The meta-learned feature network: (scaled rank, depth, profile) of one layer -> M features, tanh inside.
+
+    Attributes:
+        weights: Matrices of the layers, each (in, out).
+        biases: Their biases, each (out,).
+    """
+
+    weights: Sequence[Array]
+    biases: Sequence[Array]
+
+    def __call__(self, inputs: Array) -> Array:
+        """Maps (..., 3) to (..., M)."""
+        hidden = inputs
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            hidden = np.tanh(hidden @ weight + bias)
+        out: Array = hidden @ self.weights[-1] + self.biases[-1]
+        return out
+
+    @property
+    def n_features(self) -> int:
+        """M."""
+        return int(self.weights[-1].shape[1])
+
+
+def groups(n_layers: int, mlp: MLP | None) -> dict[str, slice]:
+    """Columns of each feature group, in the order in which ``per_layer`` lays them out."""
+    sizes = {
+        "smooth": N_SMOOTH,
+        "curvature": N_CURVATURE,
+        "profile": 2,
+        "residual": n_layers,
+        "mlp": 0 if mlp is None else mlp.n_features,
+    }
+    ends = np.cumsum(list(sizes.values()))
+    return {name: slice(int(end) - size, int(end)) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
+def per_layer(grid: RankGrid, ranks: Array, mlp: MLP | None) -> Array:
+    """Features of each layer's rank, (n, L, F), for ``ranks`` (n, L); the configuration's are their sum over L."""
+    n, n_layers = ranks.shape
+    t = grid.scaled(ranks)[:, :, None]
+    cosines = np.cos(np.pi * grid.depth[:, None] * np.arange(N_SMOOTH))
+    spread = grid.profile.std() if n_layers else 0.0
+    profile = ((grid.profile - grid.profile.mean()) / spread if spread > 1e-6 else 0 * grid.profile)[:, None]
+    blocks = [
+        t * cosines,
+        t**2 * cosines[:, :N_CURVATURE],
+        np.concatenate([t * profile, t**2 * profile], axis=2),
+        t * np.eye(n_layers),
+    ]
+    if mlp is not None:
+        depth = np.broadcast_to(grid.depth[:, None], t.shape)
+        blocks.append(mlp(np.concatenate([t, depth, np.broadcast_to(profile, t.shape)], axis=2)))
+    features: Array = np.concatenate(blocks, axis=2) / np.sqrt(max(1, n_layers))
+    return features
+
+
+def ordinary(points: Array, n_features: int = 64) -> Array:
+    """Features of the parameters that are not ranks: linear, squared and random Fourier ones of an RBF kernel.
+
+    Args:
+        points: Parameters scaled to the unit cube, categorical ones one-hot, (n, E).
+        n_features: Number of random Fourier features (Rahimi & Recht, 2007).
+
+    Returns:
+        (n, 2 E + n_features); no columns where E is 0.
+    """
+    n, width = points.shape
+    if width == 0:
+        return np.zeros((n, 0))
+    rng = np.random.default_rng(width)  # a fixed basis: the same features in every process
+    frequencies = rng.standard_normal((width, n_features)) / 0.3
+    phases = rng.uniform(0, 2 * np.pi, n_features)
+    fourier = np.sqrt(2 / n_features) * np.cos(points @ frequencies + phases)
+    centred = 2 * points - 1
+    return np.concatenate([centred, centred**2, fourier], axis=1)

@@ -1,0 +1,188 @@
+"""PerformanceModel: predicts what a rank configuration will score, from the trials so far."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rankadaptor_optuna.surrogate.features import Array, RankGrid, groups, ordinary, per_layer
+from rankadaptor_optuna.surrogate.head import BayesianHead, Hyperparameters
+from rankadaptor_optuna.surrogate.prior import Prior, load_prior
+
+if TYPE_CHECKING:
+    from rankadaptor_optuna.space import RankSpace
+
+
+@dataclass(frozen=True)
+class Belief:
+    """A linear function of the features: a Thompson draw, or the posterior mean. Higher is better.
+
+    Attributes:
+        table: Value of each candidate rank in each layer, (L, C), in standardised score units.
+        weights: Weights of the features of the parameters that are not ranks.
+    """
+
+    table: Array
+    weights: Array
+
+    def of_ordinary(self, points: Array) -> Array:
+        """Value of the other parameters' points (n, E) in the unit cube, (n,)."""
+        values: Array = ordinary(points) @ self.weights
+        return values
+
+
+class PerformanceModel:
+    """Meta-learned MLP features and a closed-form Bayesian head (the role of the paper's section 3.2).
+
+    The score is modelled as a sum over layers. Each layer's part has a component that is smooth along the depth, its
+    curvature in rank, one that follows what pruning took, a free residual, and the meta-learned MLP's features.
+
+    Args:
+        space: The rank space (or a ``RankGrid`` of searched layers).
+        prior: ``"pretrained"`` (shipped), None, a path, or a ``Prior``.
+        direction: ``"maximize"`` or ``"minimize"``: whether higher or lower scores are better.
+        n_ordinary: Width of the other parameters' points, 0 where only ranks are searched.
+
+    Raises:
+        ValueError: The prior cannot be read, or the direction is unknown.
+    """
+
+    def __init__(
+        self,
+        space: RankSpace | RankGrid,
+        *,
+        prior: Prior | str | os.PathLike[str] | None = "pretrained",
+        direction: str = "maximize",
+        n_ordinary: int = 0,
+    ) -> None:
+        if direction not in ("maximize", "minimize"):
+            raise ValueError(f'direction must be "maximize" or "minimize", got {direction!r}.')
+        self.grid = space if isinstance(space, RankGrid) else RankGrid.from_space(space)
+        self._prior = prior if isinstance(prior, Prior) else load_prior(prior)
+        self._sign = 1.0 if direction == "maximize" else -1.0
+        self._n_ordinary = n_ordinary
+        self._features = np.zeros((0, self._width))
+        self._scores = np.zeros(0)
+
+    @property
+    def _mlp(self):  # type: ignore[no-untyped-def]  # noqa: ANN202
+        return None if self._prior is None else self._prior.mlp
+
+    @cached_property
+    def _reference(self) -> Array:
+        return per_layer(self.grid, self.grid.reference[None], self._mlp)[0]
+
+    @cached_property
+    def _rank_width(self) -> int:
+        return groups(self.grid.n_layers, self._mlp)["mlp"].stop
+
+    @cached_property
+    def _width(self) -> int:
+        return 1 + self._rank_width + ordinary(np.zeros((1, self._n_ordinary))).shape[1]
+
+    def _encode(self, ranks: ArrayLike, points: ArrayLike | None) -> Array:
+        ranks = np.atleast_2d(np.asarray(ranks, dtype=np.float64))
+        if ranks.shape[1] != self.grid.n_layers:
+            raise ValueError(f"expected {self.grid.n_layers} ranks a configuration, got {ranks.shape[1]}.")
+        if points is None:
+            points = np.full((len(ranks), self._n_ordinary), 0.5)
+        rank_part = (per_layer(self.grid, ranks, self._mlp) - self._reference).sum(1)
+        ordinary_part = ordinary(np.atleast_2d(np.asarray(points, dtype=np.float64)))
+        return np.concatenate([np.ones((len(ranks), 1)), rank_part, ordinary_part], axis=1)
+
+    def update(self, ranks: ArrayLike, scores: ArrayLike, points: ArrayLike | None = None) -> None:
+        """Adds finished trials (the paper's online incremental learning); the posterior stays exact.
+
+        Args:
+            ranks: Ranks of the searched layers, (n, L) or (L,).
+            scores: Their scores, (n,) or a number, finite.
+            points: The other parameters in the unit cube, (n, E).
+
+        Raises:
+            ValueError: Shapes do not match, or a score is not finite.
+        """
+        rows = self._encode(ranks, points)
+        values = np.atleast_1d(np.asarray(scores, dtype=np.float64))
+        if values.shape != (len(rows),) or not np.isfinite(values).all():
+            raise ValueError(f"expected {len(rows)} finite scores, got {values.tolist()!r:.80}.")
+        self._features = np.concatenate([self._features, rows])
+        self._scores = np.concatenate([self._scores, self._sign * values])
+        self.__dict__.pop("_head", None)
+
+    @property
+    def _location(self) -> tuple[float, float]:
+        """Mean and spread of the scores: the standardisation within the study."""
+        if not len(self._scores):
+            return 0.0, 1.0
+        spread = float(self._scores.std()) if len(self._scores) > 1 else 0.0
+        return float(self._scores.mean()), spread or 1.0
+
+    @cached_property
+    def _head(self) -> BayesianHead:
+        location, spread = self._location
+        return BayesianHead(self._features, (self._scores - location) / spread, self._hyperparameters())
+
+    def _hyperparameters(self) -> list[Hyperparameters]:
+        """Signal size x free residual x noise x whether the meta-learned features are believed."""
+        columns = groups(self.grid.n_layers, self._mlp)
+        believed = (1.0, 1e-3) if self._prior is not None else (1e-3,)
+        points = []
+        for signal, residual, noise, belief in itertools.product((0.5, 1.5, 4.0), (0.2, 1.0), (0.1, 0.3, 0.9), believed):
+            mean, std = np.zeros(self._rank_width), np.empty(self._rank_width)
+            decay = 1 / (1 + np.arange(columns["smooth"].stop - columns["smooth"].start) / 2)
+            std[columns["smooth"]] = signal * decay
+            mean[columns["smooth"].start] = signal  # more rank helps, until the data says otherwise
+            std[columns["curvature"]] = 0.5 * signal
+            std[columns["profile"]] = 0.7 * signal
+            std[columns["residual"]] = residual * signal
+            if self._prior is not None:
+                std[columns["mlp"]] = belief * self._prior.std
+                mean[columns["mlp"]] = belief * self._prior.mean
+            n_rest = self._width - 1 - self._rank_width
+            points.append(
+                Hyperparameters(
+                    mean=np.concatenate([[0.0], mean, np.zeros(n_rest)]),
+                    std=np.concatenate([[3.0], std, np.full(n_rest, signal)]),
+                    noise=noise,
+                )
+            )
+        return points
+
+    def predict(self, ranks: ArrayLike, points: ArrayLike | None = None) -> tuple[Array, Array]:
+        """Mean and standard deviation of the score without trial noise, each (n,), in the scores' own units."""
+        location, spread = self._location
+        mean, std = self._head.predict(self._encode(ranks, points))
+        return self._sign * (location + spread * mean), spread * std
+
+    def predict_gain(self, ranks: ArrayLike) -> tuple[Array, Array]:
+        """Mean and standard deviation of how much better than the uniform configuration, each (n,), in score units.
+
+        Positive is better whatever the direction. What all configurations share cancels, so the interval is
+        narrower than the difference of two predictions.
+        """
+        rows = self._encode(ranks, None)
+        rows -= self._encode(self.grid.reference, None)
+        mean, std = self._head.predict(rows)
+        return self._location[1] * mean, self._location[1] * std
+
+    def _belief(self, weights: Array) -> Belief:
+        if self.grid.n_layers == 0:
+            return Belief(np.zeros((0, 1)), weights[1 + self._rank_width :])
+        values = self.grid.padded_values()
+        features = per_layer(self.grid, values.T, self._mlp) - self._reference
+        table = (features @ weights[1 : 1 + self._rank_width]).T
+        return Belief(table, weights[1 + self._rank_width :])
+
+    def sample(self, rng: np.random.Generator) -> Belief:
+        """A Thompson draw from the posterior (from the prior where nothing has finished)."""
+        return self._belief(self._head.sample(rng))
+
+    def mean(self) -> Belief:
+        """The posterior mean."""
+        return self._belief(self._head.mean)
