@@ -81,9 +81,7 @@ class RankAdaptorSampler(BaseSampler):
         if self._independent_sampler is not None:
             self._independent_sampler.before_trial(study, trial)
 
-    def after_trial(
-        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Passes on to the independent sampler; the model itself is rebuilt from the storage."""
         if self._independent_sampler is not None:
             self._independent_sampler.after_trial(study, trial, state, values)
@@ -174,7 +172,7 @@ class RankAdaptorSampler(BaseSampler):
 
     def _uniform_is_missing(self, trial: FrozenTrial, trials: list[FrozenTrial]) -> bool:
         """Whether no trial is the uniform configuration, nor an earlier worker just about to be."""
-        assert self.space is not None  # noqa: S101 - the caller has checked
+        assert self.space is not None
         uniform = {self.space.name(layer): rank for layer, rank in self.space.uniform().items()}
         if trial.system_attrs.get(_FIXED_PARAMS):
             return False

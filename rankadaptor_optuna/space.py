@@ -58,7 +58,7 @@ class RankSpace:
             raise ValueError(f"layers must be increasing and not empty, got {list(self.layers)}.")
         if self.layers[0] < 0 or self.layers[-1] >= n_layers:
             raise ValueError(f"layers must lie in 0..{n_layers - 1}, got {list(self.layers)}.")
-        self.candidates = _checked_candidates(candidates)
+        self.candidates = checked_candidates(candidates)
         self.costs = tuple(float(c) for c in costs) if costs is not None else (1.0,) * len(self.layers)
         self.profile = tuple(float(p) for p in profile) if profile is not None else (0.0,) * len(self.layers)
         for name, values in (("costs", self.costs), ("profile", self.profile)):
@@ -242,7 +242,12 @@ class RankSpace:
         return f"RankSpace({len(self.layers)} of {self.n_layers} layers, candidates {self.candidates}, {budget})"
 
 
-def _checked_candidates(candidates: Sequence[int]) -> tuple[int, ...]:
+def checked_candidates(candidates: Sequence[int]) -> tuple[int, ...]:
+    """The candidates as a tuple of integers.
+
+    Raises:
+        ValueError: They are empty, not integers, not strictly increasing, negative, or only 0.
+    """
     values = tuple(candidates)
     if not values:
         raise ValueError("candidates must not be empty: give the ranks that a layer may take, e.g. (2, 4, 8).")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from rankadaptor_optuna.recovery.lora import alpha_pattern, rank_pattern
 from rankadaptor_optuna.sampler import SPACE_ATTR, RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.surrogate.encoding import Encoding, rank_parameters
-from rankadaptor_optuna.surrogate.features import RankGrid
+from rankadaptor_optuna.surrogate.features import Array, RankGrid
 from rankadaptor_optuna.surrogate.model import PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior
 from rankadaptor_optuna.surrogate.search import solve
@@ -74,12 +75,14 @@ def create_study(
             study.set_user_attr(RECIPE_ATTR, dict(recipe))
         elif stored != dict(recipe):
             keys = sorted(k for k in {*stored, *recipe} if stored.get(k) != recipe.get(k))
-            raise ValueError(f"study {study.study_name!r} belongs to other settings: " + _differences(stored, recipe, keys))
+            raise ValueError(
+                f"study {study.study_name!r} belongs to other settings: " + _differences(stored, recipe, keys)
+            )
     return study
 
 
 def _differences(stored: Mapping[str, Any], given: Mapping[str, Any], keys: list[str]) -> str:
-    parts = [f"{key} was {str(stored.get(key)):.60}, now {str(given.get(key)):.60}" for key in keys]
+    parts = [f"{key} was {stored.get(key)!s:.60}, now {given.get(key)!s:.60}" for key in keys]
     return "; ".join(parts) + ". Use those settings again, or another study name or output folder."
 
 
@@ -106,7 +109,7 @@ def open_storage(url: str) -> RDBStorage:
                 connection.execute(sqlalchemy.select(sqlalchemy.func.get_lock("rankadaptor", 60)))
             storage = _create_tables(url)
         engine.dispose()
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError) as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise ValueError(f"cannot open the storage {masked(url)}: {reason}") from None
     return storage
@@ -116,7 +119,9 @@ def _create_tables(url: str) -> RDBStorage:
     retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
     for attempt in range(10):
         try:
-            return RDBStorage(url, heartbeat_interval=_HEARTBEAT_S, heartbeat_stale_trial_callback=retry)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat is one
+                return RDBStorage(url, heartbeat_interval=_HEARTBEAT_S, heartbeat_stale_trial_callback=retry)
         except sqlalchemy.exc.DBAPIError:  # SQLite has no advisory lock: another worker was creating the same table
             if attempt == 9 or "sqlite" not in url:
                 raise
@@ -148,7 +153,8 @@ class Recommendation:
     """The rank configuration that the performance model expects to be best.
 
     Attributes:
-        ranks: Rank of each searched layer, ``{layer index: rank}``.
+        ranks: Rank of each searched layer, ``{layer index: rank}``; empty where several rank parameters belong to one
+            layer: see ``params`` then.
         params: The study's parameters with these ranks (and the best other parameters, where there are any).
         predicted: Predicted score.
         std: Standard deviation of that prediction.
@@ -167,7 +173,7 @@ class Recommendation:
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """For ``peft.LoraConfig(rank_pattern=...)``."""
+        """For ``peft.LoraConfig(rank_pattern=...)``; empty where ``ranks`` is."""
         return rank_pattern(self.all_ranks)
 
     @property
@@ -232,7 +238,9 @@ def recommend(
         ValueError: Several objectives, no finished trial, or no rank parameters.
     """
     if len(study.directions) > 1:
-        raise ValueError(f"recommend needs one objective, this study has {len(study.directions)}; see study.best_trials.")
+        raise ValueError(
+            f"recommend needs one objective, this study has {len(study.directions)}; see study.best_trials."
+        )
     space = space or study_space(study)
     sampler = getattr(study, "sampler", None)
     if isinstance(sampler, RankAdaptorSampler):
@@ -250,7 +258,10 @@ def recommend(
     trials = [t for t in trials if all(name in t.params for name in encoding.ordinary_names)]
     minimize = study.direction is StudyDirection.MINIMIZE
     model = PerformanceModel(
-        encoding.grid, prior=prior, direction="minimize" if minimize else "maximize", n_ordinary=encoding.width
+        encoding.grid,
+        prior=prior,
+        direction="minimize" if minimize else "maximize",
+        n_ordinary=encoding.width,
     )
     scores = np.asarray([t.value for t in trials], dtype=np.float64)
     points = np.asarray([encoding.point(t.params) for t in trials])
@@ -268,6 +279,8 @@ def recommend(
     gain, gain_std = (float(x[0]) for x in model.predict_gain(chosen))
     predicted, std = (float(x[0]) for x in model.predict(chosen, point))
     ranks = {layer: int(rank) for layer, rank in zip(names.values(), chosen, strict=True)}
+    if len(ranks) < len(names):
+        ranks = {}
     interval = (gain - 1.96 * gain_std, gain + 1.96 * gain_std)
     differing = (tried != chosen).sum(1)
     nearest = np.argsort(differing, kind="stable")[:3]
@@ -276,23 +289,24 @@ def recommend(
         params={**encoding.decode(point), **dict(zip(names, map(int, chosen), strict=True))},
         predicted=predicted,
         std=std,
-        cost=float(sum(ranks.values())) if space is None else space.cost(ranks),
+        cost=float(chosen.sum()) if space is None else space.cost(ranks),
         evidence=Evidence(
             n_trials=len(trials),
             gain=gain,
             interval=interval,
             closest=tuple((trials[i].number, int(differing[i]), float(scores[i])) for i in nearest),
-            statement=_statement(len(trials), gain, interval, bool((chosen == encoding.grid.reference).all())),
+            statement=_statement(len(trials), gain, interval, chosen, encoding.grid.reference),
         ),
         all_ranks=ranks if space is None else space.with_fixed(ranks),
     )
 
 
-def _statement(n: int, gain: float, interval: tuple[float, float], is_uniform: bool) -> str:
+def _statement(n: int, gain: float, interval: tuple[float, float], chosen: Array, reference: Array) -> str:
     low, high = interval
-    if is_uniform:
-        return f"After {n} trials the uniform configuration itself is expected to be best."
-    detail = f"predicted gain over uniform {gain:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, from {n} trials"
+    uniform = f"rank {reference[0]:g} everywhere" if len(set(reference)) == 1 else "the middle of each rank's range"
+    if (chosen == reference).all():
+        return f"After {n} trials {uniform} itself is expected to be best."
+    detail = f"predicted gain over {uniform} {gain:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, from {n} trials"
     if low > 0:
         return f"Supported by the data: {detail}."
-    return f"The data does not support a gain over uniform yet: {detail}."
+    return f"The data does not support a gain yet: {detail}."

@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"\d+")
 
 
 def candidate_ranks(distribution: BaseDistribution) -> Array | None:
-    """The increasing integers that a distribution allows (at most 64 of a wide range); None where they are not ranks."""
+    """The integers that a distribution allows, increasing, at most 64 of a wide range; None where they are no ranks."""
     if isinstance(distribution, IntDistribution) and distribution.low >= 0:
         values = np.arange(distribution.low, distribution.high + 1, distribution.step, dtype=np.float64)
         if len(values) > MAX_CANDIDATES:
@@ -41,9 +41,7 @@ def rank_parameters(space: Mapping[str, BaseDistribution]) -> dict[str, int]:
     readings: dict[str, list[tuple[str, int]]] = {}
     for name, distribution in space.items():
         if candidate_ranks(distribution) is not None:
-            readings[name] = [
-                (f"{name[: m.start()]}#{name[m.end() :]}", int(m[0])) for m in _NUMBER.finditer(name)
-            ]
+            readings[name] = [(f"{name[: m.start()]}#{name[m.end() :]}", int(m[0])) for m in _NUMBER.finditer(name)]
     series = Counter(template for found in readings.values() for template, _ in found)
     layers = {}
     for name, found in readings.items():
@@ -64,7 +62,10 @@ class Encoding:
     """
 
     def __init__(
-        self, space: Mapping[str, BaseDistribution], grid: RankGrid | None = None, rank_names: list[str] | None = None
+        self,
+        space: Mapping[str, BaseDistribution],
+        grid: RankGrid | None = None,
+        rank_names: list[str] | None = None,
     ) -> None:
         if grid is None:
             found = rank_parameters(space)
@@ -119,7 +120,6 @@ class Encoding:
         return params
 
 
-
 def _grid_of(space: Mapping[str, BaseDistribution], layers: Mapping[str, int]) -> RankGrid:
     values = [v for v in (candidate_ranks(space[name]) for name in layers) if v is not None]
     deepest = max(layers.values(), default=0)
@@ -150,7 +150,7 @@ def _to_unit(distribution: BaseDistribution, value: Any) -> list[float]:  # noqa
         if value in distribution.choices:  # a choice of an earlier range counts as none of these
             one_hot[int(distribution.to_internal_repr(value))] = 1.0
         return one_hot
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))  # noqa: S101 - Optuna has no other kind
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
     low, high = _bounds(distribution)
     number = np.log(max(float(value), 1e-300)) if distribution.log else float(value)
     return [float(np.clip((number - low) / max(high - low, 1e-300), -1, 2))]
@@ -159,7 +159,7 @@ def _to_unit(distribution: BaseDistribution, value: Any) -> list[float]:  # noqa
 def _from_unit(distribution: BaseDistribution, unit: Array) -> Any:  # noqa: ANN401
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[int(np.argmax(unit))]
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))  # noqa: S101
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
     low, high = _bounds(distribution)
     number = low + float(unit[0]) * (high - low)
     number = float(np.exp(number)) if distribution.log else number

@@ -117,13 +117,25 @@ def groups(n_layers: int, mlp: MLP | None) -> dict[str, slice]:
     return {name: slice(int(end) - size, int(end)) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
 
+def _profile(grid: RankGrid) -> Array:
+    """The layer profile standardised over the layers, (L,); zeros where all layers are alike."""
+    spread = grid.profile.std() if grid.n_layers else 0.0
+    centred: Array = grid.profile - grid.profile.mean() if grid.n_layers else grid.profile
+    return centred / spread if spread > 1e-6 else 0 * centred
+
+
+def mlp_inputs(grid: RankGrid, ranks: Array) -> Array:
+    """What the MLP sees of each layer: scaled rank, relative depth, standardised profile, (n, L, 3)."""
+    t = grid.scaled(ranks)
+    return np.stack(np.broadcast_arrays(t, grid.depth, _profile(grid)), axis=2)
+
+
 def per_layer(grid: RankGrid, ranks: Array, mlp: MLP | None) -> Array:
     """Features of each layer's rank, (n, L, F), for ``ranks`` (n, L); the configuration's are their sum over L."""
-    n, n_layers = ranks.shape
+    n_layers = grid.n_layers
     t = grid.scaled(ranks)[:, :, None]
     cosines = np.cos(np.pi * grid.depth[:, None] * np.arange(N_SMOOTH))
-    spread = grid.profile.std() if n_layers else 0.0
-    profile = ((grid.profile - grid.profile.mean()) / spread if spread > 1e-6 else 0 * grid.profile)[:, None]
+    profile = _profile(grid)[:, None]
     blocks = [
         t * cosines,
         t**2 * cosines[:, :N_CURVATURE],
@@ -131,8 +143,7 @@ def per_layer(grid: RankGrid, ranks: Array, mlp: MLP | None) -> Array:
         t * np.eye(n_layers),
     ]
     if mlp is not None:
-        depth = np.broadcast_to(grid.depth[:, None], t.shape)
-        blocks.append(mlp(np.concatenate([t, depth, np.broadcast_to(profile, t.shape)], axis=2)))
+        blocks.append(mlp(mlp_inputs(grid, ranks)))
     features: Array = np.concatenate(blocks, axis=2) / np.sqrt(max(1, n_layers))
     return features
 
@@ -147,9 +158,9 @@ def ordinary(points: Array, n_features: int = 64) -> Array:
     Returns:
         (n, 2 E + n_features); no columns where E is 0.
     """
-    n, width = points.shape
+    width = points.shape[1]
     if width == 0:
-        return np.zeros((n, 0))
+        return np.zeros((len(points), 0))
     rng = np.random.default_rng(width)  # a fixed basis: the same features in every process
     frequencies = rng.standard_normal((width, n_features)) / 0.3
     phases = rng.uniform(0, 2 * np.pi, n_features)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rankadaptor_optuna.surrogate.features import Array, RankGrid, groups, ordinary, per_layer
+from rankadaptor_optuna.surrogate.features import MLP, N_SMOOTH, Array, RankGrid, groups, ordinary, per_layer
 from rankadaptor_optuna.surrogate.head import BayesianHead, Hyperparameters
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
 
@@ -67,11 +67,11 @@ class PerformanceModel:
         self._prior = prior if isinstance(prior, Prior) else load_prior(prior)
         self._sign = 1.0 if direction == "maximize" else -1.0
         self._n_ordinary = n_ordinary
-        self._features = np.zeros((0, self._width))
+        self.features = np.zeros((0, self._width))
         self._scores = np.zeros(0)
 
     @property
-    def _mlp(self):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def _mlp(self) -> MLP | None:
         return None if self._prior is None else self._prior.mlp
 
     @cached_property
@@ -111,52 +111,68 @@ class PerformanceModel:
         values = np.atleast_1d(np.asarray(scores, dtype=np.float64))
         if values.shape != (len(rows),) or not np.isfinite(values).all():
             raise ValueError(f"expected {len(rows)} finite scores, got {values.tolist()!r:.80}.")
-        self._features = np.concatenate([self._features, rows])
+        self.features = np.concatenate([self.features, rows])
         self._scores = np.concatenate([self._scores, self._sign * values])
-        self.__dict__.pop("_head", None)
+        for stale in ("_head", "_standardised"):
+            self.__dict__.pop(stale, None)
+
+    @cached_property
+    def _standardised(self) -> tuple[Array, float, float]:
+        """Scores standardised within the study, with their mean and spread.
+
+        Scores far worse than the rest (a recovery that diverged) are pulled in to five robust deviations below the
+        median: they stay the worst, but do not set the scale.
+        """
+        scores = self._scores
+        if not len(scores):
+            return scores, 0.0, 1.0
+        median = np.median(scores)
+        deviation = 1.4826 * float(np.median(np.abs(scores - median)))
+        if deviation > 0:
+            scores = np.maximum(scores, median - 5 * deviation)
+        location, spread = float(scores.mean()), float(scores.std()) or 1.0
+        return (scores - location) / spread, location, spread
 
     @property
-    def _location(self) -> tuple[float, float]:
-        """Mean and spread of the scores: the standardisation within the study."""
-        if not len(self._scores):
-            return 0.0, 1.0
-        spread = float(self._scores.std()) if len(self._scores) > 1 else 0.0
-        return float(self._scores.mean()), spread or 1.0
+    def targets(self) -> Array:
+        """The standardised scores that the head fits, (n,), higher is better."""
+        return self._standardised[0]
 
     @cached_property
     def _head(self) -> BayesianHead:
-        location, spread = self._location
-        return BayesianHead(self._features, (self._scores - location) / spread, self._hyperparameters())
+        return BayesianHead(self.features, self.targets, self._hyperparameters())
 
     def _hyperparameters(self) -> list[Hyperparameters]:
         """Signal size x free residual x noise x whether the meta-learned features are believed."""
-        columns = groups(self.grid.n_layers, self._mlp)
         believed = (1.0, 1e-3) if self._prior is not None else (1e-3,)
-        points = []
-        for signal, residual, noise, belief in itertools.product((0.5, 1.5, 4.0), (0.2, 1.0), (0.1, 0.3, 0.9), believed):
-            mean, std = np.zeros(self._rank_width), np.empty(self._rank_width)
-            decay = 1 / (1 + np.arange(columns["smooth"].stop - columns["smooth"].start) / 2)
-            std[columns["smooth"]] = signal * decay
-            mean[columns["smooth"].start] = signal  # more rank helps, until the data says otherwise
-            std[columns["curvature"]] = 0.5 * signal
-            std[columns["profile"]] = 0.7 * signal
-            std[columns["residual"]] = residual * signal
-            if self._prior is not None:
-                std[columns["mlp"]] = belief * self._prior.std
-                mean[columns["mlp"]] = belief * self._prior.mean
-            n_rest = self._width - 1 - self._rank_width
-            points.append(
-                Hyperparameters(
-                    mean=np.concatenate([[0.0], mean, np.zeros(n_rest)]),
-                    std=np.concatenate([[3.0], std, np.full(n_rest, signal)]),
-                    noise=noise,
-                )
-            )
-        return points
+        axes = itertools.product((0.5, 1.5, 4.0), (0.2, 1.0), (0.1, 0.3, 0.9), believed)
+        return [self._point(*values) for values in axes]
+
+    def middle_hyperparameters(self) -> Hyperparameters:
+        """The grid's middle point, which meta-training assumes for the features that are not learned."""
+        return self._point(0.5, 0.2, 0.3, 1e-3)
+
+    def _point(self, signal: float, residual: float, noise: float, belief: float) -> Hyperparameters:
+        columns = groups(self.grid.n_layers, self._mlp)
+        mean, std = np.zeros(self._rank_width), np.empty(self._rank_width)
+        std[columns["smooth"]] = signal / (1 + np.arange(N_SMOOTH) / 2)
+        mean[columns["smooth"].start] = signal  # more rank helps, until the data says otherwise
+        std[columns["curvature"]] = 0.5 * signal
+        std[columns["profile"]] = 0.7 * signal
+        std[columns["residual"]] = residual * signal
+        if self._prior is not None:
+            std[columns["mlp"]] = belief * self._prior.std
+            mean[columns["mlp"]] = belief * self._prior.mean
+        n_rest = self._width - 1 - self._rank_width
+        return Hyperparameters(
+            mean=np.concatenate([[0.0], mean, np.zeros(n_rest)]),
+            std=np.concatenate([[3.0], std, np.full(n_rest, signal)]),
+            noise=noise,
+        )
 
     def predict(self, ranks: ArrayLike, points: ArrayLike | None = None) -> tuple[Array, Array]:
         """Mean and standard deviation of the score without trial noise, each (n,), in the scores' own units."""
-        location, spread = self._location
+        _, location, spread = self._standardised
         mean, std = self._head.predict(self._encode(ranks, points))
         return self._sign * (location + spread * mean), spread * std
 
@@ -169,7 +185,8 @@ class PerformanceModel:
         rows = self._encode(ranks, None)
         rows -= self._encode(self.grid.reference, None)
         mean, std = self._head.predict(rows)
-        return self._location[1] * mean, self._location[1] * std
+        spread = self._standardised[2]
+        return spread * mean, spread * std
 
     def _belief(self, weights: Array) -> Belief:
         if self.grid.n_layers == 0:

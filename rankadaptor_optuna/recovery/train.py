@@ -1,0 +1,121 @@
+"""The training loop of one recovery: same data, same order, same initialisation for every rank configuration."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of one recovery.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Blocks per step.
+        learning_rate: Peak of AdamW's learning rate; linear warm-up, then cosine decay to 0.
+        warmup: Share of the steps that warm up.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: Gradient clipping.
+    """
+
+    steps: int = 10
+    batch_size: int = 2
+    learning_rate: float = 3e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a recovery did: mean loss of its last quarter of steps (nats), tokens seen, seconds taken."""
+
+    loss: float
+    tokens: int
+    seconds: float
+
+
+def batches(n_blocks: int, config: TrainingConfig, seed: int) -> list[list[int]]:
+    """Block indices of every step: fresh shuffles of all blocks, one after the other, fixed by ``seed``."""
+    needed = config.steps * config.batch_size
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(n_blocks) for _ in range(math.ceil(needed / n_blocks))])
+    rows: list[list[int]] = order[:needed].reshape(config.steps, config.batch_size).tolist()
+    return rows
+
+
+def _learning_rate(step: int, config: TrainingConfig) -> float:
+    warmup = max(1, round(config.warmup * config.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+def train(
+    model: Any,  # noqa: ANN401
+    blocks: torch.Tensor,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    on_step: Callable[[int, float], None] | None = None,
+) -> TrainingResult:
+    """Trains the parameters of ``model`` that require gradients on next-token prediction.
+
+    Args:
+        model: A causal language model with an adapter attached.
+        blocks: Token ids, (n, length); every token is a target.
+        config: Settings.
+        seed: Order of the data and state of dropout.
+        on_step: Called with (step, loss) after each step, steps from 0.
+
+    Raises:
+        FloatingPointError: The loss is not finite; the message names the step.
+    """
+    import torch
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
+    first = next(model.parameters())  # the base model's: the adapter itself is float32
+    device, dtype = first.device, first.dtype
+    losses: list[float] = []
+    start = time.perf_counter()
+    was_training = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for step, rows in enumerate(batches(len(blocks), config, seed)):
+                batch = blocks[rows].to(device)
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+                    loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+                losses.append(float(loss.detach()))
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(f"training loss is {losses[-1]} at step {step}; lower the learning rate.")
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                if on_step is not None:
+                    on_step(step, losses[-1])
+    finally:
+        model.train(was_training)
+    tail = losses[-max(1, len(losses) // 4) :]
+    return TrainingResult(
+        float(np.mean(tail)), blocks.shape[1] * config.batch_size * config.steps, time.perf_counter() - start
+    )

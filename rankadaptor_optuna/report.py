@@ -1,0 +1,188 @@
+"""What a quickstart found, as a table, Markdown and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rankadaptor_optuna.dashboard import History, history, publish_dashboard
+from rankadaptor_optuna.quickstart import N_REPORT_SEEDS, Outcome, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#8C8C8C"
+
+
+def paired_difference(outcome: Outcome) -> tuple[float, float, float]:
+    """Loss of recommended minus uniform over the fresh seeds: mean and 95% t interval; negative is better."""
+    from scipy.stats import t
+
+    differences = np.asarray(outcome.recommended["losses"]) - np.asarray(outcome.uniform["losses"])
+    half = t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
+    return float(differences.mean()), float(differences.mean() - half), float(differences.mean() + half)
+
+
+def verdict(outcome: Outcome) -> str:
+    """Whether the recommendation beat uniform, in one honest sentence."""
+    if outcome.recommendation.ranks == outcome.space.uniform():
+        return "The search recommends the uniform configuration itself: it found nothing that it expects to be better."
+    mean, low, high = paired_difference(outcome)
+    change = f"perplexity {100 * math.expm1(mean):+.2f}% (95% interval {100 * math.expm1(low):+.2f}% to {100 * math.expm1(high):+.2f}%)"
+    where = f"on {N_REPORT_SEEDS} fresh seeds and text that the search did not use"
+    if high < 0:
+        return f"The recommendation beat uniform {where}: {change}."
+    if low > 0:
+        return f"The recommendation did NOT beat uniform {where}, it was worse: {change}."
+    return f"No difference from uniform was shown {where}: {change}."
+
+
+def table(outcome: Outcome) -> list[list[str]]:
+    """Header and four rows: dense, pruned, uniform, recommended."""
+    rank = next(iter(outcome.space.uniform().values()))
+    rows = [["model", "held-out perplexity", "continuation accuracy", "parameters", "trainable parameters"]]
+    for name, found in (("dense", outcome.dense), ("pruned, no recovery", outcome.pruned)):
+        rows.append(
+            [
+                name,
+                f"{math.exp(found['loss']):.2f}",
+                _accuracy(found["accuracy"]),
+                _count(found["parameters"]),
+                "-",
+            ]
+        )
+    for name, found in (
+        (f"uniform LoRA, rank {rank}", outcome.uniform),
+        ("recommended ranks", outcome.recommended),
+    ):
+        perplexities = np.exp(found["losses"])
+        spread = f"{perplexities.mean():.2f} ({perplexities.min():.2f} to {perplexities.max():.2f})"
+        trainable = found["parameters"]
+        total = _count(outcome.pruned["parameters"] + trainable)
+        rows.append([name, spread, _accuracy(found["accuracy"]), total, f"{trainable:,}"])
+    return rows
+
+
+def _accuracy(found: list[float]) -> str:
+    return f"{100 * found[0]:.1f}% ± {100 * found[1]:.1f}"
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e6:.1f}M"
+
+
+def as_text(rows: list[list[str]]) -> str:
+    """The table for a terminal."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    """The table in Markdown."""
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
+
+
+def ranks_figure(outcome: Outcome, h: History) -> Figure:
+    """Recommended rank of each layer, above what pruning took from it."""
+    from matplotlib.figure import Figure
+
+    layers = list(outcome.recommendation.ranks)
+    uniform = next(iter(outcome.space.uniform().values()))
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    top.bar(layers, list(outcome.recommendation.ranks.values()), color=_BLUE, label="recommended")
+    top.axhline(uniform, color=_ORANGE, linestyle="--", label=f"uniform, rank {uniform}")
+    top.set_ylabel("LoRA rank")
+    top.set_yticks(outcome.space.candidates)
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    bottom.bar(layers, [100 * share for share in h.profile or np.zeros(len(layers))], color=_GREY)
+    bottom.set_ylabel("pruned away\n(% of weights)")
+    bottom.set_xlabel("layer")
+    bottom.set_xticks(layers, [str(layer) if i % 2 == 0 else "" for i, layer in enumerate(layers)])
+    return figure
+
+
+def progress_figure(h: History) -> Figure:
+    """Every trial's score and the best so far, against the uniform configuration."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    if h.scores is not None and h.best is not None:
+        axes.plot(h.numbers, h.scores, "o", color=_GREY, label="trial")
+        axes.step(h.numbers, h.best, where="post", color=_BLUE, label="best so far")
+    if h.uniform_score is not None:
+        axes.axhline(h.uniform_score, color=_ORANGE, linestyle="--", label="uniform")
+    axes.set_xlabel("trial")
+    axes.set_ylabel(h.objective)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+    return figure
+
+
+def write_report(outcome: Outcome, out: Path) -> None:
+    """Writes ``report.md``, ``ranks.png`` and ``progress.png``, and publishes the study for optuna-dashboard."""
+    h = history(outcome.study)
+    ranks_figure(outcome, h).savefig(out / "ranks.png", dpi=120)
+    progress_figure(h).savefig(out / "progress.png", dpi=120)
+    publish_dashboard(outcome.study)
+    found = outcome.recommendation
+    evidence = found.evidence
+    closest = [f"trial {n} ({d} layers differ, score {score:.4f})" for n, d, score in evidence.closest]
+    ranks = " | ".join(str(rank) for rank in found.ranks.values())
+    lines = [
+        "# Which LoRA rank for which layer?",
+        "",
+        verdict(outcome),
+        "",
+        as_markdown(table(outcome)),
+        "",
+        f"Perplexity: mean (range) over {N_REPORT_SEEDS} fresh seeds of data order and initialisation. Accuracy: four-way "
+        "choice of the continuation of a passage, run by lm-eval, ± standard error; after recovery on the first seed.",
+        "",
+        "## Recommended ranks",
+        "",
+        f"| layer | {' | '.join(map(str, found.ranks))} |",
+        "|" + " --- |" * (len(found.ranks) + 1),
+        f"| rank | {ranks} |",
+        "",
+        f"Trainable parameters {found.cost:,.0f} of a budget of {outcome.space.budget or math.inf:,.0f}. "
+        f"Layers that pruning left alone keep rank {', '.join(sorted({str(r) for r in outcome.space.fixed_ranks.values()})) or '-'}.",
+        "",
+        "![Rank per layer beside what pruning took from it](ranks.png)",
+        "",
+        f"What it rests on: {evidence.statement} Closest trials: {'; '.join(closest)}.",
+        "",
+        "![Best so far against uniform](progress.png)",
+        "",
+        "## Use it",
+        "",
+        "```python",
+        "import rankadaptor_optuna.pruning.checkpoint  # registers the pruned architecture",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{(out / "pruned").as_posix()}")',
+        f'model = PeftModel.from_pretrained(model, "{(out / "adapter").as_posix()}")',
+        "```",
+        "",
+        "## Settings",
+        "",
+        "```json",
+        json.dumps(outcome.recipe, indent=1),
+        "```",
+        "",
+    ]
+    write_text(out / "report.md", "\n".join(lines))

@@ -1,0 +1,169 @@
+"""Offline meta-learning: the MLP's features and its weights' prior, from many tasks (one study each).
+
+Maximises the marginal likelihood of every task's scores under the Bayesian head, jointly over the MLP and the mean and
+spread of its output weights, as in adaptive Bayesian linear regression (Perrone et al., 2018). The paper meta-learns a
+plain MLP (section 3.2, "offline meta-learning").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rankadaptor_optuna.surrogate.features import MLP, Array, RankGrid, mlp_inputs
+from rankadaptor_optuna.surrogate.model import PerformanceModel
+from rankadaptor_optuna.surrogate.prior import Prior
+
+_NOISE = 0.2
+
+
+@dataclass(frozen=True)
+class MetaTask:
+    """One finished study.
+
+    Attributes:
+        grid: Its layers.
+        ranks: Ranks of each trial, (n, L).
+        scores: Their scores, (n,), higher is better, on any scale.
+    """
+
+    grid: RankGrid
+    ranks: Array
+    scores: Array
+
+
+def meta_train(
+    tasks: Sequence[MetaTask],
+    *,
+    held_out: float = 0.2,
+    n_features: int = 8,
+    hidden: int = 32,
+    max_epochs: int = 60,
+    patience: int = 6,
+    subset: int = 32,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> Prior:
+    """Learns a prior from tasks, stopped early on tasks held out.
+
+    Args:
+        tasks: At least two; any number of layers, any candidates.
+        held_out: Share of the tasks held out for early stopping.
+        n_features: Outputs of the MLP.
+        hidden: Width of its two hidden layers.
+        max_epochs: Most passes over the tasks.
+        patience: Epochs without an improvement on the held-out tasks before it stops.
+        subset: Most trials of a task per step, drawn anew each time, so that it learns to start from few.
+        learning_rate: Adam's learning rate.
+        seed: Seed of initialisation, order and subsets.
+        progress: Called with (epoch, held-out negative log evidence per trial).
+
+    Raises:
+        ValueError: Fewer than two tasks, or one with fewer than two trials.
+    """
+    if len(tasks) < 2 or min(len(t.scores) for t in tasks) < 2:
+        raise ValueError(f"meta-training needs at least two tasks of at least two trials, got {len(tasks)} tasks.")
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(tasks))
+    n_held = min(len(tasks) - 1, max(1, round(held_out * len(tasks))))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        learner = _Learner(n_features, hidden)
+    prepared = [_Prepared.of(task) for task in tasks]
+    optimizer = torch.optim.Adam(learner.parameters(), lr=learning_rate)
+    best, best_state, since = np.inf, learner.state_dict(), 0
+    for epoch in range(max_epochs):
+        for i in rng.permutation(order[n_held:]):
+            n = int(rng.integers(min(4, len(prepared[i].targets)), min(subset, len(prepared[i].targets)) + 1))
+            rows = rng.choice(len(prepared[i].targets), n, replace=False)
+            optimizer.zero_grad()
+            learner.loss(prepared[i], rows).backward()
+            optimizer.step()
+        with torch.no_grad():
+            held = float(
+                np.mean(
+                    [
+                        float(learner.loss(p, np.arange(min(subset, len(p.targets)))))
+                        for p in (prepared[i] for i in order[:n_held])
+                    ]
+                )
+            )
+        if progress is not None:
+            progress(epoch, held)
+        if held < best - 1e-4:
+            best, since = held, 0
+            best_state = {name: value.clone() for name, value in learner.state_dict().items()}
+        else:
+            since += 1
+            if since >= patience:
+                break
+    learner.load_state_dict(best_state)
+    return learner.export()
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A task as tensors: MLP inputs, the kernel of the head's other features, standardised scores."""
+
+    inputs: torch.Tensor
+    reference: torch.Tensor
+    kernel: torch.Tensor
+    offset: torch.Tensor
+    targets: torch.Tensor
+
+    @classmethod
+    def of(cls, task: MetaTask) -> _Prepared:
+        grid = task.grid
+        plain = PerformanceModel(grid, prior=None)
+        plain.update(task.ranks, task.scores)
+        middle = plain.middle_hyperparameters()
+        features = plain.features
+        return cls(
+            inputs=torch.from_numpy(mlp_inputs(grid, task.ranks)),
+            reference=torch.from_numpy(mlp_inputs(grid, grid.reference[None])),
+            kernel=torch.from_numpy((features * middle.std**2) @ features.T),
+            offset=torch.from_numpy(features @ middle.mean),
+            targets=torch.from_numpy(plain.targets),
+        )
+
+
+class _Learner(torch.nn.Module):
+    def __init__(self, n_features: int, hidden: int) -> None:
+        super().__init__()
+        sizes = [3, hidden, hidden, n_features]
+        self.linears = torch.nn.ModuleList(
+            torch.nn.Linear(a, b, dtype=torch.float64) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+        )
+        self.mean = torch.nn.Parameter(torch.zeros(n_features, dtype=torch.float64))
+        self.log_std = torch.nn.Parameter(torch.zeros(n_features, dtype=torch.float64))
+
+    def _features(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = inputs
+        for linear in self.linears[:-1]:  # type: ignore[index]
+            hidden = torch.tanh(linear(hidden))
+        summed: torch.Tensor = self.linears[-1](hidden).sum(1)
+        return summed / inputs.shape[1] ** 0.5
+
+    def loss(self, task: _Prepared, rows: np.ndarray) -> torch.Tensor:
+        features = self._features(task.inputs[rows]) - self._features(task.reference)
+        covariance = task.kernel[rows][:, rows] + (features * (2 * self.log_std).exp()) @ features.T
+        covariance = covariance + _NOISE**2 * torch.eye(len(rows), dtype=torch.float64)
+        mean = task.offset[rows] + features @ self.mean
+        normal = torch.distributions.MultivariateNormal(mean, covariance)
+        penalty = 1e-3 * ((self.mean**2).sum() + (self.log_std**2).sum())
+        loss: torch.Tensor = (penalty - normal.log_prob(task.targets[rows])) / len(rows)
+        return loss
+
+    def export(self) -> Prior:
+        return Prior(
+            mlp=MLP(
+                [linear.weight.detach().numpy().T.copy() for linear in self.linears],
+                [linear.bias.detach().numpy().copy() for linear in self.linears],
+            ),
+            mean=self.mean.detach().numpy().copy(),
+            std=self.log_std.detach().exp().numpy().copy(),
+        )
