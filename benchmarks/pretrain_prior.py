@@ -67,7 +67,7 @@ class World:
         return np.stack(rows)
 
     def task(self, n: int, rng: np.random.Generator) -> MetaTask:
-        """n trials with noise."""
+        """Makes a task of n noisy trials."""
         ranks = self.sample(n, rng)
         scores = self.score(ranks)
         return MetaTask(self.grid, ranks, scores + self.noise * scores.std() * rng.standard_normal(n))
@@ -125,12 +125,13 @@ def main() -> None:
             rows.append({"trials": n_trials, "model": name, **measure(used, n_trials, n_worlds)})
     checks = {}
     print(
-        f"{'trials':>6}  {'model':<9} {'rank correlation':>18} {'regret':>16} {'of uniform':>12}   ({n_worlds} unseen worlds)"
+        f"{'trials':>6}  {'model':<9} {'rank correlation':>18} {'regret':>16} {'of uniform':>12}  ({n_worlds} worlds)"
     )
     for with_prior, without in zip(rows[::2], rows[1::2], strict=True):
         for row in (with_prior, without):
             print(
-                f"{row['trials']:>6}  {row['model']:<9} {row['rank correlation']:>10.3f} ± {row['rank correlation ±']:.3f}"
+                f"{row['trials']:>6}  {row['model']:<9}"
+                f" {row['rank correlation']:>10.3f} ± {row['rank correlation ±']:.3f}"
                 f" {row['regret']:>8.3f} ± {row['regret ±']:.3f} {row['uniform']:>12.3f}"
             )
         key = f"regret with prior / without, {with_prior['trials']} trials"

@@ -175,10 +175,12 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
     source = os.fspath(model_dir() if path is None else path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=native_dtype())
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=native_dtype())
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"cannot load a model from {source!r}: {str(error).splitlines()[0]}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    if torch.cuda.is_available():
+        model.cuda()
+    return model, tokenizer
 
 
 def native_dtype() -> Any:  # noqa: ANN401

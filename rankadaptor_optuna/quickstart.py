@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,11 @@ from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace, checked_candidates
 from rankadaptor_optuna.study import Recommendation, create_study, masked, recommend
 
-N_REPORT_SEEDS = 3
+N_REPORT_SEEDS = 4
 _BLOCK = 256
 _REPORT_BLOCKS = 16
 _VALIDATION_BLOCKS = 12
-_ITEMS = 60
+_ITEMS = 80
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Quickstart:
     """
 
     out: Path
-    trials: int = 16
+    trials: int = 14
     seed: int = 0
     model: str | None = None
     ratio: float = 0.25
@@ -160,7 +162,7 @@ def run(config: Quickstart, say: Callable[[str], None] = print) -> Outcome:
         ValueError: The settings do not fit the model, or ``out`` or the study belongs to other settings.
     """
     start = time.perf_counter()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _quiet()
     recipe = config.recipe()
     _check_out(config.out, recipe)
     texts = load_texts()
@@ -193,6 +195,18 @@ def run(config: Quickstart, say: Callable[[str], None] = print) -> Outcome:
     say(f"[6/6] Report: {config.out / 'report.md'}")
     write_report(outcome, config.out)
     return outcome
+
+
+def _quiet() -> None:
+    """Leaves the screen to our own progress bars."""
+    import transformers
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging = transformers.utils.logging
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 def _check_out(out: Path, recipe: dict[str, Any]) -> None:
@@ -334,7 +348,7 @@ def _confirm(
             job.on_step = None
         return measured
 
-    measured = [results.get(keys[i], lambda i=i: recover(i)) for i in range(N_REPORT_SEEDS)]
+    measured = [results.get(keys[i], partial(recover, i)) for i in range(N_REPORT_SEEDS)]
     return {
         "losses": [m["loss"] for m in measured],
         "accuracy": measured[0]["accuracy"],

@@ -31,12 +31,13 @@ def verdict(outcome: Outcome) -> str:
     """Whether the recommendation beat uniform, in one honest sentence."""
     if outcome.recommendation.ranks == outcome.space.uniform():
         return "The search recommends the uniform configuration itself: it found nothing that it expects to be better."
-    mean, low, high = paired_difference(outcome)
-    change = f"perplexity {100 * math.expm1(mean):+.2f}% (95% interval {100 * math.expm1(low):+.2f}% to {100 * math.expm1(high):+.2f}%)"
+    difference = paired_difference(outcome)
+    mean, low, high = (f"{100 * math.expm1(x):+.2f}%" for x in difference)
+    change = f"perplexity {mean} (95% interval {low} to {high})"
     where = f"on {N_REPORT_SEEDS} fresh seeds and text that the search did not use"
-    if high < 0:
+    if difference[2] < 0:
         return f"The recommendation beat uniform {where}: {change}."
-    if low > 0:
+    if difference[1] > 0:
         return f"The recommendation did NOT beat uniform {where}, it was worse: {change}."
     return f"No difference from uniform was shown {where}: {change}."
 
@@ -142,6 +143,7 @@ def write_report(outcome: Outcome, out: Path) -> None:
     evidence = found.evidence
     closest = [f"trial {n} ({d} layers differ, score {score:.4f})" for n, d, score in evidence.closest]
     ranks = " | ".join(str(rank) for rank in found.ranks.values())
+    fixed = "".join(f"Layer {i} was left whole and keeps rank {r}. " for i, r in outcome.space.fixed_ranks.items())
     lines = [
         "# Which LoRA rank for which layer?",
         "",
@@ -149,8 +151,9 @@ def write_report(outcome: Outcome, out: Path) -> None:
         "",
         as_markdown(table(outcome)),
         "",
-        f"Perplexity: mean (range) over {N_REPORT_SEEDS} fresh seeds of data order and initialisation. Accuracy: four-way "
-        "choice of the continuation of a passage, run by lm-eval, ± standard error; after recovery on the first seed.",
+        f"Perplexity: mean (range) over {N_REPORT_SEEDS} fresh seeds of data order and initialisation. Accuracy: "
+        "four-way choice of the continuation of a passage, run by lm-eval, ± standard error; after recovery on the "
+        "first of these seeds.",
         "",
         "## Recommended ranks",
         "",
@@ -158,8 +161,7 @@ def write_report(outcome: Outcome, out: Path) -> None:
         "|" + " --- |" * (len(found.ranks) + 1),
         f"| rank | {ranks} |",
         "",
-        f"Trainable parameters {found.cost:,.0f} of a budget of {outcome.space.budget or math.inf:,.0f}. "
-        f"Layers that pruning left alone keep rank {', '.join(sorted({str(r) for r in outcome.space.fixed_ranks.values()})) or '-'}.",
+        f"Trainable parameters: {found.cost:,.0f}, budget {outcome.space.budget or math.inf:,.0f}. " + fixed,
         "",
         "![Rank per layer beside what pruning took from it](ranks.png)",
         "",

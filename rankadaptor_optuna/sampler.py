@@ -22,6 +22,8 @@ from rankadaptor_optuna.surrogate.prior import Prior, load_prior
 from rankadaptor_optuna.surrogate.search import solve_unseen
 
 SPACE_ATTR = "rankadaptor:space"
+_PROPOSAL_ATTR = "rankadaptor:proposal"
+_MAX_REDRAWS = 10
 _FIXED_PARAMS = "fixed_params"  # where Optuna keeps what enqueue_trial gave
 
 
@@ -109,7 +111,7 @@ class RankAdaptorSampler(BaseSampler):
         belief, best_point = self._belief(study, trials, encoding, rng)
         params = encoding.decode(_best_point(encoding, belief, best_point, rng))
         if encoding.rank_names:
-            params |= self._ranks(trial, trials, encoding, belief, rng, with_budget=ranked)
+            params |= self._ranks(study, trial, trials, encoding, belief, rng, with_budget=ranked)
         return params
 
     def sample_independent(
@@ -142,6 +144,7 @@ class RankAdaptorSampler(BaseSampler):
 
     def _ranks(
         self,
+        study: Study,
         trial: FrozenTrial,
         trials: list[FrozenTrial],
         encoding: Encoding,
@@ -167,8 +170,18 @@ class RankAdaptorSampler(BaseSampler):
                 table[row, values[row] != value] = -np.inf
         spent = np.where(np.isfinite(table), costs, np.inf).min(1).sum()
         seen = _seen(trial, trials, names, values)
-        choice = solve_unseen(table, costs, max(budget, spent), seen, rng)
-        return {name: int(values[row, choice[row]]) for row, name in enumerate(names)}
+        for _ in range(_MAX_REDRAWS):
+            choice = solve_unseen(table, costs, max(budget, spent), seen, rng)
+            key = tuple(choice.tolist())
+            ranks = [int(rank) for rank in values[np.arange(len(values)), choice]]
+            # announced before its parameters are stored one by one; of two workers with the same, the later redraws
+            study._storage.set_trial_system_attr(trial._trial_id, _PROPOSAL_ATTR, ranks)
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            earlier = [other for other in running if other.number < trial.number]
+            if key in seen or key not in _seen(trial, earlier, names, values):
+                break
+            seen.add(key)
+        return dict(zip(names, ranks, strict=True))
 
     def _uniform_is_missing(self, trial: FrozenTrial, trials: list[FrozenTrial]) -> bool:
         """Whether no trial is the uniform configuration, nor an earlier worker just about to be."""
@@ -214,16 +227,15 @@ def _best_point(encoding: Encoding, belief: Belief, best: Array | None, rng: np.
 
 
 def _seen(trial: FrozenTrial, trials: list[FrozenTrial], names: list[str], values: Array) -> set[tuple[int, ...]]:
-    """Configurations that were tried or are running elsewhere, as candidate indices."""
+    """Configurations that other trials have tried, are running or have announced, as candidate indices."""
     seen = set()
     for other in trials:
-        if other.number != trial.number and other.state is not TrialState.WAITING:
-            key = []
-            for row, name in enumerate(names):
-                match = np.flatnonzero(values[row] == other.params.get(name, np.nan))
-                if not len(match):
-                    break
-                key.append(int(match[0]))
-            else:
-                seen.add(tuple(key))
+        ranks = [other.params.get(name) for name in names]
+        if None in ranks:
+            ranks = other.system_attrs.get(_PROPOSAL_ATTR, [])
+        if other.number == trial.number or other.state is TrialState.WAITING or len(ranks) != len(names):
+            continue
+        matches = values == np.asarray(ranks, dtype=np.float64)[:, None]
+        if matches.any(1).all():
+            seen.add(tuple(matches.argmax(1).tolist()))
     return seen

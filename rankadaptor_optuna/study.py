@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -40,7 +40,7 @@ def create_study(
     study_name: str | None = None,
     space: RankSpace | None = None,
     sampler: BaseSampler | None = None,
-    direction: str = "maximize",
+    direction: Literal["maximize", "minimize"] = "maximize",
     load_if_exists: bool = True,
     recipe: Mapping[str, Any] | None = None,
 ) -> Study:
@@ -116,14 +116,14 @@ def open_storage(url: str) -> RDBStorage:
 
 
 def _create_tables(url: str) -> RDBStorage:
-    retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
     for attempt in range(10):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat is one
+                retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
                 return RDBStorage(url, heartbeat_interval=_HEARTBEAT_S, heartbeat_stale_trial_callback=retry)
         except sqlalchemy.exc.DBAPIError:  # SQLite has no advisory lock: another worker was creating the same table
-            if attempt == 9 or "sqlite" not in url:
+            if attempt == 9 or not url.startswith("sqlite"):
                 raise
             time.sleep(random.uniform(0.05, 0.3))  # noqa: S311
     raise AssertionError("unreachable")

@@ -71,12 +71,12 @@ def continuation_items(texts: Sequence[str], n_items: int, seed: int = 0) -> lis
         seed: Seed of the places and of the order of the choices.
 
     Returns:
-        Records with ``context`` (32 words), ``choices`` (4 of 8 words; the wrong ones from other texts) and ``label``.
+        Records with ``context`` (16 words), ``choices`` (4 of 8 words; the wrong ones from other texts) and ``label``.
 
     Raises:
         ValueError: Fewer than four texts are long enough.
     """
-    n_context, n_choice, n_choices = 32, 8, 4
+    n_context, n_choice, n_choices = 16, 8, 4
     usable = [words for words in (text.split() for text in texts) if len(words) >= 60]
     if len(usable) < n_choices:
         raise ValueError(f"continuation items need {n_choices} texts of at least 60 words, got {len(usable)}.")

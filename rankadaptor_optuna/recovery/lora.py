@@ -56,7 +56,7 @@ def lora_config(
     default = max(adapted.values())
     return LoraConfig(
         r=default,
-        lora_alpha=alpha_ratio * default,
+        lora_alpha=round(alpha_ratio * default),  # every layer has its own in alpha_pattern
         rank_pattern=rank_pattern(adapted),
         alpha_pattern=alpha_pattern(adapted, alpha_ratio),
         target_modules=list(targets),

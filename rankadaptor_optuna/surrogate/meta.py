@@ -81,7 +81,7 @@ def meta_train(
             n = int(rng.integers(min(4, len(prepared[i].targets)), min(subset, len(prepared[i].targets)) + 1))
             rows = rng.choice(len(prepared[i].targets), n, replace=False)
             optimizer.zero_grad()
-            learner.loss(prepared[i], rows).backward()
+            learner.loss(prepared[i], rows).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         with torch.no_grad():
             held = float(
@@ -134,18 +134,16 @@ class _Prepared:
 class _Learner(torch.nn.Module):
     def __init__(self, n_features: int, hidden: int) -> None:
         super().__init__()
-        sizes = [3, hidden, hidden, n_features]
-        self.linears = torch.nn.ModuleList(
-            torch.nn.Linear(a, b, dtype=torch.float64) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-        )
+        self._hidden = torch.nn.ModuleList(torch.nn.Linear(width, hidden, dtype=torch.float64) for width in (3, hidden))
+        self._out = torch.nn.Linear(hidden, n_features, dtype=torch.float64)
         self.mean = torch.nn.Parameter(torch.zeros(n_features, dtype=torch.float64))
         self.log_std = torch.nn.Parameter(torch.zeros(n_features, dtype=torch.float64))
 
     def _features(self, inputs: torch.Tensor) -> torch.Tensor:
         hidden = inputs
-        for linear in self.linears[:-1]:  # type: ignore[index]
+        for linear in self._hidden:
             hidden = torch.tanh(linear(hidden))
-        summed: torch.Tensor = self.linears[-1](hidden).sum(1)
+        summed: torch.Tensor = self._out(hidden).sum(1)
         return summed / inputs.shape[1] ** 0.5
 
     def loss(self, task: _Prepared, rows: np.ndarray) -> torch.Tensor:
@@ -153,17 +151,16 @@ class _Learner(torch.nn.Module):
         covariance = task.kernel[rows][:, rows] + (features * (2 * self.log_std).exp()) @ features.T
         covariance = covariance + _NOISE**2 * torch.eye(len(rows), dtype=torch.float64)
         mean = task.offset[rows] + features @ self.mean
-        normal = torch.distributions.MultivariateNormal(mean, covariance)
-        penalty = 1e-3 * ((self.mean**2).sum() + (self.log_std**2).sum())
-        loss: torch.Tensor = (penalty - normal.log_prob(task.targets[rows])) / len(rows)
-        return loss
+        factor = torch.linalg.cholesky(covariance)
+        white = torch.linalg.solve_triangular(factor, (task.targets[rows] - mean)[:, None], upper=False)
+        penalty = 1e-3 * ((self.mean**2).sum() + (self.log_std**2).sum())  # keeps unused outputs finite
+        return (penalty + 0.5 * (white**2).sum() + factor.diagonal().log().sum()) / len(rows)
 
     def export(self) -> Prior:
+        state = {name: value.detach().numpy().copy() for name, value in self.state_dict().items()}
+        layers = ("_hidden.0", "_hidden.1", "_out")
         return Prior(
-            mlp=MLP(
-                [linear.weight.detach().numpy().T.copy() for linear in self.linears],
-                [linear.bias.detach().numpy().copy() for linear in self.linears],
-            ),
-            mean=self.mean.detach().numpy().copy(),
-            std=self.log_std.detach().exp().numpy().copy(),
+            mlp=MLP([state[f"{n}.weight"].T for n in layers], [state[f"{n}.bias"] for n in layers]),
+            mean=state["mean"],
+            std=np.exp(state["log_std"]),
         )

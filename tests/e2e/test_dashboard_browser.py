@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,13 +11,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+from playwright import sync_api
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace
 from rankadaptor_optuna.sampler import SPACE_ATTR
 from rankadaptor_optuna.study import study_space
 
 pytestmark = pytest.mark.e2e
-sync_api = pytest.importorskip("playwright.sync_api")
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
@@ -65,13 +64,9 @@ def server(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    chromium = Path("/usr/bin/chromium")
-    path = str(chromium) if chromium.exists() else shutil.which("chromium")
-    if path is None:
-        pytest.skip("no chromium on this machine")
+def browser(chromium: str) -> Iterator[sync_api.Browser]:
     with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        started = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield started
         started.close()
 

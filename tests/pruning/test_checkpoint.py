@@ -122,17 +122,13 @@ def test_loads_in_bfloat16_and_with_either_attention(pruned, ids, tmp_path):
     half = load_pruned(tmp_path / "model", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half(ids).logits.isfinite().all()
-    eager, sdpa = (
-        load_pruned(tmp_path / "model", attn_implementation=name)(ids).logits for name in ("eager", "sdpa")
-    )
+    eager, sdpa = (load_pruned(tmp_path / "model", attn_implementation=name)(ids).logits for name in ("eager", "sdpa"))
     torch.testing.assert_close(eager, sdpa, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_made_from_its_config_has_the_pruned_shapes_and_sane_weights(pruned):
     fresh = AutoModelForCausalLM.from_config(pruned.model.config)
-    assert {n: p.shape for n, p in fresh.named_parameters()} == {
-        n: p.shape for n, p in pruned.model.named_parameters()
-    }
+    assert {n: p.shape for n, p in fresh.named_parameters()} == {n: p.shape for n, p in pruned.model.named_parameters()}
     # initializer_range 0.2, as the dense model's projections
     assert fresh.model.layers[1].mlp.up_proj.weight.std().item() == pytest.approx(0.2, rel=0.2)
 
@@ -180,7 +176,4 @@ def test_loading_an_ordinary_model_is_refused(model, tmp_path):
 
 def test_the_tokenizer_opens_from_the_checkpoint(pruned, tokenizer, tmp_path):
     pruned.save(tmp_path / "model", tokenizer)
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "model")("head")["input_ids"]
-        == tokenizer("head")["input_ids"]
-    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("head")["input_ids"] == tokenizer("head")["input_ids"]

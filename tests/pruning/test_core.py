@@ -47,9 +47,7 @@ def test_pruned_model_computes_the_dense_one_without_the_outputs_of_the_removed_
     channel = 3 * 32 + (0 if first.mlp.up_proj.bias is None else 2)
     gone = 2 * head + dropped_channels * channel
     settings["multiple_of"] = 1
-    result = prune(
-        any_model, tokenizer, method=chosen_units, ratio=gone / block_parameters(any_model), **settings
-    )
+    result = prune(any_model, tokenizer, method=chosen_units, ratio=gone / block_parameters(any_model), **settings)
     assert block_parameters(any_model) - block_parameters(result.model) == gone
 
     with torch.no_grad():
@@ -64,9 +62,7 @@ def test_pruned_model_computes_the_dense_one_without_the_outputs_of_the_removed_
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.1, 0.2, 0.25, 0.3, 0.35])
-def test_the_ratio_asked_for_is_the_share_of_all_block_parameters_removed(
-    any_model, tokenizer, settings, ratio
-):
+def test_the_ratio_asked_for_is_the_share_of_all_block_parameters_removed(any_model, tokenizer, settings, ratio):
     settings["multiple_of"] = 1
     result = prune(any_model, tokenizer, ratio=ratio, **settings)
     assert result.parameters_removed == pytest.approx(ratio, abs=0.005)
@@ -77,9 +73,7 @@ def test_the_ratio_asked_for_is_the_share_of_all_block_parameters_removed(
 def test_profile_says_what_each_layer_lost(model, tokenizer, settings):
     result = prune(model, tokenizer, ratio=0.3, **settings)
     assert [entry.layer for entry in result.profile] == [0, 1, 2, 3]
-    for entry, before, after in zip(
-        result.profile, model.model.layers, result.model.model.layers, strict=True
-    ):
+    for entry, before, after in zip(result.profile, model.model.layers, result.model.model.layers, strict=True):
         left = sum(p.numel() for p in after.parameters()) / sum(p.numel() for p in before.parameters())
         heads_left = after.self_attn.k_proj.out_features / before.self_attn.k_proj.out_features
         assert entry.parameters_removed == pytest.approx(1 - left)
@@ -125,9 +119,7 @@ def test_same_seed_same_result(model, tokenizer, settings):
     first, again = (prune(model, tokenizer, ratio=0.3, seed=3, **settings) for _ in range(2))
     other = prune(model, tokenizer, ratio=0.3, seed=4, **settings)
     assert first.profile == again.profile
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
     assert first.profile != other.profile
 
 

@@ -29,9 +29,7 @@ def test_the_least_important_units_of_all_layers_go_first():
 
 
 def test_each_layer_keeps_a_head_and_a_portion_of_channels_however_unimportant():
-    heads, channels = select(
-        [[0.0, 0.1, 0.2], [5.0, 6.0, 7.0]], [[0.0] * 8, [1.0] * 8], ratio=0.48, multiple_of=4
-    )
+    heads, channels = select([[0.0, 0.1, 0.2], [5.0, 6.0, 7.0]], [[0.0] * 8, [1.0] * 8], ratio=0.48, multiple_of=4)
     assert heads == {0: [2], 1: [2]}
     assert [len(kept) for kept in channels.values()] == [4, 4]
 

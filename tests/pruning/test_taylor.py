@@ -53,9 +53,7 @@ def test_scoring_leaves_gradients_and_flags_as_they_were(model, samples):
     assert model.training
     assert not model.model.norm.training
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
-    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
-        "model.layers.1.mlp.up_proj.weight"
-    ]
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["model.layers.1.mlp.up_proj.weight"]
     assert (weight.grad == 7.0).all()
 
 

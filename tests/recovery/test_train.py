@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rankadaptor_optuna.recovery.lora import attached, lora_config
+from rankadaptor_optuna.recovery.train import TrainingConfig, batches, train
+
+CONFIG = TrainingConfig(steps=6, batch_size=2, learning_rate=0.02)
+
+
+def trained(model, blocks, *, seed=0, dropout=0.0, config=CONFIG, on_step=None):
+    """Result and weights of a short recovery."""
+    lora = lora_config({i: 4 for i in range(4)}, dropout=dropout)
+    with attached(model, lora, seed=0) as adapted:
+        result = train(adapted, blocks, config, seed=seed, on_step=on_step)
+        weights = torch.cat([p.detach().flatten().clone() for p in adapted.parameters() if p.requires_grad])
+    return result, weights
+
+
+def test_it_learns(model, blocks):
+    losses = []
+    result, _ = trained(
+        model,
+        blocks,
+        config=TrainingConfig(steps=20, batch_size=2, learning_rate=0.02),
+        on_step=lambda step, loss: losses.append((step, loss)),
+    )
+    assert [step for step, _ in losses] == [*range(20)]
+    assert losses[-1][1] < losses[0][1] - 1
+    assert result.loss == pytest.approx(sum(loss for _, loss in losses[-5:]) / 5)
+    assert result.tokens == 20 * 2 * 24
+    assert result.seconds > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_same_seed_gives_the_same_weights_whatever_ran_before(model, blocks, dropout):
+    first, weights = trained(model, blocks, dropout=dropout)
+    torch.manual_seed(99)
+    again, same = trained(model, blocks, dropout=dropout)
+    assert torch.equal(weights, same)
+    assert first.loss == again.loss
+
+
+def test_another_seed_sees_the_data_in_another_order(model, blocks):
+    assert not torch.equal(trained(model, blocks)[1], trained(model, blocks, seed=1)[1])
+
+
+def test_only_the_adapter_is_trained(model, blocks):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained(model, blocks)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_the_models_mode_and_torchs_generator_are_left_as_they_were(model, blocks):
+    state = torch.random.get_rng_state()
+    for mode in (True, False):
+        model.train(mode)
+        with attached(model, lora_config({0: 2}, dropout=0.5), seed=0) as adapted:
+            adapted.train(mode)
+            train(adapted, blocks, CONFIG, seed=0)
+            assert adapted.training is mode
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_step(model, blocks):
+    def spoil(step, loss):
+        if step == 1:
+            with torch.no_grad():
+                model.lm_head.weight.fill_(float("nan"))
+
+    with pytest.raises(FloatingPointError, match="training loss is nan at step 2; lower the learning rate"):
+        trained(model, blocks, on_step=spoil)
+
+
+@pytest.mark.parametrize(("n_blocks", "steps", "batch_size"), [(5, 10, 2), (5, 3, 2), (3, 2, 8), (1, 2, 2)])
+def test_every_block_is_seen_before_any_is_seen_again(n_blocks, steps, batch_size):
+    rows = batches(n_blocks, TrainingConfig(steps=steps, batch_size=batch_size), seed=0)
+    assert [len(row) for row in rows] == [batch_size] * steps
+    flat = [i for row in rows for i in row]
+    for start in range(0, len(flat), n_blocks):
+        epoch = flat[start : start + n_blocks]
+        assert len(set(epoch)) == len(epoch)
+        assert set(epoch) <= set(range(n_blocks))
+
+
+def test_batches_are_fixed_by_the_seed_and_each_pass_is_a_fresh_shuffle():
+    config = TrainingConfig(steps=4, batch_size=16)
+    rows = batches(32, config, seed=0)
+    assert rows == batches(32, config, seed=0) != batches(32, config, seed=1)
+    assert rows[:2] != rows[2:]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(40, 0.1), (10, 0.1), (100, 0.25), (8, 0.0)])
+def test_the_learning_rate_warms_up_to_its_peak_and_ends_near_zero(model, blocks, steps, warmup, monkeypatch):
+    rates = []
+
+    class Recording(torch.optim.AdamW):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    trained(model, blocks[:, :4], config=TrainingConfig(steps, 1, 0.5, warmup))
+    peak = max(1, round(warmup * steps)) - 1
+    assert len(rates) == steps
+    assert rates[: peak + 1] == pytest.approx([0.5 * (i + 1) / (peak + 1) for i in range(peak + 1)])
+    assert max(rates) == rates[peak] == 0.5
+    assert all(a >= b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+    assert rates[-1] < 0.04 * 0.5 * max(1, 10 / steps) ** 2
+
+
+def test_training_in_half_precision_keeps_the_adapter_in_float32(model, blocks):
+    result, weights = trained(model.to(torch.bfloat16), blocks)
+    assert math.isfinite(result.loss)
+    assert weights.dtype is torch.float32
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "learning_rate", "max_grad_norm"])
+def test_a_setting_that_is_not_positive_is_named(name):
+    for value in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"{name} must be positive, got {value}"):
+            TrainingConfig(**{name: value})

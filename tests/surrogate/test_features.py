@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rankadaptor_optuna import RankSpace
+from rankadaptor_optuna.surrogate.features import MLP, RankGrid, groups, mlp_inputs, ordinary, per_layer
+
+SPACE = RankSpace(9, (2, 4, 8), "uniform:5", layers=[2, 4, 6], costs=[10, 20, 30], profile=[0.1, 0.2, 0.6])
+GRID = RankGrid.from_space(SPACE)
+RANKS = np.asarray([[2.0, 4, 8], [8, 4, 2]])
+
+
+@pytest.fixture
+def mlp():
+    rng = np.random.default_rng(0)
+    sizes = [(3, 5), (5, 5), (5, 4)]
+    return MLP([rng.standard_normal(s) for s in sizes], [rng.standard_normal(s[1]) for s in sizes])
+
+
+def test_the_grid_of_a_space_has_its_layers_by_relative_depth():
+    assert GRID.n_layers == 3
+    assert GRID.depth.tolist() == [0.25, 0.5, 0.75]
+    assert GRID.padded_values().tolist() == [[2, 4, 8]] * 3
+    assert GRID.costs.tolist() == [10, 20, 30]
+    assert GRID.profile.tolist() == [0.1, 0.2, 0.6]
+    assert GRID.reference.tolist() == [4, 4, 4]
+
+
+def test_short_rows_of_candidates_are_padded_with_their_last():
+    grid = RankGrid(np.zeros(2), [np.asarray([1.0, 2, 3]), np.asarray([4.0])], np.zeros(2), np.ones(2), np.ones(2))
+    assert grid.padded_values().tolist() == [[1, 2, 3], [4, 4, 4]]
+    assert (grid.low, grid.high) == (1, 4)
+
+
+def test_scaled_ranks_span_minus_one_to_one_and_equal_ratios_are_equal_steps():
+    grid = RankGrid.from_space(RankSpace(1, (1, 3, 7, 15)))
+    assert grid.scaled(np.asarray([1, 3, 7, 15])) == pytest.approx([-1, -1 / 3, 1 / 3, 1])
+
+
+def test_a_single_candidate_does_not_divide_by_zero():
+    assert np.isfinite(per_layer(RankGrid.from_space(RankSpace(1, (8,))), np.asarray([[8.0]]), None)).all()
+
+
+def test_a_layers_features_depend_on_its_own_rank_alone(mlp):
+    changed = RANKS.copy()
+    changed[:, 1] = 8
+    before, after = per_layer(GRID, RANKS, mlp), per_layer(GRID, changed, mlp)
+    assert (before[:, [0, 2]] == after[:, [0, 2]]).all()
+    assert (before[:, 1] != after[:, 1]).any(1).all()
+
+
+def test_groups_name_every_column_once(mlp):
+    for network in (None, mlp):
+        columns = groups(3, network)
+        covered = np.concatenate([np.arange(s.start, s.stop) for s in columns.values()])
+        assert covered.tolist() == list(range(per_layer(GRID, RANKS, network).shape[2]))
+    assert columns["mlp"].stop - columns["mlp"].start == mlp.n_features == 4
+    assert columns["residual"].stop - columns["residual"].start == 3
+
+
+def test_the_residual_group_tells_the_layers_apart():
+    residual = per_layer(GRID, RANKS, None)[:, :, groups(3, None)["residual"]]
+    assert residual == pytest.approx(GRID.scaled(RANKS)[:, :, None] * np.eye(3) / np.sqrt(3))
+
+
+def test_features_at_a_depth_are_the_same_in_models_of_any_number_of_layers(mlp):
+    """Up to the residuals, which are the layers' own, and 1/sqrt(layers), which keeps the sum's scale."""
+    deep = RankGrid.from_space(RankSpace(17, (2, 4, 8), "uniform:5"))
+    shallow = RankGrid.from_space(RankSpace(9, (2, 4, 8), "uniform:5"))
+
+    def shared(grid):
+        features = per_layer(grid, np.full((1, grid.n_layers), 8.0), mlp)[0] * np.sqrt(grid.n_layers)
+        return np.delete(features, np.r_[groups(grid.n_layers, mlp)["residual"]], axis=1)
+
+    assert shared(deep)[::2] == pytest.approx(shared(shallow))
+
+
+def test_the_mlp_is_told_rank_depth_and_standardised_profile():
+    rank, depth, profile = mlp_inputs(GRID, RANKS)[0].T
+    assert rank == pytest.approx(GRID.scaled(RANKS)[0])
+    assert depth == pytest.approx(GRID.depth)
+    assert profile.mean() == pytest.approx(0)
+    assert profile.std() == pytest.approx(1)
+    assert profile.argmax() == 2
+
+
+def test_an_even_profile_says_nothing():
+    grid = RankGrid.from_space(RankSpace(3, profile=[0.3, 0.3, 0.3]))
+    assert (mlp_inputs(grid, np.ones((1, 3)))[..., 2] == 0).all()
+
+
+def test_the_mlp_computes_what_torch_computes(mlp):
+    inputs = np.random.default_rng(1).standard_normal((2, 3, 3))
+    hidden = torch.from_numpy(inputs)
+    for i, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
+        hidden = torch.nn.functional.linear(hidden, torch.from_numpy(weight.T), torch.from_numpy(bias))
+        hidden = torch.tanh(hidden) if i < 2 else hidden
+    assert mlp(inputs) == pytest.approx(hidden.numpy())
+
+
+def test_ordinary_features_are_the_same_whoever_computes_them():
+    points = np.random.default_rng(0).random((4, 3))
+    features = ordinary(points)
+    assert features.shape == (4, 2 * 3 + 64)
+    assert (features == ordinary(points.copy())).all()
+    assert features[1:2] == pytest.approx(ordinary(points[1:2]))
+    assert ordinary(np.zeros((4, 0))).shape == (4, 0)
+
+
+def test_ordinary_features_approximate_an_rbf_kernel():
+    a, b = np.random.default_rng(0).random((2, 50, 2))
+    found = (ordinary(a, 4096)[:, 4:] * ordinary(b, 4096)[:, 4:]).sum(1)
+    kernel = np.exp(-((a - b) ** 2).sum(1) / (2 * 0.3**2))
+    assert np.abs(found - kernel).max() < 0.1

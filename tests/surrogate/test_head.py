@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rankadaptor_optuna.surrogate.head import BayesianHead, Hyperparameters
+
+RNG = np.random.default_rng(0)
+N, F = 7, 4
+X, Y, NEW = RNG.standard_normal((N, F)), RNG.standard_normal(N), RNG.standard_normal((5, F))
+NARROW = Hyperparameters(np.zeros(F), np.full(F, 0.3), 0.5)
+WIDE = Hyperparameters(np.asarray([1.0, 0, -1, 2]), np.asarray([2.0, 0.5, 1, 3]), 0.2)
+
+
+def joint(h, x):
+    """Mean and covariance of x @ w + noise."""
+    return x @ h.mean, (x * h.std**2) @ x.T + h.noise**2 * np.eye(len(x))
+
+
+def log_evidence(h):
+    mean, covariance = joint(h, X)
+    off = Y - mean
+    return -0.5 * (off @ np.linalg.solve(covariance, off) + np.linalg.slogdet(2 * np.pi * covariance)[1])
+
+
+def posterior(h, x):
+    """Mean and covariance of x @ w given Y, by conditioning the joint Gaussian."""
+    mean, covariance = joint(h, X)
+    cross = (x * h.std**2) @ X.T
+    found = x @ h.mean + cross @ np.linalg.solve(covariance, Y - mean)
+    return found, (x * h.std**2) @ x.T - cross @ np.linalg.solve(covariance, cross.T)
+
+
+@pytest.mark.parametrize("h", [NARROW, WIDE])
+def test_the_posterior_is_that_of_a_gaussian(h):
+    head = BayesianHead(X, Y, [h])
+    mean, std = head.predict(NEW)
+    expected, covariance = posterior(h, NEW)
+    assert mean == pytest.approx(expected)
+    assert std == pytest.approx(np.sqrt(np.diag(covariance)))
+    assert head.mean == pytest.approx(posterior(h, np.eye(F))[0])
+    assert head.noise == pytest.approx(h.noise)
+
+
+@pytest.mark.parametrize("h", [NARROW, WIDE])
+def test_the_evidence_is_that_of_a_gaussian(h):
+    assert BayesianHead(X, Y, [h]).log_evidence == pytest.approx(log_evidence(h))
+
+
+def test_hyperparameters_are_mixed_by_their_evidence():
+    evidence = np.asarray([log_evidence(NARROW), log_evidence(WIDE)])
+    weights = np.exp(evidence - np.logaddexp(*evidence))
+    head = BayesianHead(X, Y, [NARROW, WIDE])
+    assert head.weights == pytest.approx(weights)
+    (a, var_a), (b, var_b) = ((m, np.diag(c)) for m, c in (posterior(NARROW, NEW), posterior(WIDE, NEW)))
+    mean = weights @ [a, b]
+    found = head.predict(NEW)
+    assert found[0] == pytest.approx(mean)
+    assert found[1] ** 2 == pytest.approx(weights @ [var_a + (a - mean) ** 2, var_b + (b - mean) ** 2])
+
+
+def test_a_log_prior_tips_the_mixture():
+    doubted = Hyperparameters(WIDE.mean, WIDE.std, WIDE.noise, log_prior=-np.log(9))
+    assert BayesianHead(X, Y, [WIDE, doubted]).weights == pytest.approx([0.9, 0.1])
+
+
+def test_without_observations_everything_is_the_prior():
+    head = BayesianHead(np.zeros((0, F)), np.zeros(0), [WIDE])
+    mean, std = head.predict(NEW)
+    assert head.log_evidence == pytest.approx(0)
+    assert head.mean == pytest.approx(WIDE.mean)
+    assert mean == pytest.approx(NEW @ WIDE.mean)
+    assert std == pytest.approx(np.sqrt((NEW**2) @ WIDE.std**2))
+
+
+def test_samples_have_the_posteriors_mean_and_covariance():
+    head, rng = BayesianHead(X, Y, [WIDE]), np.random.default_rng(1)
+    draws = np.stack([head.sample(rng) for _ in range(4000)])
+    mean, covariance = posterior(WIDE, np.eye(F))
+    scale = np.sqrt(np.diag(covariance))
+    assert (np.abs(draws.mean(0) - mean) < 0.1 * scale).all()
+    assert (np.abs(np.cov(draws.T) - covariance) < 0.1 * np.outer(scale, scale)).all()
+
+
+def test_a_hyperparameter_is_sampled_as_often_as_its_weight_says():
+    far = Hyperparameters(np.full(F, 1000.0), np.full(F, 1e-3), 0.5, log_prior=np.log(0.25))
+    near = Hyperparameters(np.zeros(F), np.full(F, 1e-3), 0.5, log_prior=np.log(0.75))
+    head, rng = BayesianHead(np.zeros((0, F)), np.zeros(0), [far, near]), np.random.default_rng(0)
+    share = np.mean([head.sample(rng)[0] > 500 for _ in range(1000)])
+    assert share == pytest.approx(0.25, abs=0.05)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rankadaptor_optuna import PerformanceModel, RankSpace
+from rankadaptor_optuna.surrogate.features import MLP
+from rankadaptor_optuna.surrogate.prior import Prior
+
+SPACE = RankSpace(10, budget="uniform:8", profile=np.linspace(0.1, 0.5, 10) ** 2)
+WEIGHTS = np.linspace(0.2, 2, 10)  # deeper layers need rank more
+
+
+def score(ranks):
+    return 0.3 * (WEIGHTS * np.log2(1 + np.asarray(ranks))).sum(-1)
+
+
+def configurations(n, seed=0):
+    return np.random.default_rng(seed).choice(SPACE.candidates, (n, 10)).astype(float)
+
+
+def fitted(n=40, *, scores=None, **settings):
+    model = PerformanceModel(SPACE, **{"prior": None} | settings)
+    ranks = configurations(n)
+    model.update(ranks, score(ranks) if scores is None else scores)
+    return model
+
+
+@pytest.fixture
+def prior():
+    rng = np.random.default_rng(0)
+    mlp = MLP([rng.standard_normal(s) for s in ((3, 8), (8, 8), (8, 6))], [np.zeros(8), np.zeros(8), np.zeros(6)])
+    return Prior(mlp, rng.standard_normal(6), np.full(6, 0.5))
+
+
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_an_update_in_two_steps_equals_one(prior, with_prior):
+    used = prior if with_prior else None
+    once, twice = fitted(prior=used), PerformanceModel(SPACE, prior=used)
+    ranks, test = configurations(40), configurations(5, seed=1)
+    twice.update(ranks[:15], score(ranks[:15]))
+    twice.predict(test)  # whatever was computed by now must not linger
+    twice.update(ranks[15:39], score(ranks[15:39]))
+    twice.update(ranks[39], score(ranks[39]))
+    for a, b in zip(once.predict(test), twice.predict(test), strict=True):
+        assert a == pytest.approx(b)
+    assert once.mean().table == pytest.approx(twice.mean().table)
+
+
+def test_a_known_additive_function_is_recovered():
+    test = configurations(50, seed=1)
+    mean, std = fitted(80).predict(test)
+    assert np.abs(mean - score(test)).mean() < 0.1 * score(test).std()
+    assert (np.abs(mean - score(test)) < 4 * std).all()
+
+
+def test_more_trials_make_the_prediction_surer():
+    test = configurations(20, seed=1)
+    assert fitted(80).predict(test)[1].mean() < 0.7 * fitted(15).predict(test)[1].mean()
+
+
+def test_before_any_trial_more_rank_is_expected_to_help():
+    model = PerformanceModel(SPACE, prior=None)
+    mean, std = model.predict([[2.0] * 10, [8.0] * 10, [12.0] * 10])
+    assert mean[0] < mean[1] < mean[2]
+    assert (std > 0).all()
+
+
+def test_predictions_are_in_the_scores_units():
+    test, ranks = configurations(5, seed=1), configurations(40)
+    mean, std = fitted().predict(test)
+    shifted = fitted(scores=1000 * score(ranks) + 7).predict(test)
+    assert shifted[0] == pytest.approx(1000 * mean + 7)
+    assert shifted[1] == pytest.approx(1000 * std)
+
+
+def test_minimise_mirrors_maximise(prior):
+    ranks, test = configurations(40), configurations(5, seed=1)
+    up, down = fitted(prior=prior), fitted(prior=prior, direction="minimize", scores=-score(ranks))
+    assert down.predict(test)[0] == pytest.approx(-up.predict(test)[0])
+    assert down.predict(test)[1] == pytest.approx(up.predict(test)[1])
+    assert down.mean().table == pytest.approx(up.mean().table)
+    for a, b in zip(down.predict_gain(test), up.predict_gain(test), strict=True):
+        assert a == pytest.approx(b)
+
+
+def test_a_diverged_score_does_not_move_the_recommendation():
+    ranks, scores = configurations(40), score(configurations(40))
+    scores[7] = -1e6
+    calm, shaken = fitted().mean().table, fitted(scores=scores).mean().table
+    assert (calm.argmax(1) == shaken.argmax(1)).all()
+    gain, shaken_gain = calm[:, -1] - calm[:, 0], shaken[:, -1] - shaken[:, 0]
+    assert np.corrcoef(gain, shaken_gain)[0, 1] > 0.9
+    assert fitted(scores=scores).predict(ranks)[0] == pytest.approx(score(ranks), abs=2 * score(ranks).std())
+
+
+def test_the_gain_is_the_difference_of_predictions_and_surer_than_both():
+    model, test = fitted(20), configurations(5, seed=1)
+    gain, std = model.predict_gain(test)
+    mean, spread = model.predict(test)
+    assert gain == pytest.approx(mean - model.predict([8.0] * 10)[0])
+    assert (std < spread + model.predict([8.0] * 10)[1]).all()
+    assert model.predict_gain([8.0] * 10)[0] == pytest.approx(0)
+    assert model.predict_gain([8.0] * 10)[1] == pytest.approx(0)
+
+
+def test_the_beliefs_table_ranks_configurations_as_predict_does():
+    model, test = fitted(), configurations(20, seed=1)
+    columns = np.searchsorted(SPACE.candidates, test)
+    values = model.mean().table[np.arange(10), columns].sum(1)
+    mean = model.predict(test)[0]
+    assert np.corrcoef(values, mean)[0, 1] == pytest.approx(1)
+
+
+def test_thompson_draws_differ_by_seed_and_centre_on_the_mean():
+    model = fitted(15)
+    draws = np.stack([model.sample(np.random.default_rng(i)).table for i in range(300)])
+    assert (draws[0] == model.sample(np.random.default_rng(0)).table).all()
+    assert (draws[0] != draws[1]).any()
+    assert np.abs(draws.mean(0) - model.mean().table).max() < 0.3 * draws.std(0).max()
+
+
+def test_equal_scores_are_no_error():
+    mean, std = fitted(scores=np.full(40, 3.0)).predict(configurations(5, seed=1))
+    assert mean == pytest.approx(np.full(5, 3.0), abs=1)
+    assert np.isfinite(std).all()
+
+
+def test_one_trial_is_enough_to_predict():
+    model = PerformanceModel(SPACE, prior=None)
+    model.update([8.0] * 10, 0.5)
+    assert np.isfinite(model.predict([[2.0] * 10])).all()
+
+
+def test_a_misleading_prior_fades_out_as_trials_come_in(prior):
+    misleading = Prior(prior.mlp, 5 * prior.mean, 1e-3 * prior.std)
+    test = configurations(50, seed=1)
+
+    def correlation(n, used):
+        return np.corrcoef(fitted(n, prior=used).predict(test)[0], score(test))[0, 1]
+
+    assert correlation(60, misleading) > correlation(60, None) - 0.02
+
+
+def test_ordinary_parameters_are_learned_beside_the_ranks():
+    rng = np.random.default_rng(0)
+    model = PerformanceModel(SPACE, prior=None, n_ordinary=2)
+    ranks, points = configurations(60), rng.random((60, 2))
+    model.update(ranks, score(ranks) - 40 * (points[:, 0] - 0.3) ** 2, points)
+    grid = np.asarray([[x, 0.5] for x in np.linspace(0, 1, 21)])
+    assert grid[model.mean().of_ordinary(grid).argmax(), 0] == pytest.approx(0.3, abs=0.1)
+    assert model.mean().table[9, -1] > model.mean().table[0, -1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.update([[8.0] * 9], [1.0]), "expected 10 ranks a configuration, got 9"),
+        (lambda m: m.predict([8.0] * 11), "expected 10 ranks a configuration, got 11"),
+        (lambda m: m.update([[8.0] * 10], [1.0, 2.0]), "expected 1 finite scores"),
+        (lambda m: m.update([[8.0] * 10], [float("nan")]), r"expected 1 finite scores, got \[nan\]"),
+        (lambda m: PerformanceModel(SPACE, direction="up"), '"maximize" or "minimize", got \'up\''),
+        (lambda m: PerformanceModel(SPACE, prior="no/such/file"), "cannot read the prior 'no/such/file'"),
+    ],
+)
+def test_a_wrong_argument_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(PerformanceModel(SPACE, prior=None))
+
+
+def test_a_refused_update_changes_nothing():
+    model, test = fitted(), configurations(5, seed=1)
+    before = model.predict(test)[0]
+    with pytest.raises(ValueError, match="finite"):
+        model.update([[2.0] * 10], [float("inf")])
+    assert (model.predict(test)[0] == before).all()

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from rankadaptor_optuna.surrogate.features import MLP
+from rankadaptor_optuna.surrogate.prior import Prior, load_prior
+
+
+@pytest.fixture
+def prior():
+    rng = np.random.default_rng(0)
+    sizes = ((5, 3), (4, 5), (2, 4))
+    mlp = MLP([rng.standard_normal(s).T for s in sizes], [rng.standard_normal(s[0]) for s in sizes])  # not contiguous
+    return Prior(mlp, rng.standard_normal(2), rng.random(2))
+
+
+def arrays(prior):
+    return [*prior.mlp.weights, *prior.mlp.biases, prior.mean, prior.std]
+
+
+def test_a_saved_prior_is_read_back_to_the_bit(prior, tmp_path):
+    prior.save(tmp_path / "p.safetensors")
+    for used in (Prior.load(tmp_path / "p.safetensors"), load_prior(str(tmp_path / "p.safetensors"))):
+        assert [a.dtype for a in arrays(used)] == [np.float64] * 8
+        for a, b in zip(arrays(used), arrays(prior), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_card_is_kept_beside_the_weights(prior, tmp_path):
+    prior.save(tmp_path / "p.safetensors", {"learned_from": "12 studies"})
+    with safe_open(tmp_path / "p.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "1", "learned_from": "12 studies"}
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read the prior '.*nothing\.safetensors'"):
+        load_prior(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 200])
+def test_a_file_that_is_no_prior_is_named(content, tmp_path):
+    (tmp_path / "p.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read the prior '.*p\.safetensors'"):
+        load_prior(tmp_path / "p.safetensors")
+
+
+def test_a_truncated_file_is_refused(prior, tmp_path):
+    prior.save(tmp_path / "p.safetensors")
+    content = (tmp_path / "p.safetensors").read_bytes()
+    (tmp_path / "p.safetensors").write_bytes(content[:-8])
+    with pytest.raises(ValueError, match="cannot read the prior"):
+        load_prior(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "2"}])
+def test_another_format_is_refused_with_the_one_that_is_read(metadata, tmp_path):
+    save_file({"mean": np.zeros(2)}, tmp_path / "p.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=r"p\.safetensors' has format .*; this version reads '1'"):
+        load_prior(tmp_path / "p.safetensors")
+
+
+def test_there_is_a_shipped_prior_and_it_can_be_switched_off():
+    shipped = load_prior("pretrained")
+    assert np.isfinite(np.concatenate([a.ravel() for a in arrays(shipped)])).all()
+    assert (shipped.std > 0).all()
+    assert load_prior(None) is None

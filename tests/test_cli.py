@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from rankadaptor_optuna import __version__
+from rankadaptor_optuna.cli import main
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs a quickstart that must refuse its input in one line and write nothing; returns that line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANKADAPTOR_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments, out="out"):
+        before = sorted(tmp_path.rglob("*"))
+        try:
+            code = main(["quickstart", "--out", str(tmp_path / out), *arguments])
+        except SystemExit as stop:
+            code = stop.code
+        lines = capsys.readouterr().err.splitlines()
+        assert code == 2
+        assert sorted(tmp_path.rglob("*")) == before
+        assert "Traceback" not in "\n".join(lines)
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("rankadaptor quickstart: error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ratio", "0"], "got 0"),
+        (["--ratio", "1"], "got 1"),
+        (["--ratio", "-1"], "got -1"),
+        (["--ratio", "1.5"], "got 1.5"),
+        (["--ratio", "nan"], "got nan"),
+        (["--ratio", "half"], "'half'"),
+        (["--candidates", ""], "must not be empty"),
+        (["--candidates", "8,4"], "strictly increasing, got [8, 4]"),
+        (["--candidates", "-2,4"], "-2"),
+        (["--candidates=-2,4"], "got [-2, 4]"),
+        (["--candidates", "x"], "'x'"),
+        (["--candidates", "0"], "got [0]"),
+        (["--budget", "nonsense"], "'nonsense'"),
+        (["--budget", "0"], "'0'"),
+        (["--budget", "uniform:1"], "below the cheapest configuration"),
+        (["--trials", "0"], "at least 1, got 0"),
+        (["--trials", "-3"], "at least 1, got -3"),
+        (["--trials", "many"], "'many'"),
+        (["--steps", "0"], "steps must be positive, got 0"),
+        (["--seed", "-1"], "at least 0, got -1"),
+        (["--nonsense"], "--nonsense"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_one_line_that_names_it(refused, arguments, says):
+    assert says in refused(*arguments)
+
+
+def test_a_model_that_is_nowhere_is_named(refused, tmp_path):
+    assert "no-such-model" in refused("--model", str(tmp_path / "no-such-model"))
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("irreplaceable")
+    assert "mine is not empty" in refused(out="mine")
+
+
+def test_an_out_that_is_a_file_is_left_alone(refused, tmp_path):
+    (tmp_path / "mine").write_text("irreplaceable")
+    assert "mine" in refused(out="mine")
+
+
+def test_a_storage_that_cannot_be_opened_is_refused_before_the_model_is_even_looked_for(refused, tmp_path):
+    model = str(tmp_path / "no-such-model")
+    assert "cannot open the storage" in refused("--storage", "sqlite:////no/such/folder/study.db", "--model", model)
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"]])
+def test_a_missing_or_unknown_command_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    def interrupt(config, say):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rankadaptor_optuna.quickstart.run", interrupt)
+    assert main(["quickstart"]) == 130
+    assert "Run the same command again to go on" in capsys.readouterr().err
+
+
+def test_help_is_told_without_loading_torch():
+    code = "import sys; from rankadaptor_optuna.cli import main\ntry: main(['quickstart', '--help'])\n"
+    code += "finally: assert 'torch' not in sys.modules"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--candidates" in told

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import math
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+import rankadaptor_optuna.objective
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective, create_study
+from rankadaptor_optuna.recovery.data import token_blocks
+from rankadaptor_optuna.recovery.evaluate import block_losses
+from rankadaptor_optuna.recovery.lora import attached, lora_config
+from rankadaptor_optuna.recovery.train import TrainingConfig, train
+
+TRAINING = TrainingConfig(steps=3, batch_size=2, learning_rate=0.05)
+
+
+@pytest.fixture
+def make_job(model, texts):
+    def make(tokenizer, candidates=(2, 4, 8), budget="uniform:4", **settings):
+        space = RankSpace.from_model(model, candidates, budget)
+        settings = {"train": texts[:8], "validation": texts[8:], "training": TRAINING, "block_length": 32} | settings
+        return RecoveryObjective(model, tokenizer, space, **settings)
+
+    return make
+
+
+@pytest.fixture
+def job(make_job, tokenizer):
+    return make_job(tokenizer)
+
+
+def run(job, n_trials, **settings):
+    study = create_study(direction="minimize", sampler=RankAdaptorSampler(job.space, prior=None, seed=0))
+    study.optimize(job, n_trials=n_trials, **settings)
+    return study
+
+
+def fixed(job, *ranks):
+    return optuna.trial.FixedTrial(dict(zip(job.space.distributions(), ranks, strict=True)))
+
+
+def test_the_score_is_that_of_a_recovery_by_hand(job, model, tokenizer, texts):
+    trial = fixed(job, 2, 8, 4, 2)
+    score = job(trial)
+    with attached(model, lora_config({0: 2, 1: 8, 2: 4, 3: 2}), seed=0) as adapted:
+        train(adapted, token_blocks(tokenizer, texts[:8], 32), TRAINING, seed=0)
+        expected = block_losses(adapted, token_blocks(tokenizer, texts[8:], 32, limit=12)).mean()
+    assert score == pytest.approx(expected, abs=1e-6)
+    assert trial.user_attrs["trainable_parameters"] == job.space.cost({0: 2, 1: 8, 2: 4, 3: 2})
+    assert trial.user_attrs["seconds"] > 0
+    assert "fail_reason" not in trial.user_attrs
+
+
+def test_scores_differ_by_ranks_and_repeat_for_the_same(job):
+    scores = [job(fixed(job, *ranks)) for ranks in ((2, 4, 8, 2), (8, 4, 2, 2), (2, 4, 8, 2))]
+    assert scores[0] == scores[2] != scores[1]
+
+
+def test_recovery_helps_and_leaves_the_model_as_it_was(job, model, tokenizer, texts):
+    blocks = token_blocks(tokenizer, texts[8:], 32)
+    before = block_losses(model, blocks)
+    assert job(fixed(job, 4, 4, 4, 4)) < before.mean() - 0.3
+    assert (block_losses(model, blocks) == before).all()
+
+
+def test_another_seed_is_another_recovery(job, make_job, tokenizer):
+    assert job(fixed(job, 4, 4, 4, 4)) != make_job(tokenizer, seed=1)(fixed(job, 4, 4, 4, 4))
+
+
+def test_recovered_takes_a_seed_of_its_own(job, tokenizer, texts):
+    blocks, losses = token_blocks(tokenizer, texts[8:], 32), []
+    for seed in (None, 0, 5):
+        with job.recovered(dict.fromkeys(range(4), 4), seed=seed) as adapted:
+            losses.append(block_losses(adapted, blocks).mean())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_fixed_layers_are_recovered_too(model, tokenizer, texts):
+    space = RankSpace(4, layers=[1, 2], fixed_ranks={0: 6})
+    job = RecoveryObjective(model, tokenizer, space, train=texts, validation=texts, training=TRAINING, block_length=32)
+    with job.recovered({1: 2, 2: 4}) as adapted:
+        ranks = {n.split(".")[4]: m.r["default"] for n, m in adapted.named_modules() if getattr(m, "lora_A", None)}
+    assert ranks == {"0": 6, "1": 2, "2": 4}
+
+
+def test_a_study_of_recoveries_reports_each_step(make_job, tokenizer):
+    steps = []
+    job = make_job(tokenizer, on_step=lambda step, loss: steps.append(step))
+    study = run(job, 2)
+    assert steps == [0, 1, 2] * 2
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2
+    assert all(t.user_attrs["trainable_parameters"] <= job.space.budget for t in study.trials)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory")]
+)
+def test_a_trial_that_runs_out_of_memory_fails_with_its_reason_and_the_next_one_runs(job, model, monkeypatch, error):
+    def first_fails(adapted, *args, **kwargs):
+        if not failed:
+            failed.append(adapted)
+            raise error
+        return train(adapted, *args, **kwargs)
+
+    failed = []
+    monkeypatch.setattr(rankadaptor_optuna.objective, "train", first_fails)
+    study = run(job, 2)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert study.trials[0].user_attrs["fail_reason"] == f"{type(error).__name__}: {error}"
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_a_diverged_trial_fails_with_the_step(make_job, tokenizer):
+    job = make_job(tokenizer, training=TrainingConfig(steps=4, learning_rate=1e30))
+    study = run(job, 1)
+    assert study.trials[0].state is TrialState.FAIL
+    assert study.trials[0].user_attrs["fail_reason"].startswith("FloatingPointError: training loss is nan at step")
+
+
+def test_a_mistake_in_the_program_is_not_hidden_as_a_failed_trial(job, monkeypatch):
+    monkeypatch.setattr(rankadaptor_optuna.objective, "block_losses", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(job, 1)
+
+
+def test_a_configuration_without_any_adapter_does_not_stop_the_study(make_job, tokenizer):
+    job = make_job(tokenizer, candidates=(0, 4), budget=1)  # nothing but rank 0 fits
+    study = run(job, 1)
+    assert study.trials[0].state in (TrialState.COMPLETE, TrialState.FAIL)
+
+
+def test_too_little_text_is_refused_at_once(make_job, tokenizer):
+    with pytest.raises(ValueError, match="too few for one block of 100000"):
+        make_job(tokenizer, block_length=100_000)
+
+
+def test_perplexity_is_finite(job):
+    assert math.isfinite(math.exp(job(fixed(job, 2, 2, 2, 2))))

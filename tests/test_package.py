@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import rankadaptor_optuna
+
+HEAVY = ("torch", "transformers", "peft", "lm_eval", "datasets")
+
+
+@pytest.mark.parametrize("line", ["import rankadaptor_optuna", "from rankadaptor_optuna import RankSpace"])
+def test_importing_the_package_loads_nothing_heavy(line):
+    code = f"import sys; {line}; print([m for m in {HEAVY} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_sampler_needs_neither_transformers_nor_peft():
+    hidden = "; ".join(f"sys.modules[{name!r}] = None" for name in HEAVY[1:])
+    code = f"""
+import sys; {hidden}
+import optuna
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study, recommend
+space = RankSpace(4, budget="uniform:8")
+study = create_study(space=space)
+study.optimize(lambda trial: float(sum(space.suggest(trial).values())), n_trials=3)
+print(recommend(study).evidence.n_trials)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "3\n"
+
+
+@pytest.mark.parametrize("name", rankadaptor_optuna.__all__)
+def test_every_public_name_resolves(name):
+    found = getattr(rankadaptor_optuna, name)
+    assert found.__name__ == name
+    assert found.__doc__
+    assert name in dir(rankadaptor_optuna)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'rankadaptor_optuna' has no attribute 'Nonsense'"):
+        rankadaptor_optuna.Nonsense  # noqa: B018
