@@ -15,7 +15,7 @@ from rankadaptor_optuna.quickstart import N_REPORT_SEEDS, Outcome, write_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#8C8C8C"
+_BLUE, _LIGHT, _ORANGE, _GREY = "#0072B2", "#A9CCE3", "#E69F00", "#8C8C8C"
 
 
 def paired_difference(outcome: Outcome) -> tuple[float, float, float]:
@@ -97,20 +97,23 @@ def as_markdown(rows: list[list[str]]) -> str:
 def ranks_figure(outcome: Outcome, h: History) -> Figure:
     """Recommended rank of each layer, above what pruning took from it."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    layers = list(outcome.recommendation.ranks)
+    layers, fixed = list(outcome.recommendation.ranks), outcome.space.fixed_ranks
     uniform = next(iter(outcome.space.uniform().values()))
     figure = Figure(figsize=(9, 5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     top.bar(layers, list(outcome.recommendation.ranks.values()), color=_BLUE, label="recommended")
+    if fixed:
+        top.bar(list(fixed), list(fixed.values()), color=_LIGHT, label="not pruned, not searched")
     top.axhline(uniform, color=_ORANGE, linestyle="--", label=f"uniform, rank {uniform}")
     top.set_ylabel("LoRA rank")
     top.set_yticks(outcome.space.candidates)
-    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     bottom.bar(layers, [100 * share for share in h.profile or np.zeros(len(layers))], color=_GREY)
     bottom.set_ylabel("pruned away\n(% of weights)")
     bottom.set_xlabel("layer")
-    bottom.set_xticks(layers, [str(layer) if i % 2 == 0 else "" for i, layer in enumerate(layers)])
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
     return figure
 
 
@@ -143,7 +146,8 @@ def write_report(outcome: Outcome, out: Path) -> None:
     evidence = found.evidence
     closest = [f"trial {n} ({d} layers differ, score {score:.4f})" for n, d, score in evidence.closest]
     ranks = " | ".join(str(rank) for rank in found.ranks.values())
-    fixed = "".join(f"Layer {i} was left whole and keeps rank {r}. " for i, r in outcome.space.fixed_ranks.items())
+    kept = ", ".join(str(layer) for layer in outcome.space.fixed_ranks)
+    fixed = f" Pruning left layers {kept} whole; they are not searched." if kept else ""
     lines = [
         "# Which LoRA rank for which layer?",
         "",
@@ -161,7 +165,7 @@ def write_report(outcome: Outcome, out: Path) -> None:
         "|" + " --- |" * (len(found.ranks) + 1),
         f"| rank | {ranks} |",
         "",
-        f"Trainable parameters: {found.cost:,.0f}, budget {outcome.space.budget or math.inf:,.0f}. " + fixed,
+        f"Trainable parameters: {found.cost:,.0f}, budget {outcome.space.budget or math.inf:,.0f}." + fixed,
         "",
         "![Rank per layer beside what pruning took from it](ranks.png)",
         "",

@@ -35,6 +35,26 @@ def test_it_learns(model, blocks):
     assert result.seconds > 0
 
 
+def test_a_step_is_adamw_on_the_clipped_gradient_of_its_own_batch(model, blocks):
+    config = TrainingConfig(steps=3, batch_size=2, learning_rate=0.02, weight_decay=0.1, max_grad_norm=0.05)
+    _, found = trained(model, blocks, config=config)
+    with attached(model, lora_config({i: 4 for i in range(4)}), seed=0) as adapted:
+        parameters = [p for p in adapted.parameters() if p.requires_grad]
+        for step, rows in enumerate(batches(5, config, seed=0)):
+            if step == 0:
+                optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1)
+            else:  # warm-up is one step, then cosine over the two left
+                optimizer.param_groups[0]["lr"] = 0.02 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 2))
+            gradients = torch.autograd.grad(adapted(blocks[rows], labels=blocks[rows]).loss, parameters)
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            assert norm > 0.05
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient * 0.05 / (norm + 1e-6)
+            optimizer.step()
+        expected = torch.cat([p.detach().flatten() for p in parameters])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_same_seed_gives_the_same_weights_whatever_ran_before(model, blocks, dropout):
     first, weights = trained(model, blocks, dropout=dropout)

@@ -50,8 +50,9 @@ def learned():
 
 
 def test_the_held_out_loss_falls(learned):
-    losses = learned[1]
+    prior, losses = learned
     assert min(losses) < losses[0] - 0.5
+    assert np.abs(prior.mean).max() > 0.1  # not only the features but what to expect of them
 
 
 def test_a_learned_prior_helps_on_unseen_tasks_after_five_trials(learned):
