@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rankadaptor_optuna import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _ranks(text: str) -> tuple[int, ...]:
@@ -17,10 +26,17 @@ def _ranks(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected ranks like 2,4,8, got {text!r}") from None
 
 
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Joins ``--candidates -2,4``, which argparse would take for two options, so that it is checked as ranks."""
+    words = list(argv)
+    for i, word in enumerate(words[:-1]):
+        if word == "--candidates" and words[i + 1][:1] == "-":
+            return [*words[:i], f"{word}={words[i + 1]}", *words[i + 2 :]]
+    return words
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rankadaptor", description="Finds a LoRA rank for each layer of a pruned language model."
-    )
+    parser = _Parser(prog="rankadaptor", description="Finds a LoRA rank for each layer of a pruned language model.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -63,8 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quickstart(args: argparse.Namespace) -> None:
-    from rankadaptor_optuna.quickstart import Quickstart, run
+    from rankadaptor_optuna.quickstart import Quickstart, run, storage_url
     from rankadaptor_optuna.report import as_text, table, verdict
+    from rankadaptor_optuna.study import masked
 
     config = Quickstart(
         out=args.out,
@@ -80,11 +97,8 @@ def _quickstart(args: argparse.Namespace) -> None:
     )
     outcome = run(config, say=lambda line: print(line, flush=True))
     print(f"\n{as_text(table(outcome))}\n\n{verdict(outcome)}\n")
-    storage = args.storage or f"sqlite:///{(args.out / 'study.db').as_posix()}"
-    from rankadaptor_optuna.study import masked
-
     print(f"Done in {outcome.seconds / 60:.1f} minutes. Report: {args.out / 'report.md'}")
-    print(f"Browse the trials: rankadaptor dashboard --storage {masked(storage)}")
+    print(f"Browse the trials: rankadaptor dashboard --storage {masked(storage_url(config))}")
 
 
 def _dashboard(args: argparse.Namespace) -> None:
@@ -95,7 +109,9 @@ def _dashboard(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0 on success, 2 on bad input (one line on stderr), 130 when interrupted."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
+    # threads that wait by sleeping: on a machine with other work spinning ones are several times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         {"quickstart": _quickstart, "dashboard": _dashboard}[args.command](args)
     except (ValueError, ImportError) as error:

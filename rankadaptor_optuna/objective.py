@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optuna.trial import Trial
 
@@ -14,9 +14,6 @@ from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, attached, lora_config
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
 from rankadaptor_optuna.space import RankSpace
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 class RecoveryObjective:
@@ -75,7 +72,7 @@ class RecoveryObjective:
         self._validation_blocks = token_blocks(tokenizer, validation, block_length, limit=validation_blocks)
 
     @contextmanager
-    def recovered(self, ranks: Mapping[int, int], *, seed: int | None = None) -> Iterator[PeftModel]:
+    def recovered(self, ranks: Mapping[int, int], *, seed: int | None = None) -> Iterator[Any]:
         """The model recovered with ``ranks`` (of the searched layers), as a context: the adapter is gone after it.
 
         Args:
@@ -83,11 +80,15 @@ class RecoveryObjective:
             seed: Another seed of data order and initialisation than the study's.
 
         Raises:
-            ValueError: A searched layer has no rank, or all are 0.
+            ValueError: A searched layer has no rank.
             FloatingPointError: The loss is not finite.
         """
         seed = self.seed if seed is None else seed
-        config = lora_config(self.space.with_fixed(ranks), targets=self._targets, alpha_ratio=self._alpha_ratio)
+        adapted = self.space.with_fixed(ranks)
+        if not any(adapted.values()):  # nothing to train: the pruned model as it is
+            yield self.model
+            return
+        config = lora_config(adapted, targets=self._targets, alpha_ratio=self._alpha_ratio)
         with attached(self.model, config, seed=seed) as model:
             train(model, self._train_blocks, self.training, seed=seed, on_step=self.on_step)
             yield model

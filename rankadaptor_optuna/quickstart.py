@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages import BaseStorage
 from optuna.study import MaxTrialsCallback, Study
 from optuna.trial import TrialState
 from tqdm import tqdm
@@ -31,7 +32,15 @@ from rankadaptor_optuna.recovery.evaluate import (
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace, checked_candidates
-from rankadaptor_optuna.study import Recommendation, create_study, masked, recommend
+from rankadaptor_optuna.study import (
+    Recommendation,
+    check_recipe,
+    create_study,
+    differences,
+    masked,
+    open_storage,
+    recommend,
+)
 
 N_REPORT_SEEDS = 4
 _BLOCK = 256
@@ -117,6 +126,11 @@ class _Results:
         return self.values[key]
 
 
+def storage_url(config: Quickstart) -> str:
+    """Where the study lives."""
+    return config.storage or f"sqlite:///{(config.out / 'study.db').as_posix()}"
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     scratch = path.with_name(path.name + ".part")
@@ -165,6 +179,7 @@ def run(config: Quickstart, say: Callable[[str], None] = print) -> Outcome:
     _quiet()
     recipe = config.recipe()
     _check_out(config.out, recipe)
+    shared = _open(config, recipe)
     texts = load_texts()
 
     say("[1/6] Model: load, prune, measure")
@@ -173,11 +188,14 @@ def run(config: Quickstart, say: Callable[[str], None] = print) -> Outcome:
     dense, pruned = results.values["dense"], results.values["pruned"]
     say(f"      held-out loss: dense {dense['loss']:.3f}, pruned {pruned['loss']:.3f} nats/token; {space!r}")
 
-    storage = config.storage or f"sqlite:///{(config.out / 'study.db').as_posix()}"
-    say(f"[2/6] Study {config.study_name!r} in {masked(storage)}")
-    sampler = RankAdaptorSampler(space, seed=config.seed)
+    url = storage_url(config)
+    say(f"[2/6] Study {config.study_name!r} in {masked(url)}")
     study = create_study(
-        storage=storage, study_name=config.study_name, sampler=sampler, direction="minimize", recipe=recipe
+        storage=shared or url,
+        study_name=config.study_name,
+        sampler=RankAdaptorSampler(space, seed=config.seed),
+        direction="minimize",
+        recipe=recipe,
     )
     study.set_metric_names(["held-out loss (nats/token)"])
     say(f"[3/6] Search: {config.trials} recoveries of {config.steps} steps, uniform first, all within the budget")
@@ -215,12 +233,21 @@ def _check_out(out: Path, recipe: dict[str, Any]) -> None:
         return
     if not settings.exists():
         raise ValueError(f"--out {out} is not empty and not of an earlier run; choose an empty or a new folder.")
-    stored = json.loads(settings.read_text())
-    changed = [f"{k} was {stored.get(k)}, now {recipe[k]}" for k in recipe if stored.get(k) != recipe[k]]
+    changed = differences(json.loads(settings.read_text()), recipe)
     if changed:
         raise ValueError(
             f"--out {out} belongs to other settings: {'; '.join(changed)}. Use those again, or another --out."
         )
+
+
+def _open(config: Quickstart, recipe: dict[str, Any]) -> BaseStorage | None:
+    """The shared storage, where one is given, checked before any work is done."""
+    if config.storage is None:
+        return None
+    storage = open_storage(config.storage)
+    if config.study_name in optuna.get_all_study_names(storage):
+        check_recipe(optuna.load_study(study_name=config.study_name, storage=storage), recipe)
+    return storage
 
 
 def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[_Results, RecoveryObjective, _Meter]:

@@ -24,6 +24,7 @@ from rankadaptor_optuna.surrogate.search import solve_unseen
 SPACE_ATTR = "rankadaptor:space"
 _PROPOSAL_ATTR = "rankadaptor:proposal"
 _MAX_REDRAWS = 10
+_FIXED_PARAMS_OF_SAMPLER = "_fixed_params"  # of PartialFixedSampler
 _FIXED_PARAMS = "fixed_params"  # where Optuna keeps what enqueue_trial gave
 
 
@@ -99,20 +100,22 @@ class RankAdaptorSampler(BaseSampler):
     ) -> dict[str, Any]:
         """One configuration: the uniform one first, then Thompson draws, each within the budget."""
         search_space = {name: dist for name, dist in search_space.items() if not dist.single()}
-        ranked = self.space is not None and set(self.space.distributions()) <= set(search_space)
         if not search_space:
             return {}
-        if ranked and self.space is not None:
-            encoding = Encoding(search_space, self._grid, list(self.space.distributions()))
-        else:
-            encoding = Encoding(search_space)
+        ranks = {} if self.space is None else self.space.distributions()
+        ranked = not ranks.keys().isdisjoint(search_space)
+        # PartialFixedSampler takes its names out of the search space; their ranks still cost
+        encoding = Encoding({**ranks, **search_space}, self._grid, list(ranks)) if ranked else Encoding(search_space)
         trials = study.get_trials(deepcopy=False)
         rng = self._rng(trial, "relative")
         belief, best_point = self._belief(study, trials, encoding, rng)
         params = encoding.decode(_best_point(encoding, belief, best_point, rng))
         if encoding.rank_names:
-            params |= self._ranks(study, trial, trials, encoding, belief, rng, with_budget=ranked)
-        return params
+            given = {name: grid[-1] for name, grid in zip(encoding.rank_names, encoding.grid.values, strict=True)}
+            given = {name: rank for name, rank in given.items() if name not in search_space}  # at its dearest
+            given |= getattr(study.sampler, _FIXED_PARAMS_OF_SAMPLER, {}) | trial.system_attrs.get(_FIXED_PARAMS, {})
+            params |= self._ranks(study, trial, trials, encoding, belief, given, rng)
+        return {name: value for name, value in params.items() if name in search_space}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -149,52 +152,57 @@ class RankAdaptorSampler(BaseSampler):
         trials: list[FrozenTrial],
         encoding: Encoding,
         belief: Belief,
+        given: dict[str, Any],
         rng: np.random.Generator,
-        *,
-        with_budget: bool,
     ) -> dict[str, int]:
+        """Ranks by name: the uniform ones first, else the best by ``belief`` that no other trial has."""
         grid, names = encoding.grid, encoding.rank_names
-        if with_budget and self.space is not None and self._uniform_is_missing(trial, trials):
-            return {self.space.name(layer): rank for layer, rank in self.space.uniform().items()}
-        values = grid.padded_values()
-        table = belief.table.copy()
+        values, table = grid.padded_values(), belief.table.copy()
+        costs = values * grid.costs[:, None]
         for row, candidates in enumerate(grid.values):
             table[row, len(candidates) :] = -np.inf
-        costs = values * grid.costs[:, None]
+            if (rank := given.get(names[row])) is not None:  # the other layers share what it leaves of the budget
+                values[row], costs[row] = rank, rank * grid.costs[row]
+                table[row, 1:] = -np.inf
         budget = np.inf
-        if with_budget and self.space is not None and self.space.budget is not None:
+        if grid is self._grid and self.space is not None and self.space.budget is not None:
             budget = self.space.budget - self.space.fixed_cost
-        for name, value in trial.system_attrs.get(_FIXED_PARAMS, {}).items():
-            if name in names:  # enqueued in part: the other layers share what the given ranks leave
-                row = names.index(name)
-                table[row, values[row] != value] = -np.inf
-        spent = np.where(np.isfinite(table), costs, np.inf).min(1).sum()
-        seen = _seen(trial, trials, names, values)
+        budget = max(budget, np.where(np.isfinite(table), costs, np.inf).min(1).sum())
+        rows = np.arange(len(names))
+        seen = set(_announced(trial, trials, names))
+        wants_uniform = grid is self._grid and not given and self._uniform_is_missing(trial, trials, names)
         for _ in range(_MAX_REDRAWS):
-            choice = solve_unseen(table, costs, max(budget, spent), seen, rng)
-            key = tuple(choice.tolist())
-            ranks = [int(rank) for rank in values[np.arange(len(values)), choice]]
-            # announced before its parameters are stored one by one; of two workers with the same, the later redraws
-            study._storage.set_trial_system_attr(trial._trial_id, _PROPOSAL_ATTR, ranks)
+            if wants_uniform:
+                ranks = tuple(int(rank) for rank in grid.reference)
+            else:
+                seen_choices = {c for c in (_choice(ranks, values) for ranks in seen) if c is not None}
+                ranks = tuple(int(r) for r in values[rows, solve_unseen(table, costs, budget, seen_choices, rng)])
+            # announced before the parameters are stored one by one, so that concurrent workers see it; of two with
+            # the same one the later draws again (both do where both see it), but uniform stays with the earlier
+            study._storage.set_trial_system_attr(trial._trial_id, _PROPOSAL_ATTR, list(ranks))
             running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            earlier = [other for other in running if other.number < trial.number]
-            if key in seen or key not in _seen(trial, earlier, names, values):
+            rivals = [t for t in running if t.number < trial.number] if wants_uniform else running
+            if ranks in seen or ranks not in _announced(trial, rivals, names):
                 break
-            seen.add(key)
+            seen.add(ranks)
+            wants_uniform = False
         return dict(zip(names, ranks, strict=True))
 
-    def _uniform_is_missing(self, trial: FrozenTrial, trials: list[FrozenTrial]) -> bool:
-        """Whether no trial is the uniform configuration, nor an earlier worker just about to be."""
-        assert self.space is not None
-        uniform = {self.space.name(layer): rank for layer, rank in self.space.uniform().items()}
-        if trial.system_attrs.get(_FIXED_PARAMS):
-            return False
+    def _uniform_is_missing(self, trial: FrozenTrial, trials: list[FrozenTrial], names: list[str]) -> bool:
+        """Whether no trial is the uniform configuration; one that failed is tried once more."""
+        uniform = tuple(int(rank) for rank in self._grid.reference) if self._grid is not None else ()
+        failed = 0
         for other in trials:
-            if other.number != trial.number and uniform.items() <= other.params.items():
+            if other.number == trial.number:
+                continue
+            found = _announced(trial, [other], names)
+            if other.number < trial.number and other.state is TrialState.RUNNING and not found:
+                return False  # a worker that is just about to be
+            if uniform in found and other.state is TrialState.FAIL:
+                failed += 1
+            elif uniform in found:
                 return False
-            if other.number < trial.number and other.state is TrialState.RUNNING and not other.params:
-                return False
-        return True
+        return failed < 2
 
 
 def scalarised(values: Array, directions: Sequence[StudyDirection], rng: np.random.Generator) -> Array:
@@ -226,16 +234,19 @@ def _best_point(encoding: Encoding, belief: Belief, best: Array | None, rng: np.
     return point
 
 
-def _seen(trial: FrozenTrial, trials: list[FrozenTrial], names: list[str], values: Array) -> set[tuple[int, ...]]:
-    """Configurations that other trials have tried, are running or have announced, as candidate indices."""
-    seen = set()
-    for other in trials:
-        ranks = [other.params.get(name) for name in names]
+def _announced(trial: FrozenTrial, others: list[FrozenTrial], names: list[str]) -> list[tuple[int, ...]]:
+    """Rank configurations that other trials have tried, are running or have announced."""
+    found = []
+    for other in others:
+        ranks: list[Any] = [other.params.get(name) for name in names]
         if None in ranks:
             ranks = other.system_attrs.get(_PROPOSAL_ATTR, [])
-        if other.number == trial.number or other.state is TrialState.WAITING or len(ranks) != len(names):
-            continue
-        matches = values == np.asarray(ranks, dtype=np.float64)[:, None]
-        if matches.any(1).all():
-            seen.add(tuple(matches.argmax(1).tolist()))
-    return seen
+        if other.number != trial.number and other.state is not TrialState.WAITING and len(ranks) == len(names):
+            found.append(tuple(ranks))
+    return found
+
+
+def _choice(ranks: tuple[int, ...], values: Array) -> tuple[int, ...] | None:
+    """Candidate index of each rank; None where one is not a candidate (any more)."""
+    matches = values == np.asarray(ranks, dtype=np.float64)[:, None]
+    return tuple(matches.argmax(1).tolist()) if matches.any(1).all() else None

@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
 _FORMAT = 1
+_ROUNDING = 1e-9  # costs may be fractions, and sums of them round
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -194,7 +196,7 @@ class RankSpace:
     def is_feasible(self, ranks: Mapping[int, int]) -> bool:
         """Whether every rank is a candidate and the cost is within the budget."""
         allowed = all(ranks.get(layer) in self.candidates for layer in self.layers)
-        return allowed and (self.budget is None or self.cost(ranks) <= self.budget)
+        return allowed and (self.budget is None or self.cost(ranks) <= self.budget * (1 + _ROUNDING))
 
     def uniform(self) -> dict[int, int]:
         """The reference: the largest candidate that fits the budget in every searched layer alike."""
@@ -229,7 +231,10 @@ class RankSpace:
         fields = dict(d)
         if fields.pop("format", None) != _FORMAT:
             raise ValueError(f"not a rank space of format {_FORMAT}: {dict(d)!r:.80}.")
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"not a rank space of format {_FORMAT}: {error}.") from None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RankSpace) and self.to_dict() == other.to_dict()
@@ -251,7 +256,7 @@ def checked_candidates(candidates: Sequence[int]) -> tuple[int, ...]:
     values = tuple(candidates)
     if not values:
         raise ValueError("candidates must not be empty: give the ranks that a layer may take, e.g. (2, 4, 8).")
-    if any(isinstance(c, bool) or int(c) != c for c in values):
+    if any(isinstance(c, bool) or not isinstance(c, (int, np.integer)) for c in values):
         raise ValueError(f"candidates must be integers, got {list(values)}.")
     if list(values) != sorted(set(values)):
         raise ValueError(f"candidates must be strictly increasing, got {list(values)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -70,27 +71,37 @@ def create_study(
         load_if_exists=load_if_exists,
     )
     if recipe is not None:
-        stored = study.user_attrs.get(RECIPE_ATTR)
-        if stored is None:
-            study.set_user_attr(RECIPE_ATTR, dict(recipe))
-        elif stored != dict(recipe):
-            keys = sorted(k for k in {*stored, *recipe} if stored.get(k) != recipe.get(k))
-            raise ValueError(
-                f"study {study.study_name!r} belongs to other settings: " + _differences(stored, recipe, keys)
-            )
+        check_recipe(study, recipe)
+        study.set_user_attr(RECIPE_ATTR, dict(recipe))
     return study
 
 
-def _differences(stored: Mapping[str, Any], given: Mapping[str, Any], keys: list[str]) -> str:
-    parts = [f"{key} was {stored.get(key)!s:.60}, now {given.get(key)!s:.60}" for key in keys]
-    return "; ".join(parts) + ". Use those settings again, or another study name or output folder."
+def check_recipe(study: Study, recipe: Mapping[str, Any]) -> None:
+    """Whether the study's trials are comparable with trials of ``recipe``.
+
+    Raises:
+        ValueError: The study belongs to another recipe; the message names what differs.
+    """
+    stored = study.user_attrs.get(RECIPE_ATTR)
+    changed = [] if stored is None else differences(stored, recipe)
+    if changed:
+        raise ValueError(
+            f"study {study.study_name!r} belongs to other settings: {'; '.join(changed)}. Use those, or another study name."
+        )
+
+
+def differences(stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """What differs between a stored recipe and one as given, which JSON may have made lists of tuples in."""
+    now = json.loads(json.dumps(recipe))
+    pairs = {key: (stored.get(key), now.get(key)) for key in sorted({*stored, *now})}
+    return [f"{key} was {was!s:.60}, now {given!s:.60}" for key, (was, given) in pairs.items() if was != given]
 
 
 def masked(url: str) -> str:
     """A database URL without its password, for messages."""
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         return "(not a database URL)"
 
 
@@ -109,7 +120,7 @@ def open_storage(url: str) -> RDBStorage:
                 connection.execute(sqlalchemy.select(sqlalchemy.func.get_lock("rankadaptor", 60)))
             storage = _create_tables(url)
         engine.dispose()
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise ValueError(f"cannot open the storage {masked(url)}: {reason}") from None
     return storage
@@ -204,9 +215,9 @@ def _common(study: Study) -> dict[str, BaseDistribution]:
     return {n: d for n, d in intersection_search_space(trials).items() if not d.single()}
 
 
-def finished_trials(study: Study) -> list[FrozenTrial]:
+def finished_trials(study: Study, space: RankSpace | None = None) -> list[FrozenTrial]:
     """Completed trials with a finite score that carry every rank parameter."""
-    names = study_ranks(study)
+    names = study_ranks(study, space)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return [t for t in complete if np.isfinite(t.values).all() and names.keys() <= t.params.keys()]
 
@@ -248,7 +259,7 @@ def recommend(
     names = study_ranks(study, space)
     if not names:
         raise ValueError("the study has no rank parameters: names with a layer number and integer values.")
-    trials = finished_trials(study)
+    trials = finished_trials(study, space)
     if not trials:
         raise ValueError(f"study {study.study_name!r} has no finished trial yet; run some first.")
     if space is None:

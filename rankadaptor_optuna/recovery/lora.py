@@ -77,6 +77,7 @@ def attached(model: Any, config: LoraConfig, *, seed: int) -> Iterator[PeftModel
     """
     from peft import get_peft_model
 
+    was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
     with _fixed_rng(seed):
         adapted = get_peft_model(model, config)
     try:
@@ -86,6 +87,9 @@ def attached(model: Any, config: LoraConfig, *, seed: int) -> Iterator[PeftModel
         adapted.unload()
         if hasattr(model, "peft_config"):
             del model.peft_config
+        model.train(was_training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

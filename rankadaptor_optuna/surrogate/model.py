@@ -120,8 +120,8 @@ class PerformanceModel:
     def _standardised(self) -> tuple[Array, float, float]:
         """Scores standardised within the study, with their mean and spread.
 
-        Scores far worse than the rest (a recovery that diverged) are pulled in to five robust deviations below the
-        median: they stay the worst, but do not set the scale.
+        Scores far from the rest (a recovery that diverged) are pulled in to five robust deviations from the median:
+        they stay the worst, but do not set the scale.
         """
         scores = self._scores
         if not len(scores):
@@ -129,7 +129,7 @@ class PerformanceModel:
         median = np.median(scores)
         deviation = 1.4826 * float(np.median(np.abs(scores - median)))
         if deviation > 0:
-            scores = np.maximum(scores, median - 5 * deviation)
+            scores = np.clip(scores, median - 5 * deviation, median + 5 * deviation)
         location, spread = float(scores.mean()), float(scores.std()) or 1.0
         return (scores - location) / spread, location, spread
 
