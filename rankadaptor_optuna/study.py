@@ -85,8 +85,9 @@ def check_recipe(study: Study, recipe: Mapping[str, Any]) -> None:
     stored = study.user_attrs.get(RECIPE_ATTR)
     changed = [] if stored is None else differences(stored, recipe)
     if changed:
+        what = "; ".join(changed)
         raise ValueError(
-            f"study {study.study_name!r} belongs to other settings: {'; '.join(changed)}. Use those, or another study name."
+            f"study {study.study_name!r} belongs to other settings: {what}. Use those, or another study name."
         )
 
 
