@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Prunes a model, searches a LoRA rank per layer, recovers it and reports. Run it again with the "
         "same --out to go on where it stopped.",
     )
-    quick.add_argument("--trials", type=int, default=14, metavar="N", help="trials to reach (default: %(default)s)")
+    quick.add_argument("--trials", type=int, default=12, metavar="N", help="trials to reach (default: %(default)s)")
     quick.add_argument("--out", type=Path, default=Path("rankadaptor-out"), metavar="DIR", help="default: %(default)s")
     quick.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     quick.add_argument("--model", metavar="PATH", help="model folder or Hub name (default: SmolLM2-135M-Instruct)")
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     quick.add_argument(
         "--budget", default="uniform:8", help="trainable parameters, or uniform:RANK (default: %(default)s)"
     )
-    quick.add_argument("--steps", type=int, default=10, help="training steps of one recovery (default: %(default)s)")
+    quick.add_argument("--steps", type=int, default=8, help="training steps of one recovery (default: %(default)s)")
     quick.add_argument("--storage", metavar="URL", help="Optuna storage (default: SQLite in --out)")
     quick.add_argument("--study", default="quickstart", metavar="NAME", help="study name (default: %(default)s)")
 
@@ -110,8 +110,8 @@ def _dashboard(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0 on success, 2 on bad input (one line on stderr), 130 when interrupted."""
     args = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
-    # threads that wait by sleeping: on a machine with other work spinning ones are several times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # on a machine with other work, threads that spin long while they wait make everything several times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         {"quickstart": _quickstart, "dashboard": _dashboard}[args.command](args)
     except (ValueError, ImportError) as error:

@@ -19,7 +19,7 @@ from optuna.study import MaxTrialsCallback, Study
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from rankadaptor_optuna.embedded import Texts, load_model, load_texts, native_dtype
+from rankadaptor_optuna.embedded import Texts, load_model, load_texts, search_dtype
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.recovery.data import token_blocks
@@ -42,11 +42,11 @@ from rankadaptor_optuna.study import (
     recommend,
 )
 
-N_REPORT_SEEDS = 4
+N_REPORT_SEEDS = 3
 _BLOCK = 256
-_REPORT_BLOCKS = 16
+_REPORT_BLOCKS = 24
 _VALIDATION_BLOCKS = 12
-_ITEMS = 80
+_ITEMS = 60
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ class Quickstart:
     """
 
     out: Path
-    trials: int = 14
+    trials: int = 12
     seed: int = 0
     model: str | None = None
     ratio: float = 0.25
     candidates: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
     budget: str = "uniform:8"
-    steps: int = 10
+    steps: int = 8
     storage: str | None = None
     study_name: str = "quickstart"
 
@@ -94,7 +94,7 @@ class Quickstart:
         """What makes two trials comparable; stored with the study and in ``out``."""
         return {
             "model": self.model or "embedded: SmolLM2-135M-Instruct",
-            "dtype": str(native_dtype()).removeprefix("torch."),
+            "dtype": str(search_dtype()).removeprefix("torch."),
             "pruning": {"method": "llm-pruner", "ratio": self.ratio},
             "candidates": list(self.candidates),
             "budget": self.budget,
@@ -344,6 +344,9 @@ def _search(study: Study, job: RecoveryObjective, config: Quickstart) -> None:
             ],
         )
         job.on_step = None
+    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        reason = study.trials[-1].user_attrs.get("fail_reason", "no reason recorded")
+        raise ValueError(f"no trial finished; the last one failed with {reason}")
 
 
 def _confirm(
@@ -370,7 +373,7 @@ def _confirm(
                 if i == 0:
                     measured["accuracy"] = meter.accuracy(name, model)
                     if save:
-                        _save_adapter(model, config.out / "adapter")
+                        _save_adapter(model, config.out)
                         results.values["adapter"] = key
             job.on_step = None
         return measured
@@ -383,8 +386,9 @@ def _confirm(
     }
 
 
-def _save_adapter(model: Any, folder: Path) -> None:  # noqa: ANN401
-    scratch = folder.with_name(folder.name + ".part")
+def _save_adapter(model: Any, out: Path) -> None:  # noqa: ANN401
+    folder, scratch = out / "adapter", out / "adapter.part"
+    model.peft_config["default"].base_model_name_or_path = str(out / "pruned")
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
     shutil.rmtree(folder, ignore_errors=True)

@@ -43,8 +43,8 @@ def block_losses(
             for start in range(0, len(blocks), batch_size):
                 batch = blocks[start : start + batch_size].to(next(model.parameters()).device)
                 logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-                loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-                losses += loss.mean(1).tolist()
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+                losses += loss.view(len(batch), -1).mean(1).tolist()
                 if on_batch is not None:
                     on_batch(len(losses))
     finally:

@@ -27,7 +27,7 @@ class TrainingConfig:
         max_grad_norm: Gradient clipping.
     """
 
-    steps: int = 10
+    steps: int = 8
     batch_size: int = 2
     learning_rate: float = 3e-3
     warmup: float = 0.1
