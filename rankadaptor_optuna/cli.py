@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Prunes a model, searches a LoRA rank per layer, recovers it and reports. Run it again with the "
         "same --out to go on where it stopped.",
     )
-    quick.add_argument("--trials", type=int, default=12, metavar="N", help="trials to reach (default: %(default)s)")
+    quick.add_argument("--trials", type=int, default=10, metavar="N", help="trials to reach (default: %(default)s)")
     quick.add_argument("--out", type=Path, default=Path("rankadaptor-out"), metavar="DIR", help="default: %(default)s")
     quick.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     quick.add_argument("--model", metavar="PATH", help="model folder or Hub name (default: SmolLM2-135M-Instruct)")

@@ -70,7 +70,7 @@ class Quickstart:
     """
 
     out: Path
-    trials: int = 12
+    trials: int = 10
     seed: int = 0
     model: str | None = None
     ratio: float = 0.25
