@@ -197,7 +197,7 @@ def run(config: Quickstart, say: Callable[[str], None] = print) -> Outcome:
         direction="minimize",
         recipe=recipe,
     )
-    study.set_metric_names(["held-out loss (nats/token)"])
+    study.set_metric_names(["loss (nats/token)"])
     say(f"[3/6] Search: {config.trials} recoveries of {config.steps} steps, uniform first, all within the budget")
     _search(study, job, config)
     recommendation = recommend(study)

@@ -114,6 +114,7 @@ def ranks_figure(outcome: Outcome, h: History) -> Figure:
     bottom.set_ylabel("pruned away\n(% of weights)")
     bottom.set_xlabel("layer")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
+    bottom.set_xlim(-1, outcome.space.n_layers)
     return figure
 
 
