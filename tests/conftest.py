@@ -93,3 +93,8 @@ def texts():
     draw = random.Random(0)
     words = ["rank", "layer", "prune", "head", "of", "the", "a", "model"]
     return [" ".join(draw.choices(words, k=30)) for _ in range(12)]
+
+
+def pytest_collection_modifyitems(items):
+    """Fast tests first."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
