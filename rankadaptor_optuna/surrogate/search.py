@@ -14,7 +14,7 @@ def solve(values: Array, costs: Array, budget: float, max_sweeps: int = 50) -> C
     """The choice of one candidate per layer with the highest total value whose total cost is within the budget.
 
     Lagrangian relaxation by bisection, then single moves and pairwise exchanges until none helps. The result is
-    feasible by construction and, for 30 layers x 6 candidates, within a rounding of one candidate of the optimum.
+    feasible by construction; it need not be the optimum, though on small instances it was wherever brute force checked.
 
     Args:
         values: (L, C); a candidate that is not allowed has -inf.
