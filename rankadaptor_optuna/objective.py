@@ -101,11 +101,7 @@ class RecoveryObjective:
         try:
             with self.recovered(ranks) as model:
                 loss = float(block_losses(model, self._validation_blocks).mean())
-        except (
-            RuntimeError,
-            FloatingPointError,
-            MemoryError,
-        ) as error:  # torch's out-of-memory is a RuntimeError
+        except (RuntimeError, FloatingPointError, MemoryError) as error:  # out of memory is torch's RuntimeError
             trial.set_user_attr("fail_reason", f"{type(error).__name__}: {error}"[:500])
             return float("nan")
         trial.set_user_attr("seconds", round(time.perf_counter() - start, 2))

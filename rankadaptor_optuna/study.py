@@ -47,7 +47,7 @@ def create_study(
 ) -> Study:
     """Creates or resumes a study, safely for workers that start at the same moment on a fresh database.
 
-    A database given by its URL gets Optuna's heartbeat, so that the trial of a killed worker is noticed and queued again.
+    A database given by its URL gets Optuna's heartbeat, which queues the trial of a killed worker again.
 
     Args:
         storage: Any Optuna storage or its URL. Default: in memory.
