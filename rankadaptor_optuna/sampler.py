@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,20 +11,20 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from rankadaptor_optuna.history import PROPOSAL_ATTR, EncodedTrials, History, announced
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.surrogate.encoding import Encoding
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
 from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
-from rankadaptor_optuna.surrogate.search import solve_unseen
+from rankadaptor_optuna.surrogate.search import Allocations
 
 SPACE_ATTR = "rankadaptor:space"
-_PROPOSAL_ATTR = "rankadaptor:proposal"
 _MAX_REDRAWS = 10
+_PENALTIES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _FIXED_PARAMS_OF_SAMPLER = "_fixed_params"  # of PartialFixedSampler
 _FIXED_PARAMS = "fixed_params"  # where Optuna keeps what enqueue_trial gave
 
@@ -67,6 +68,16 @@ class RankAdaptorSampler(BaseSampler):
         self._independent_sampler = independent_sampler
         self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
         self._grid = None if space is None else RankGrid.from_space(space)
+        self._cached: History | None = None
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what the storage has anyway."""
+        return {**self.__dict__, "_cached": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickled sampler."""
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def reseed_rng(self) -> None:
         """Takes a fresh seed from the system, as Optuna's own samplers do."""
@@ -90,9 +101,9 @@ class RankAdaptorSampler(BaseSampler):
             self._independent_sampler.after_trial(study, trial, state, values)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The space's ranks, and whatever the finished trials have in common."""
-        known = IntersectionSearchSpace().calculate(study)
-        common = {name: dist for name, dist in known.items() if not dist.single()}
+        """The space's ranks, and whatever the completed trials have in common, in its latest range."""
+        with self._lock:
+            common = self._history(study).searched
         return common if self.space is None else {**common, **self.space.distributions()}
 
     def sample_relative(
@@ -106,15 +117,22 @@ class RankAdaptorSampler(BaseSampler):
         ranked = not ranks.keys().isdisjoint(search_space)
         # PartialFixedSampler takes its names out of the search space; their ranks still cost
         encoding = Encoding({**ranks, **search_space}, self._grid, list(ranks)) if ranked else Encoding(search_space)
-        trials = study.get_trials(deepcopy=False)
         rng = self._rng(trial, "relative")
-        belief, best_point = self._belief(study, trials, encoding, rng)
-        params = encoding.decode(_best_point(encoding, belief, best_point, rng))
+        given: dict[str, Any] = {}
         if encoding.rank_names:
             given = {name: grid[-1] for name, grid in zip(encoding.rank_names, encoding.grid.values, strict=True)}
             given = {name: rank for name, rank in given.items() if name not in search_space}  # at its dearest
             given |= getattr(study.sampler, _FIXED_PARAMS_OF_SAMPLER, {}) | trial.system_attrs.get(_FIXED_PARAMS, {})
-            params |= self._ranks(study, trial, trials, encoding, belief, given, rng)
+        rows = {row: given[name] for row, name in enumerate(encoding.rank_names) if name in given}
+        with self._lock:
+            history = self._history(study)
+            trials = history.encoded(encoding, self._new_model)
+            allocations = Allocations.of(encoding.grid, self._budget(encoding), rows)
+            table, params = self._draw(study, trials, allocations, rng)
+            if encoding.rank_names:
+                wants_uniform = encoding.grid is self._grid and not rows
+                chosen = self._announce(study, trial, history, trials, allocations, table, wants_uniform, rng)
+                params |= dict(zip(encoding.rank_names, chosen, strict=True))
         return {name: value for name, value in params.items() if name in search_space}
 
     def sample_independent(
@@ -126,83 +144,97 @@ class RankAdaptorSampler(BaseSampler):
             sampler = RandomSampler(seed=int(self._rng(trial, param_name).integers(2**32)))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
-    def _belief(
-        self, study: Study, trials: list[FrozenTrial], encoding: Encoding, rng: np.random.Generator
-    ) -> tuple[Belief, Array | None]:
-        names = encoding.rank_names + encoding.ordinary_names
-        finished = [
-            t
-            for t in trials
-            if t.state is TrialState.COMPLETE
-            and all(name in t.params for name in names)
-            and np.isfinite(t.values).all()
-        ]
-        model = PerformanceModel(encoding.grid, prior=self.prior, n_ordinary=encoding.width)
-        if len(finished) < max(1, self._n_startup_trials):
-            return model.sample(rng), None
-        scores = scalarised(np.asarray([t.values for t in finished]), study.directions, rng)
-        points = np.asarray([encoding.point(t.params) for t in finished])
-        model.update(np.asarray([encoding.ranks(t.params) for t in finished]), scores, points)
-        return model.sample(rng), points[int(scores.argmax())]
+    def _history(self, study: Study) -> History:
+        if self._cached is None or not self._cached.is_of(study):
+            self._cached = History(study)
+        self._cached.refresh()
+        return self._cached
 
-    def _ranks(
+    def _new_model(self, encoding: Encoding) -> PerformanceModel:
+        return PerformanceModel(encoding.grid, prior=self.prior, n_ordinary=encoding.width)
+
+    def _budget(self, encoding: Encoding) -> float | None:
+        if encoding.grid is not self._grid or self.space is None or self.space.budget is None:
+            return None
+        return self.space.budget - self.space.fixed_cost
+
+    def _draw(
+        self, study: Study, trials: EncodedTrials, allocations: Allocations, rng: np.random.Generator
+    ) -> tuple[Array, dict[str, Any]]:
+        """A Thompson draw of each candidate rank's value, (L, C), and the other parameters that are best by it.
+
+        Constraints are drawn likewise, as functions of the same features; their penalty rises until the draw's
+        optimum keeps all of them.
+        """
+        encoding, model, data = trials.encoding, trials.model, trials.data()
+        incumbent, constraints = None, []
+        if len(data.trials) < max(1, self._n_startup_trials):
+            model.fit(data.rows[:0], np.zeros(0))
+        else:
+            scores = scalarised(data.values, study.directions, rng)
+            model.fit(data.rows, scores, data.variance)
+            feasible = np.asarray([all(c <= 0 for c in cs.values()) for cs in data.constraints])
+            best = int(np.where(feasible, scores, scores.min()).argmax())
+            incumbent = np.asarray(encoding.point(data.trials[best].params))
+            for name in sorted({name for cs in data.constraints for name in cs}):
+                given = [i for i, cs in enumerate(data.constraints) if np.isfinite(cs.get(name, np.nan))]
+                values = np.asarray([data.constraints[i][name] for i in given])
+                constraints.append(model.draw_constraint(data.rows[given], values, rng))
+        drawn = model.sample(rng)
+        layers = np.arange(len(encoding.rank_names))
+        for penalty in _PENALTIES:
+            belief = drawn
+            for constraint in constraints:
+                belief = belief.plus(constraint, -penalty)
+            point = _best_point(encoding, belief, incumbent, rng)
+            choice = allocations.best(belief.table)
+            if all(c.offset + c.table[layers, choice].sum() + c.of_ordinary(point[None])[0] <= 0 for c in constraints):
+                break
+        return belief.table, encoding.decode(point)
+
+    def _announce(
         self,
         study: Study,
         trial: FrozenTrial,
-        trials: list[FrozenTrial],
-        encoding: Encoding,
-        belief: Belief,
-        given: dict[str, Any],
+        history: History,
+        trials: EncodedTrials,
+        allocations: Allocations,
+        table: Array,
+        wants_uniform: bool,
         rng: np.random.Generator,
-    ) -> dict[str, int]:
-        """Ranks by name: the uniform ones first, else the best by ``belief`` that no other trial has."""
-        grid, names = encoding.grid, encoding.rank_names
-        values, table = grid.padded_values(), belief.table.copy()
-        costs = values * grid.costs[:, None]
-        for row, candidates in enumerate(grid.values):
-            table[row, len(candidates) :] = -np.inf
-            if (rank := given.get(names[row])) is not None:  # the other layers share what it leaves of the budget
-                values[row], costs[row] = rank, rank * grid.costs[row]
-                table[row, 1:] = -np.inf
-        budget = np.inf
-        if grid is self._grid and self.space is not None and self.space.budget is not None:
-            budget = self.space.budget - self.space.fixed_cost
-        budget = max(budget, np.where(np.isfinite(table), costs, np.inf).min(1).sum())
-        rows = np.arange(len(names))
-        seen = set(_announced(trial, trials, names))
-        wants_uniform = grid is self._grid and not given and self._uniform_is_missing(trial, trials, names)
+    ) -> tuple[int, ...]:
+        """The uniform ranks first, else the best by ``table`` that no other trial has."""
+        names = trials.encoding.rank_names
+        uniform = tuple(int(rank) for rank in trials.encoding.grid.reference)
+        others = [t for t in history.unfinished if t.number != trial.number and t.state is TrialState.RUNNING]
+        running = {announced(t, names) for t in others}
+        if wants_uniform:
+            ended = trials.tried.get(uniform, [])  # a uniform trial that failed is tried once more
+            about_to_be = any(announced(t, names) is None for t in others if t.number < trial.number)
+            missing = uniform not in running and ended in ([], [TrialState.FAIL])
+            wants_uniform = missing and not about_to_be
+
+        def is_seen(ranks: tuple[int, ...]) -> bool:
+            return ranks in running or ranks in trials.tried
+
         for _ in range(_MAX_REDRAWS):
-            if wants_uniform:
-                ranks = tuple(int(rank) for rank in grid.reference)
-            else:
-                seen_choices = {c for c in (_choice(ranks, values) for ranks in seen) if c is not None}
-                ranks = tuple(int(r) for r in values[rows, solve_unseen(table, costs, budget, seen_choices, rng)])
+            ranks = uniform if wants_uniform else allocations.ranks_of(allocations.best_unseen(table, is_seen, rng))
+            known = is_seen(ranks)
             # announced before the parameters are stored one by one, so that concurrent workers see it; of two with
             # the same one the later draws again (both do where both see it), but uniform stays with the earlier
-            study._storage.set_trial_system_attr(trial._trial_id, _PROPOSAL_ATTR, list(ranks))
-            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            rivals = [t for t in running if t.number < trial.number] if wants_uniform else running
-            if ranks in seen or ranks not in _announced(trial, rivals, names):
+            study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_ATTR, list(ranks))
+            history.refresh()
+            rivals = {
+                announced(t, names)
+                for t in history.unfinished
+                if t.state is TrialState.RUNNING and t.number != trial.number
+                if t.number < trial.number or not wants_uniform
+            }
+            if known or ranks not in rivals:
                 break
-            seen.add(ranks)
+            running.add(ranks)
             wants_uniform = False
-        return dict(zip(names, ranks, strict=True))
-
-    def _uniform_is_missing(self, trial: FrozenTrial, trials: list[FrozenTrial], names: list[str]) -> bool:
-        """Whether no trial is the uniform configuration; one that failed is tried once more."""
-        uniform = tuple(int(rank) for rank in self._grid.reference) if self._grid is not None else ()
-        failed = 0
-        for other in trials:
-            if other.number == trial.number:
-                continue
-            found = _announced(trial, [other], names)
-            if other.number < trial.number and other.state is TrialState.RUNNING and not found:
-                return False  # a worker that is just about to be
-            if uniform in found and other.state is TrialState.FAIL:
-                failed += 1
-            elif uniform in found:
-                return False
-        return failed < 2
+        return ranks
 
 
 def scalarised(values: Array, directions: Sequence[StudyDirection], rng: np.random.Generator) -> Array:
@@ -232,21 +264,3 @@ def _best_point(encoding: Encoding, belief: Belief, best: Array | None, rng: np.
     closer = np.concatenate([incumbent[None], encoding.near(incumbent, 128, rng)])
     point: Array = closer[belief.of_ordinary(closer).argmax()]
     return point
-
-
-def _announced(trial: FrozenTrial, others: list[FrozenTrial], names: list[str]) -> list[tuple[int, ...]]:
-    """Rank configurations that other trials have tried, are running or have announced."""
-    found = []
-    for other in others:
-        ranks: list[Any] = [other.params.get(name) for name in names]
-        if None in ranks:
-            ranks = other.system_attrs.get(_PROPOSAL_ATTR, [])
-        if other.number != trial.number and other.state is not TrialState.WAITING and len(ranks) == len(names):
-            found.append(tuple(ranks))
-    return found
-
-
-def _choice(ranks: tuple[int, ...], values: Array) -> tuple[int, ...] | None:
-    """Candidate index of each rank; None where one is not a candidate (any more)."""
-    matches = values == np.asarray(ranks, dtype=np.float64)[:, None]
-    return tuple(matches.argmax(1).tolist()) if matches.any(1).all() else None

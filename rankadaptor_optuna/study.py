@@ -14,13 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 import sqlalchemy
-from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.search_space import intersection_search_space
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from rankadaptor_optuna.history import History
 from rankadaptor_optuna.recovery.lora import alpha_pattern, rank_pattern
 from rankadaptor_optuna.sampler import SPACE_ATTR, RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace
@@ -28,7 +27,7 @@ from rankadaptor_optuna.surrogate.encoding import Encoding, rank_parameters
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
 from rankadaptor_optuna.surrogate.model import PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior
-from rankadaptor_optuna.surrogate.search import solve
+from rankadaptor_optuna.surrogate.search import Allocations
 
 RECIPE_ATTR = "rankadaptor:recipe"
 _LOCK = 7_236_117_601  # any number, the same in every worker
@@ -208,12 +207,9 @@ def study_ranks(study: Study, space: RankSpace | None = None) -> dict[str, int]:
     space = space or study_space(study)
     if space is not None:
         return {space.name(layer): layer for layer in space.layers}
-    return rank_parameters(_common(study))
-
-
-def _common(study: Study) -> dict[str, BaseDistribution]:
-    trials = study.get_trials(deepcopy=False)
-    return {n: d for n, d in intersection_search_space(trials).items() if not d.single()}
+    history = History(study)
+    history.refresh()
+    return rank_parameters(history.searched)
 
 
 def finished_trials(study: Study, space: RankSpace | None = None) -> list[FrozenTrial]:
@@ -260,33 +256,25 @@ def recommend(
     names = study_ranks(study, space)
     if not names:
         raise ValueError("the study has no rank parameters: names with a layer number and integer values.")
-    trials = finished_trials(study, space)
-    if not trials:
+    if not finished_trials(study, space):
         raise ValueError(f"study {study.study_name!r} has no finished trial yet; run some first.")
+    history = History(study)
+    history.refresh()
     if space is None:
-        encoding = Encoding(_common(study))
+        encoding = Encoding(history.searched)
     else:
-        encoding = Encoding({**_common(study), **space.distributions()}, RankGrid.from_space(space), list(names))
-    trials = [t for t in trials if all(name in t.params for name in encoding.ordinary_names)]
-    minimize = study.direction is StudyDirection.MINIMIZE
-    model = PerformanceModel(
-        encoding.grid,
-        prior=prior,
-        direction="minimize" if minimize else "maximize",
-        n_ordinary=encoding.width,
-    )
-    scores = np.asarray([t.value for t in trials], dtype=np.float64)
-    points = np.asarray([encoding.point(t.params) for t in trials])
-    tried = np.asarray([encoding.ranks(t.params) for t in trials])
-    model.update(tried, scores, points)
-
-    belief, values = model.mean(), encoding.grid.padded_values()
-    table = belief.table.copy()
-    for row, candidates in enumerate(encoding.grid.values):
-        table[row, len(candidates) :] = -np.inf
-    budget = np.inf if space is None or space.budget is None else space.budget - space.fixed_cost
-    chosen = values[np.arange(len(values)), solve(table, values * encoding.grid.costs[:, None], budget)]
+        encoding = Encoding({**history.searched, **space.distributions()}, RankGrid.from_space(space), list(names))
+    direction = "minimize" if study.direction is StudyDirection.MINIMIZE else "maximize"
+    model = PerformanceModel(encoding.grid, prior=prior, direction=direction, n_ordinary=encoding.width)
+    data = history.encoded(encoding, lambda _: model).data()
+    model.fit(data.rows, data.values[:, 0], data.variance)
+    belief = model.mean()
+    budget = None if space is None or space.budget is None else space.budget - space.fixed_cost
+    allocations = Allocations.of(encoding.grid, budget)
+    chosen = np.asarray(allocations.ranks_of(allocations.best(belief.table)), dtype=np.float64)
+    points = np.asarray([encoding.point(t.params) for t in data.trials])
     point = points[belief.of_ordinary(points).argmax()]
+    tried = np.asarray([encoding.ranks(t.params) for t in data.trials])
 
     gain, gain_std = (float(x[0]) for x in model.predict_gain(chosen))
     predicted, std = (float(x[0]) for x in model.predict(chosen, point))
@@ -303,11 +291,11 @@ def recommend(
         std=std,
         cost=float(chosen.sum()) if space is None else space.cost(ranks),
         evidence=Evidence(
-            n_trials=len(trials),
+            n_trials=len(data.trials),
             gain=gain,
             interval=interval,
-            closest=tuple((trials[i].number, int(differing[i]), float(scores[i])) for i in nearest),
-            statement=_statement(len(trials), gain, interval, chosen, encoding.grid.reference),
+            closest=tuple((data.trials[i].number, int(differing[i]), float(data.values[i, 0])) for i in nearest),
+            statement=_statement(len(data.trials), gain, interval, chosen, encoding.grid.reference),
         ),
         all_ranks=ranks if space is None else space.with_fixed(ranks),
     )

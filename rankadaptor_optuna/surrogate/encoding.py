@@ -76,6 +76,10 @@ class Encoding:
         self.ordinary_names = [name for name in space if name not in set(self.rank_names)]
         self.width = sum(_width(space[name]) for name in self.ordinary_names)
 
+    def is_like(self, other: Encoding) -> bool:
+        """Whether both encode the same parameters."""
+        return self.space == other.space and self.rank_names == other.rank_names
+
     def ranks(self, params: Mapping[str, Any]) -> list[float]:
         """Rank values of a trial in the grid's order, as they are: a changed range does not matter."""
         return [float(params[name]) for name in self.rank_names]

@@ -74,8 +74,9 @@ class RankGrid:
 
     def padded_values(self) -> Array:
         """Candidate ranks, (L, C), short rows padded with their last value."""
-        width = max(len(v) for v in self.values)
-        return np.stack([np.concatenate([v, np.full(width - len(v), v[-1])]) for v in self.values])
+        width = max((len(v) for v in self.values), default=1)
+        rows = [np.concatenate([v, np.full(width - len(v), v[-1])]) for v in self.values]
+        return np.asarray(rows, dtype=np.float64).reshape(len(rows), width)
 
 
 @dataclass(frozen=True)

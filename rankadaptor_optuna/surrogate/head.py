@@ -8,6 +8,7 @@ point is certain, and a group that does not explain the data (a bad prior, say) 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -31,36 +32,49 @@ class BayesianHead:
         features: (n, F); n may be 0, then everything is the prior.
         targets: (n,), standardised.
         grid: Hyperparameter points.
+        extra: Variance of each target's noise beyond the common one, (n,). Default: none.
     """
 
-    def __init__(self, features: Array, targets: Array, grid: list[Hyperparameters]) -> None:
-        n, width = features.shape
-        self._mean = np.stack([h.mean for h in grid])
+    def __init__(
+        self, features: Array, targets: Array, grid: list[Hyperparameters], extra: Array | None = None
+    ) -> None:
+        width = features.shape[1]
+        means = np.stack([h.mean for h in grid])
         std = np.stack([h.std for h in grid])
-        noise = np.asarray([h.noise for h in grid])
-        gram = features.T @ features
-        precision = gram[None] / noise[:, None, None] ** 2
+        noises = np.asarray([h.noise for h in grid])
+        extra = np.zeros(len(targets)) if extra is None else extra
+        precision = np.empty((len(grid), width, width))
+        projected = np.empty((len(grid), width))
+        log_noise, squares = np.empty(len(grid)), np.empty(len(grid))
+        for noise in np.unique(noises):  # all that runs over the observations, once per noise
+            at = np.flatnonzero(noises == noise)
+            variance = noise**2 + extra
+            weighted = features / variance[:, None]
+            residual = targets[None] - means[at] @ features.T
+            precision[at] = weighted.T @ features
+            projected[at] = residual @ weighted
+            log_noise[at] = np.log(2 * np.pi * variance).sum()
+            squares[at] = (residual**2 / variance).sum(1)
         precision[:, np.arange(width), np.arange(width)] += 1 / std**2
         # precision = factor factor^T; a sample of w is mean + factor^-T z
         self._factor = np.linalg.cholesky(precision)
-        residual = targets[None] - self._mean @ features.T
-        projected = residual @ features / noise[:, None] ** 2
-        half = np.linalg.solve(self._factor, projected[:, :, None])
-        self._inverse = np.linalg.inv(self._factor)
-        self._mean = self._mean + np.einsum("gji,gj->gi", self._inverse, half[:, :, 0])
+        self._mean = means + np.linalg.solve(precision, projected[:, :, None])[:, :, 0]
         log_det = 2 * np.log(np.diagonal(self._factor, axis1=1, axis2=2)).sum(1) + 2 * np.log(std).sum(1)
-        fit = (residual**2).sum(1) / noise**2 - (half[:, :, 0] ** 2).sum(1)
-        evidence = -0.5 * (n * np.log(2 * np.pi * noise**2) + log_det + fit)
-        evidence = evidence + np.asarray([h.log_prior for h in grid])
+        fit = squares - (projected * (self._mean - means)).sum(1)
+        evidence = -0.5 * (log_noise + log_det + fit) + np.asarray([h.log_prior for h in grid])
         self.log_evidence = float(np.logaddexp.reduce(evidence))
         self.weights = np.exp(evidence - self.log_evidence)
         self.mean: Array = self.weights @ self._mean
-        self.noise = float(np.sqrt(self.weights @ noise**2))
+        self.noise = float(np.sqrt(self.weights @ noises**2))
+
+    @cached_property
+    def _inverse(self) -> Array:
+        return np.linalg.inv(self._factor)
 
     def sample(self, rng: np.random.Generator) -> Array:
         """One draw of the weights, (F,), hyperparameters drawn by their evidence (Thompson sampling)."""
         g = rng.choice(len(self.weights), p=self.weights)
-        drawn: Array = self._mean[g] + self._inverse[g].T @ rng.standard_normal(self._mean.shape[1])
+        drawn: Array = self._mean[g] + np.linalg.solve(self._factor[g].T, rng.standard_normal(self._mean.shape[1]))
         return drawn
 
     def predict(self, features: Array) -> tuple[Array, Array]:

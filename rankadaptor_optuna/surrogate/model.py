@@ -26,10 +26,20 @@ class Belief:
     Attributes:
         table: Value of each candidate rank in each layer, (L, C), in standardised score units.
         weights: Weights of the features of the parameters that are not ranks.
+        offset: Value of the reference configuration without these.
     """
 
     table: Array
     weights: Array
+    offset: float = 0.0
+
+    def plus(self, other: Belief, factor: float) -> Belief:
+        """This and ``factor`` times another function of the same features."""
+        return Belief(
+            self.table + factor * other.table,
+            self.weights + factor * other.weights,
+            self.offset + factor * other.offset,
+        )
 
     def of_ordinary(self, points: Array) -> Array:
         """Value of the other parameters' points (n, E) in the unit cube, (n,)."""
@@ -68,7 +78,7 @@ class PerformanceModel:
         self._sign = 1.0 if direction == "maximize" else -1.0
         self._n_ordinary = n_ordinary
         self.features = np.zeros((0, self._width))
-        self._scores = np.zeros(0)
+        self._scores = self._variance = np.zeros(0)
 
     @property
     def _mlp(self) -> MLP | None:
@@ -86,7 +96,12 @@ class PerformanceModel:
     def _width(self) -> int:
         return 1 + self._rank_width + ordinary(np.zeros((1, self._n_ordinary))).shape[1]
 
-    def _encode(self, ranks: ArrayLike, points: ArrayLike | None) -> Array:
+    def encode(self, ranks: ArrayLike, points: ArrayLike | None = None) -> Array:
+        """Features of configurations, (n, F): an intercept, the ranks' and the other parameters'.
+
+        Raises:
+            ValueError: The number of ranks is not that of the layers.
+        """
         ranks = np.atleast_2d(np.asarray(ranks, dtype=np.float64))
         if ranks.shape[1] != self.grid.n_layers:
             raise ValueError(f"expected {self.grid.n_layers} ranks a configuration, got {ranks.shape[1]}.")
@@ -96,23 +111,38 @@ class PerformanceModel:
         ordinary_part = ordinary(np.atleast_2d(np.asarray(points, dtype=np.float64)))
         return np.concatenate([np.ones((len(ranks), 1)), rank_part, ordinary_part], axis=1)
 
-    def update(self, ranks: ArrayLike, scores: ArrayLike, points: ArrayLike | None = None) -> None:
+    def update(
+        self, ranks: ArrayLike, scores: ArrayLike, points: ArrayLike | None = None, variance: ArrayLike = 0.0
+    ) -> None:
         """Adds finished trials (the paper's online incremental learning); the posterior stays exact.
 
         Args:
             ranks: Ranks of the searched layers, (n, L) or (L,).
             scores: Their scores, (n,) or a number, finite.
             points: The other parameters in the unit cube, (n, E).
+            variance: How uncertain each score is beyond the study's common noise, (n,) or a number, in score units
+                squared (several evaluations' standard error, or a value extrapolated from a pruned trial's reports).
 
         Raises:
-            ValueError: Shapes do not match, or a score is not finite.
+            ValueError: Shapes do not match, or a score or variance is not finite.
         """
-        rows = self._encode(ranks, points)
+        rows = self.encode(ranks, points)
         values = np.atleast_1d(np.asarray(scores, dtype=np.float64))
         if values.shape != (len(rows),) or not np.isfinite(values).all():
             raise ValueError(f"expected {len(rows)} finite scores, got {values.tolist()!r:.80}.")
-        self.features = np.concatenate([self.features, rows])
-        self._scores = np.concatenate([self._scores, self._sign * values])
+        extra = np.broadcast_to(np.asarray(variance, dtype=np.float64), values.shape)
+        if not (np.isfinite(extra).all() and (extra >= 0).all()):
+            raise ValueError(f"a variance must be finite and not negative, got {extra.min()}.")
+        self.fit(
+            np.concatenate([self.features, rows]),
+            np.concatenate([self._sign * self._scores, values]),
+            np.concatenate([self._variance, extra]),
+        )
+
+    def fit(self, features: Array, scores: Array, variance: Array | None = None) -> None:
+        """Replaces all observations: features as ``encode`` makes them, (n, F), scores and their variances, (n,)."""
+        self.features, self._scores = features, self._sign * scores
+        self._variance = np.zeros(len(scores)) if variance is None else variance
         for stale in ("_head", "_standardised"):
             self.__dict__.pop(stale, None)
 
@@ -140,8 +170,15 @@ class PerformanceModel:
 
     @cached_property
     def _head(self) -> BayesianHead:
-        return BayesianHead(self.features, self.targets, self._hyperparameters())
+        extra = self._variance / self._standardised[2] ** 2
+        return BayesianHead(self.features, self.targets, self._hyperparameters, extra)
 
+    def draw_constraint(self, features: Array, values: Array, rng: np.random.Generator) -> Belief:
+        """A Thompson draw of a constraint (n,), another function of the same features (n, F): scaled, not centred."""
+        scale = float(np.sqrt(np.mean(values**2))) or 1.0
+        return self._belief(BayesianHead(features, values / scale, self._hyperparameters).sample(rng))
+
+    @cached_property
     def _hyperparameters(self) -> list[Hyperparameters]:
         """Signal size x free residual x noise x whether the meta-learned features are believed."""
         believed = (1.0, 1e-3) if self._prior is not None else (1e-3,)
@@ -173,7 +210,7 @@ class PerformanceModel:
     def predict(self, ranks: ArrayLike, points: ArrayLike | None = None) -> tuple[Array, Array]:
         """Mean and standard deviation of the score without trial noise, each (n,), in the scores' own units."""
         _, location, spread = self._standardised
-        mean, std = self._head.predict(self._encode(ranks, points))
+        mean, std = self._head.predict(self.encode(ranks, points))
         return self._sign * (location + spread * mean), spread * std
 
     def predict_gain(self, ranks: ArrayLike) -> tuple[Array, Array]:
@@ -182,19 +219,19 @@ class PerformanceModel:
         Positive is better whatever the direction. What all configurations share cancels, so the interval is
         narrower than the difference of two predictions.
         """
-        rows = self._encode(ranks, None)
-        rows -= self._encode(self.grid.reference, None)
+        rows = self.encode(ranks, None)
+        rows -= self.encode(self.grid.reference, None)
         mean, std = self._head.predict(rows)
         spread = self._standardised[2]
         return spread * mean, spread * std
 
     def _belief(self, weights: Array) -> Belief:
         if self.grid.n_layers == 0:
-            return Belief(np.zeros((0, 1)), weights[1 + self._rank_width :])
+            return Belief(np.zeros((0, 1)), weights[1 + self._rank_width :], float(weights[0]))
         values = self.grid.padded_values()
         features = per_layer(self.grid, values.T, self._mlp) - self._reference
         table = (features @ weights[1 : 1 + self._rank_width]).T
-        return Belief(table, weights[1 + self._rank_width :])
+        return Belief(table, weights[1 + self._rank_width :], float(weights[0]))
 
     def sample(self, rng: np.random.Generator) -> Belief:
         """A Thompson draw from the posterior (from the prior where nothing has finished)."""

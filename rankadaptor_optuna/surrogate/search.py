@@ -2,12 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from rankadaptor_optuna.surrogate.features import Array
+from rankadaptor_optuna.surrogate.features import Array, RankGrid
 
 Choice = NDArray[np.intp]
+_MAX_PAIRED = 400
+
+
+@dataclass(frozen=True)
+class Allocations:
+    """The rank configurations of a grid that a budget allows.
+
+    Attributes:
+        ranks: Candidate ranks, (L, C).
+        costs: What each costs, (L, C).
+        allowed: Which of them may be chosen, (L, C).
+        budget: Most total cost; never below the cheapest configuration's.
+    """
+
+    ranks: Array
+    costs: Array
+    allowed: NDArray[np.bool_]
+    budget: float
+
+    @classmethod
+    def of(cls, grid: RankGrid, budget: float | None = None, given: Mapping[int, float] | None = None) -> Allocations:
+        """Those of ``grid``, where layers may have a ``given`` rank, candidate or not: the others get the rest."""
+        ranks = grid.padded_values()
+        allowed = np.arange(ranks.shape[1]) < np.asarray([len(v) for v in grid.values])[:, None]
+        for row, rank in (given or {}).items():
+            ranks[row], allowed[row, 1:] = rank, False
+        costs = ranks * grid.costs[:, None]
+        cheapest = np.where(allowed, costs, np.inf).min(1).sum()
+        return cls(ranks, costs, allowed, np.inf if budget is None else max(budget, cheapest))
+
+    def best(self, table: Array) -> Choice:
+        """The choice of one candidate a layer with the highest total in ``table`` (L, C), as indices (L,)."""
+        return solve(np.where(self.allowed, table, -np.inf), self.costs, self.budget)
+
+    def best_unseen(self, table: Array, seen: Callable[[tuple[int, ...]], bool], rng: np.random.Generator) -> Choice:
+        """The best choice found whose ranks were not ``seen``."""
+        masked = np.where(self.allowed, table, -np.inf)
+        return solve_unseen(masked, self.costs, self.budget, lambda choice: seen(self.ranks_of(choice)), rng)
+
+    def ranks_of(self, choice: Choice) -> tuple[int, ...]:
+        """The ranks of a choice."""
+        return tuple(int(rank) for rank in self.ranks[np.arange(len(choice)), choice])
 
 
 def solve(values: Array, costs: Array, budget: float, max_sweeps: int = 50) -> Choice:
@@ -54,6 +99,12 @@ def solve(values: Array, costs: Array, budget: float, max_sweeps: int = 50) -> C
             choice, high = priced, price
         else:
             low = price
+    if values.size > _MAX_PAIRED:  # the pairs of all moves would be many: those worth most at the final price will do
+        worth = np.where(allowed, values - high * costs, -np.inf)
+        worth[rows, choice] = np.inf
+        kept = np.argsort(-worth, axis=1, kind="stable")[:, : max(2, _MAX_PAIRED // len(values))]
+        few = np.take_along_axis(values, kept, 1), np.take_along_axis(costs, kept, 1)
+        return kept[rows, _exchange(*few, budget, np.zeros(len(values), dtype=np.intp), max_sweeps)]
     return _exchange(values, costs, budget, choice, max_sweeps)
 
 
@@ -81,15 +132,15 @@ def _exchange(values: Array, costs: Array, budget: float, choice: Choice, max_sw
 
 
 def solve_unseen(
-    values: Array, costs: Array, budget: float, seen: set[tuple[int, ...]], rng: np.random.Generator
+    values: Array, costs: Array, budget: float, is_seen: Callable[[Choice], bool], rng: np.random.Generator
 ) -> Choice:
-    """As ``solve``, but the best choice found that is not in ``seen``.
+    """As ``solve``, but the best choice found that ``is_seen`` denies.
 
     Where the optimum was seen already, its neighbours (one layer changed, or two) are tried by value, and failing
     those, random feasible choices; in a space so small that all was seen, the optimum is returned again.
     """
     best = solve(values, costs, budget)
-    if tuple(best.tolist()) not in seen:
+    if not is_seen(best):
         return best
     rows = np.arange(len(values))
     allowed = [np.flatnonzero(np.isfinite(row)) for row in values]
@@ -99,9 +150,8 @@ def solve_unseen(
             choice = best.copy()
             for i in rng.choice(len(values), size=min(len(values), 1 + int(rng.integers(4))), replace=False):
                 choice[i] = rng.choice(allowed[i])
-            key = tuple(choice.tolist())
-            if key not in seen and costs[rows, choice].sum() <= budget:
-                candidates.append((float(values[rows, choice].sum()), key))
+            if costs[rows, choice].sum() <= budget and not is_seen(choice):
+                candidates.append((float(values[rows, choice].sum()), tuple(choice.tolist())))
         if candidates:
             return np.asarray(max(candidates)[1], dtype=np.intp)
     noisy = np.where(np.isfinite(values), rng.standard_normal(values.shape), -np.inf)

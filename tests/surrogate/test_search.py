@@ -16,6 +16,10 @@ def every_choice(values, costs, budget):
     return choices[fits], values[rows, choices[fits]].sum(1)
 
 
+def seen_in(choices):
+    return lambda choice: tuple(choice.tolist()) in choices
+
+
 def knapsack(seed):
     rng = np.random.default_rng(seed)
     n, width = int(rng.integers(1, 6)), int(rng.integers(2, 5))
@@ -58,7 +62,9 @@ def test_a_budget_below_the_cheapest_choice_is_refused():
 
 def test_the_optimum_is_taken_where_it_is_unseen():
     values, costs, budget = knapsack(3)
-    assert (solve_unseen(values, costs, budget, {(9,)}, np.random.default_rng(0)) == solve(values, costs, budget)).all()
+    assert (
+        solve_unseen(values, costs, budget, seen_in({(9,)}), np.random.default_rng(0)) == solve(values, costs, budget)
+    ).all()
 
 
 def test_every_feasible_choice_comes_once_and_then_the_space_is_done():
@@ -67,18 +73,18 @@ def test_every_feasible_choice_comes_once_and_then_the_space_is_done():
     expected = {tuple(c) for c in every_choice(values, costs, budget)[0].tolist()}
     seen = set()
     for _ in expected:
-        choice = tuple(solve_unseen(values, costs, budget, seen, rng).tolist())
+        choice = tuple(solve_unseen(values, costs, budget, seen_in(seen), rng).tolist())
         assert choice not in seen
         seen.add(choice)
     assert seen == expected
-    assert tuple(solve_unseen(values, costs, budget, seen, rng).tolist()) in expected
+    assert tuple(solve_unseen(values, costs, budget, seen_in(seen), rng).tolist()) in expected
 
 
 def test_the_unseen_choice_is_nearly_as_good_as_the_best():
     rng = np.random.default_rng(0)
     values, costs, budget = np.cumsum(rng.random((30, 6)), axis=1), np.asarray([range(2, 14, 2)] * 30), 240.0
     best, rows = solve(values, costs, budget), np.arange(30)
-    other = solve_unseen(values, costs, budget, {tuple(best.tolist())}, rng)
+    other = solve_unseen(values, costs, budget, seen_in({tuple(best.tolist())}), rng)
     assert (best != other).any()
     assert costs[rows, other].sum() <= budget
     assert values[rows, other].sum() > 0.95 * values[rows, best].sum()
@@ -90,7 +96,20 @@ def test_candidates_that_are_not_allowed_are_never_chosen():
     values[0, 1:] = values[2, :3] = -np.inf
     seen = set()
     for _ in range(4):
-        choice = solve_unseen(values, costs, 9.0, seen, rng)
+        choice = solve_unseen(values, costs, 9.0, seen_in(seen), rng)
         assert (choice[0], choice[2]) == (0, 3)
         seen.add(tuple(choice.tolist()))
     assert len(seen) == 4
+
+
+def test_wide_ranges_lose_nothing_to_the_few_moves_that_are_tried():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        costs = np.tile(np.arange(64.0), (20, 1)) * rng.integers(1, 5, (20, 1))
+        values = np.cumsum(rng.random((20, 64)), axis=1)
+        choice = solve(values, costs, 2000.0)
+        rows, bound = np.arange(20), np.inf
+        for price in np.geomspace(1e-3, 1, 200):  # the Lagrangian bound on what any choice is worth
+            bound = min(bound, (values - price * costs).max(1).sum() + price * 2000.0)
+        assert costs[rows, choice].sum() <= 2000.0
+        assert values[rows, choice].sum() > 0.998 * bound
