@@ -168,6 +168,7 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
         ValueError: There is no such model.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import rankadaptor_optuna.pruning.checkpoint  # noqa: F401 - registers the pruned architectures
@@ -176,8 +177,8 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=search_dtype())
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot load a model from {source!r}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"cannot load a model from {source!r}: {' '.join(str(error).split())}") from error
     if torch.cuda.is_available():
         model.cuda()
     return model, tokenizer

@@ -15,13 +15,14 @@ from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.study import MaxTrialsCallback, Study
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from rankadaptor_optuna.embedded import Texts, load_model, load_texts, search_dtype
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.pruning import prune
+from rankadaptor_optuna.pruning.checkpoint import check_prunable
 from rankadaptor_optuna.recovery.data import token_blocks
 from rankadaptor_optuna.recovery.evaluate import (
     block_losses,
@@ -258,6 +259,7 @@ def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[
         model, tokenizer = load_model(folder)
     else:
         dense, tokenizer = load_model(config.model)
+        check_prunable(dense)  # before a progress bar is on the screen
         with _bar("prune: importance on samples", 10) as bar:
             fresh = prune(
                 dense,
@@ -322,27 +324,44 @@ class _Meter:
 
 
 def _search(study: Study, job: RecoveryObjective, config: Quickstart) -> None:
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    remaining = config.trials - len(complete)
-    if remaining <= 0:
+    """Trials up to the wanted number, which all workers on a shared storage reach together."""
+
+    def trials(state: TrialState) -> list[FrozenTrial]:
+        return study.get_trials(deepcopy=False, states=(state,))
+
+    missing = config.trials - len(trials(TrialState.COMPLETE))
+    if missing <= 0:
         return
-    with _bar("search", remaining * config.steps) as bar:
+    with _bar("search", missing * config.steps) as bar:
 
-        def describe() -> None:
-            done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        def describe(doing: str = "search") -> None:
+            done = trials(TrialState.COMPLETE)
             best = f", best {study.best_value:.4f}" if done else ""
-            bar.set_description(f"      search, {len(done)} of {config.trials} trials{best}", refresh=False)
+            bar.total = bar.n + max(0, config.trials - len(done)) * config.steps  # others take some of them
+            bar.set_description(f"      {doing}, {len(done)} of {config.trials} trials{best}")
 
-        describe()
+        def await_others() -> None:
+            """Until what now runs elsewhere has ended, so that all workers recommend from the same trials."""
+            if config.storage is None:
+                return
+            theirs = {trial.number for trial in trials(TrialState.RUNNING)}
+            longest = max((t.duration.total_seconds() for t in trials(TrialState.COMPLETE) if t.duration), default=60)
+            end = time.monotonic() + max(600, 10 * longest)  # one killed before its first heartbeat runs for ever
+            while theirs & {trial.number for trial in trials(TrialState.RUNNING)} and time.monotonic() < end:
+                describe("waiting for other workers")
+                time.sleep(1)
+                optuna.storages.fail_stale_trials(study)
+
         job.on_step = lambda step, loss: bar.update(1)
-        study.optimize(
-            job,
-            n_trials=remaining,
-            callbacks=[
-                MaxTrialsCallback(config.trials, states=(TrialState.COMPLETE,)),  # workers share the count
-                lambda study, trial: describe(),
-            ],
-        )
+        for _ in range(missing):  # at most so many of our own, also where they fail
+            describe()
+            running = trials(TrialState.RUNNING) if config.storage else []
+            if len(trials(TrialState.COMPLETE)) + len(running) >= config.trials:
+                await_others()
+            if len(trials(TrialState.COMPLETE)) >= config.trials:
+                break
+            study.optimize(job, n_trials=1)
+        await_others()
         job.on_step = None
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         reason = study.trials[-1].user_attrs.get("fail_reason", "no reason recorded")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 
-from rankadaptor_optuna import __version__
+from rankadaptor_optuna import __version__, create_study
 from rankadaptor_optuna.cli import main
 
 
@@ -51,6 +52,7 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--budget", "nonsense"], "'nonsense'"),
         (["--budget", "0"], "'0'"),
         (["--budget", "uniform:1"], "below the cheapest configuration"),
+        (["--budget", "-1"], "'-1'"),
         (["--trials", "0"], "at least 1, got 0"),
         (["--trials", "-3"], "at least 1, got -3"),
         (["--trials", "many"], "'many'"),
@@ -66,6 +68,43 @@ def test_bad_input_is_refused_in_one_line_that_names_it(refused, arguments, says
 
 def test_a_model_that_is_nowhere_is_named(refused, tmp_path):
     assert "no-such-model" in refused("--model", str(tmp_path / "no-such-model"))
+
+
+def test_a_model_of_another_kind_is_told_which_modules_were_looked_for(refused, tmp_path, tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    line = refused("--model", str(tmp_path / "gpt2"))
+    assert "cannot prune GPT2LMHeadModel: looked for model.layers[i].self_attn.{q,k,v,o}_proj" in line
+    assert "but model.layers is missing" in line
+
+
+def test_a_model_whose_file_is_cut_short_is_named(refused, tmp_path, model, tokenizer):
+    model.save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    weights = tmp_path / "half" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "cannot load a model from" in refused("--model", str(tmp_path / "half"))
+
+
+def test_the_out_of_other_settings_is_left_alone(refused, tmp_path):
+    from rankadaptor_optuna.quickstart import Quickstart
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(Quickstart(out=tmp_path, ratio=0.3).recipe()))
+    line = refused()
+    assert "out belongs to other settings: pruning was" in line
+    assert "0.3" in line
+    assert "0.25" in line
+
+
+def test_a_study_of_other_settings_is_refused(refused, tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    create_study(storage=url, study_name="quickstart", recipe={"seed": 1})
+    line = refused("--storage", url)
+    assert "study 'quickstart' belongs to other settings" in line
+    assert "seed was 1, now 0" in line
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(refused, tmp_path):

@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import optuna
 import pytest
 import sqlalchemy
 
-from rankadaptor_optuna import RankSpace, recommend
+from rankadaptor_optuna import RankSpace, create_study, recommend
 from rankadaptor_optuna.study import open_storage
 
 pytestmark = pytest.mark.e2e
 
 SPACE = 'RankSpace(12, budget="uniform:8", costs=range(10, 22), profile=[0.04 * i for i in range(12)])'
-WORKER = f"""
+OPEN = f"""
 import sys
-import optuna
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study
 space = {SPACE}
 sampler = RankAdaptorSampler(space, seed=0)  # the same seed in every worker: the hardest case
 study = create_study(storage=sys.argv[1], study_name="shared", space=space, sampler=sampler, recipe={{"task": "test"}})
+"""
+WORKER = f"""{OPEN}
 sys.stdin.readline()
 study.optimize(lambda trial: sum(r * i for i, r in space.suggest(trial).items()), n_trials=int(sys.argv[2]))
+"""
+SEARCH = f"""{OPEN}
+import random, time
+from pathlib import Path
+from rankadaptor_optuna.quickstart import Quickstart, _search
+class Job:
+    def __call__(self, trial):
+        ranks = space.suggest(trial)
+        time.sleep(random.uniform(0.1, 1))
+        return sum(r * i for i, r in ranks.items())
+sys.stdin.readline()
+_search(study, Job(), Quickstart(Path("unused"), trials=int(sys.argv[2]), storage=sys.argv[1]))
+print([t.number for t in study.trials if t.state.name == "COMPLETE"])
+"""
+KILLED = f"""
+import time
+import rankadaptor_optuna.study
+rankadaptor_optuna.study._HEARTBEAT_S = 1
+{OPEN}
+def objective(trial):
+    ranks = space.suggest(trial)
+    if trial.number == 1:
+        time.sleep(1)  # long enough for a first heartbeat
+        print("in the middle of trial 1", flush=True)
+        time.sleep(600)
+    return sum(r * i for i, r in ranks.items())
+study.optimize(objective, n_trials=2)
 """
 
 
@@ -42,17 +72,20 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{server}/{name}"
 
 
-def workers(url: str, n: int, n_trials: int) -> None:
-    """Starts n processes at once and lets them all begin their trials at the same moment."""
-    command = [sys.executable, "-c", WORKER, url, str(n_trials)]
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+def workers(url: str, n: int, n_trials: int, code: str = WORKER) -> list[str]:
+    """Starts n processes at once, lets them all begin their trials at the same moment, and returns what they print."""
+    command = [sys.executable, "-c", code, url, str(n_trials)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen(command, **pipes) for _ in range(n)]
     for process in started:
         process.stdin.write("go\n")
         process.stdin.flush()
+    printed = []
     for process in started:
-        _, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
+        printed.append(out)
+    return printed
 
 
 def test_two_workers_share_one_study(url: str) -> None:
@@ -72,6 +105,33 @@ def test_eight_workers_create_the_tables_of_a_fresh_database(url: str) -> None:
     study = optuna.load_study(study_name="shared", storage=url)
     assert len(study.trials) == 8
     assert study.user_attrs["rankadaptor:recipe"] == {"task": "test"}
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_quickstarts_on_one_study_share_the_trials_and_end_with_the_same_ones(url: str) -> None:
+    first, second = workers(url, n=2, n_trials=6, code=SEARCH)
+    assert first == second
+    n_trials = len(optuna.load_study(study_name="shared", storage=url).trials)
+    assert n_trials in (6, 7), "both may ask for the last one at the same moment"
+
+
+def test_a_worker_killed_in_its_trial_loses_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED, url], stdout=subprocess.PIPE, text=True) as victim:
+        assert victim.stdout.readline() == "in the middle of trial 1\n"
+        victim.kill()
+    assert victim.returncode == -signal.SIGKILL
+    monkeypatch.setattr("rankadaptor_optuna.study._HEARTBEAT_S", 1)
+    space = eval(SPACE, {"RankSpace": RankSpace})
+    study = create_study(storage=url, study_name="shared", space=space, recipe={"task": "test"})
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "RUNNING"]
+    time.sleep(4)  # more than two heartbeats, of which some databases keep whole seconds
+    study.optimize(lambda trial: sum(r * i for i, r in space.suggest(trial).items()), n_trials=2)
+    uniform, killed, again, fresh = study.trials
+    assert [t.state.name for t in (uniform, killed, again, fresh)] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert again.params == killed.params
+    assert len(again.params) == 12
+    assert fresh.params not in (uniform.params, killed.params)
+    assert recommend(study).evidence.n_trials == 3
 
 
 def test_the_password_is_in_no_error(postgres: str) -> None:
