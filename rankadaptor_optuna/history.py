@@ -40,6 +40,7 @@ class History:
         self.common: dict[str, BaseDistribution] = {}
         self._latest, self._n_seen = -1, 0
         self._encoded = None
+        self._n_values = len(self._storage.get_study_directions(self._study_id))
 
     def is_of(self, study: Study) -> bool:
         """Whether this is the history of ``study``."""
@@ -51,7 +52,7 @@ class History:
         It asks the storage, not the study: where Optuna's Hyperband runs, a study shows one bracket's trials only.
         """
         trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
-        if self.finished and not _is_in(self.finished[-1], trials):
+        if len(trials) < self._n_seen or (self.finished and not _is_in(self.finished[-1], trials)):
             self._reset()  # the study was deleted, and another one got its id
         unread = [trials[t.number] for t in self.unfinished] + trials[self._n_seen :]
         self._n_seen = len(trials)
@@ -70,13 +71,13 @@ class History:
 
     @property
     def searched(self) -> dict[str, BaseDistribution]:
-        """The common parameters that have more than one value."""
-        return {name: dist for name, dist in self.common.items() if not dist.single()}
+        """The common parameters that have more than one value, by name: storages differ in their order."""
+        return {name: dist for name, dist in sorted(self.common.items()) if not dist.single()}
 
     def encoded(self, encoding: Encoding, new_model: Callable[[Encoding], PerformanceModel]) -> EncodedTrials:
         """The finished trials as input of a performance model, made where nothing was encoded so before."""
         if self._encoded is None or not self._encoded.encoding.is_like(encoding):
-            self._encoded = EncodedTrials(encoding, new_model(encoding))
+            self._encoded = EncodedTrials(encoding, new_model(encoding), self._n_values)
         self._encoded.take(self.finished)
         return self._encoded
 
@@ -89,14 +90,14 @@ class Data(NamedTuple):
         values: Objective values, (n, M).
         variance: How uncertain each value is by itself, (n,): not 0 where it was extrapolated from reports.
         trials: The trials, n.
-        constraints: The constraints that each was given, n.
+        feasible: Whether each keeps all the constraints that it was given, (n,).
     """
 
     rows: Array
     values: Array
     variance: Array
     trials: list[FrozenTrial]
-    constraints: list[dict[str, float]]
+    feasible: NDArray[np.bool_]
 
 
 class EncodedTrials:
@@ -105,17 +106,20 @@ class EncodedTrials:
     Args:
         encoding: Its parameters.
         model: Encodes them, and is there for the caller to fit.
+        n_values: Number of objectives.
 
     Attributes:
         tried: How the trials of each rank configuration ended, ``{ranks: states}``.
     """
 
-    def __init__(self, encoding: Encoding, model: PerformanceModel) -> None:
+    def __init__(self, encoding: Encoding, model: PerformanceModel, n_values: int = 1) -> None:
         self.encoding, self.model = encoding, model
         self.tried: dict[tuple[int, ...], list[TrialState]] = {}
         self._n_taken = 0
-        empty = model.encode(np.zeros((0, model.grid.n_layers)), np.zeros((0, encoding.width)))
-        self._data = Data(empty, np.zeros((0, 1)), np.zeros(0), [], [])
+        self._rows = model.encode(np.zeros((0, model.grid.n_layers)), np.zeros((0, encoding.width)))
+        self._values = np.zeros((0, n_values))
+        self._trials: list[FrozenTrial] = []
+        self._constraints: list[dict[str, float]] = []
 
     def take(self, finished: list[FrozenTrial]) -> None:
         """Encodes the trials beyond those already taken."""
@@ -124,46 +128,49 @@ class EncodedTrials:
         for trial in finished[self._n_taken :]:
             if (ranks := announced(trial, self.encoding.rank_names)) is not None:
                 self.tried.setdefault(ranks, []).append(trial.state)
-            if _is_usable(trial) and all(name in trial.params for name in names):
+            if trial.state is not TrialState.FAIL and all(name in trial.params for name in names):
                 usable.append(trial)
         self._n_taken = len(finished)
         if not usable:
             return
-        old = self._data
-        trials = old.trials + usable
+        trials = self._trials + usable
         rows = self.model.encode(
             np.asarray([self.encoding.ranks(t.params) for t in usable]),
             np.asarray([self.encoding.point(t.params) for t in usable]),
         )
-        values = np.asarray([t.values if t.state is TrialState.COMPLETE else [math.nan] for t in usable])
+        unknown = [math.nan] * self._values.shape[1]
+        values = [t.values if _has_values(t) else unknown for t in usable]
         # by number, so that every process adds up the same numbers in the same order, whoever finished first
         order = np.argsort([t.number for t in trials], kind="stable")
-        constraints = old.constraints + [_constraints(t) for t in usable]
-        self._data = Data(
-            np.concatenate([old.rows, rows])[order],
-            (np.concatenate([old.values, values]) if len(old.values) else values)[order],
-            np.zeros(len(trials)),
-            [trials[i] for i in order],
-            [constraints[i] for i in order],
-        )
+        constraints = self._constraints + [_constraints(t) for t in usable]
+        self._rows = np.concatenate([self._rows, rows])[order]
+        self._values = np.concatenate([self._values, values])[order]
+        self._trials = [trials[i] for i in order]
+        self._constraints = [constraints[i] for i in order]
 
     def data(self) -> Data:
-        """The usable trials; pruned ones with the final value that their last report predicts."""
-        data = self._data
-        pruned: NDArray[np.bool_] = np.isnan(data.values[:, 0])
-        if not pruned.any():
-            return data
-        values, variance = data.values.copy(), data.variance.copy()
-        for i, (value, uncertainty) in _extrapolated(data.trials, pruned).items():
-            values[i], variance[i] = value, uncertainty
+        """The trials with a value; pruned ones with the final value that their last report predicts."""
+        values, variance = self._values.copy(), np.zeros(len(self._values))
+        if self._values.shape[1] == 1:
+            for i, (value, uncertainty) in _extrapolated(self._trials, values[:, 0]).items():
+                values[i], variance[i] = value, uncertainty
         keep = np.flatnonzero(~np.isnan(values[:, 0]))
+        feasible = [all(c <= 0 for c in self._constraints[i].values()) for i in keep]
         return Data(
-            data.rows[keep],
-            values[keep],
-            variance[keep],
-            [data.trials[i] for i in keep],
-            [data.constraints[i] for i in keep],
+            self._rows[keep], values[keep], variance[keep], [self._trials[i] for i in keep], np.asarray(feasible, bool)
         )
+
+    def constraints(self) -> dict[str, tuple[Array, Array]]:
+        """Features (n, F) and values (n,) of each constraint, pruned trials and those without a value included."""
+        found = {}
+        ended = np.asarray([t.state is TrialState.COMPLETE for t in self._trials])  # pruned ones may have none yet
+        for name in sorted(set().union(*self._constraints)):
+            given = np.asarray([given.get(name, math.nan) for given in self._constraints])
+            values = _spelled_out(given)
+            known = np.flatnonzero(~np.isnan(values) & (ended | ~np.isnan(given)))
+            if values[known].any():
+                found[name] = self._rows[known], values[known]
+        return found
 
 
 def announced(trial: FrozenTrial, names: list[str]) -> tuple[int, ...] | None:
@@ -179,10 +186,7 @@ def _is_in(known: FrozenTrial, trials: list[FrozenTrial]) -> bool:
     return now is not None and (now._trial_id, now.datetime_start) == (known._trial_id, known.datetime_start)
 
 
-def _is_usable(trial: FrozenTrial) -> bool:
-    if trial.state is TrialState.PRUNED:
-        reports = trial.intermediate_values
-        return bool(reports) and math.isfinite(reports[max(reports)])
+def _has_values(trial: FrozenTrial) -> bool:
     return trial.state is TrialState.COMPLETE and all(map(math.isfinite, trial.values))
 
 
@@ -192,20 +196,39 @@ def _constraints(trial: FrozenTrial) -> dict[str, float]:
     return {str(i): c for i, c in enumerate(trial.system_attrs.get("constraints") or ())}  # Optuna 4
 
 
-def _extrapolated(trials: list[FrozenTrial], pruned: NDArray[np.bool_]) -> dict[int, tuple[float, float]]:
+def _spelled_out(values: Array) -> Array:
+    """Constraint values, NaN for none, that say of kept constraints too by how much, as far as they leave it open.
+
+    Where none is below 0 (only violations were given, or 0 for none), the trials that keep the constraint get the
+    opposite of the others' mean. Values far from the rest, infinite ones too, are pulled in, as they set the scale.
+    """
+    size = np.abs(values[np.isfinite(values) & (values != 0)])
+    limit = min(size.max(), 5 * np.median(size)) if len(size) else 1.0
+    values = np.clip(values, -limit, limit)
+    over = values > 0
+    if over.any() and not (values < 0).any():
+        values[~over] = -values[over].mean()
+    return values
+
+
+def _extrapolated(trials: list[FrozenTrial], values: Array) -> dict[int, tuple[float, float]]:
     """Final value of each pruned trial and its variance, by index, where enough trials show how to extrapolate.
 
-    Linear regression of the final value on the report at the same step, over the completed trials; the variance is
+    Linear regression of the final value on the report at the same step, over the trials with a value; the variance is
     that of a prediction by it, where two further observations, as wide as half the values' spread, keep a few points
     on a line from looking certain.
     """
     found = {}
-    last = {int(i): max(trials[i].intermediate_values) for i in np.flatnonzero(pruned)}
+    last = {}
+    for i in map(int, np.flatnonzero(np.isnan(values))):
+        reports = trials[i].intermediate_values
+        if trials[i].state is TrialState.PRUNED and reports and math.isfinite(reports[max(reports)]):
+            last[i] = max(reports)
     for step in sorted(set(last.values())):
         pairs = [
-            (x, t.value)
-            for t, out in zip(trials, pruned, strict=True)
-            if not out and math.isfinite(x := t.intermediate_values.get(step, math.nan))
+            (x, y)
+            for t, y in zip(trials, values, strict=True)
+            if not math.isnan(y) and math.isfinite(x := t.intermediate_values.get(step, math.nan))
         ]
         if len(pairs) < _MIN_TO_EXTRAPOLATE:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import zlib
@@ -15,7 +16,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from rankadaptor_optuna.history import PROPOSAL_ATTR, EncodedTrials, History, announced
-from rankadaptor_optuna.space import RankSpace
+from rankadaptor_optuna.space import BUDGET, RankSpace
 from rankadaptor_optuna.surrogate.encoding import Encoding
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
 from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel
@@ -24,7 +25,8 @@ from rankadaptor_optuna.surrogate.search import Allocations
 
 SPACE_ATTR = "rankadaptor:space"
 _MAX_REDRAWS = 10
-_PENALTIES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_PENALTY_STEPS = 10
+_LATEST = 10
 _FIXED_PARAMS_OF_SAMPLER = "_fixed_params"  # of PartialFixedSampler
 _FIXED_PARAMS = "fixed_params"  # where Optuna keeps what enqueue_trial gave
 
@@ -90,8 +92,10 @@ class RankAdaptorSampler(BaseSampler):
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Stores the space with the study, so that ``recommend`` and other workers find it."""
-        if self.space is not None and study.user_attrs.get(SPACE_ATTR) != (described := self.space.to_dict()):
-            study.set_user_attr(SPACE_ATTR, described)
+        if self.space is not None:  # by the storage: under Hyperband, Optuna hides a study's attributes
+            stored = study._storage.get_study_user_attrs(study._study_id).get(SPACE_ATTR)
+            if stored != (described := self.space.to_dict()):
+                study._storage.set_study_user_attr(study._study_id, SPACE_ATTR, described)
         if self._independent_sampler is not None:
             self._independent_sampler.before_trial(study, trial)
 
@@ -123,6 +127,7 @@ class RankAdaptorSampler(BaseSampler):
             given = {name: grid[-1] for name, grid in zip(encoding.rank_names, encoding.grid.values, strict=True)}
             given = {name: rank for name, rank in given.items() if name not in search_space}  # at its dearest
             given |= getattr(study.sampler, _FIXED_PARAMS_OF_SAMPLER, {}) | trial.system_attrs.get(_FIXED_PARAMS, {})
+            given |= trial.params  # has some already where its worker was killed and it is run again
         rows = {row: given[name] for row, name in enumerate(encoding.rank_names) if name in given}
         with self._lock:
             history = self._history(study)
@@ -163,34 +168,40 @@ class RankAdaptorSampler(BaseSampler):
     ) -> tuple[Array, dict[str, Any]]:
         """A Thompson draw of each candidate rank's value, (L, C), and the other parameters that are best by it.
 
-        Constraints are drawn likewise, as functions of the same features; their penalty rises until the draw's
-        optimum keeps all of them.
+        Constraints are drawn likewise, as functions of the same features; the least penalty is sought with which the
+        draw's optimum keeps all of them, by a margin (in units of their size) where the latest proposals did not.
         """
         encoding, model, data = trials.encoding, trials.model, trials.data()
-        incumbent, constraints = None, []
+        incumbent, constraints, margin = None, [], 0.0
         if len(data.trials) < max(1, self._n_startup_trials):
             model.fit(data.rows[:0], np.zeros(0))
         else:
             scores = scalarised(data.values, study.directions, rng)
             model.fit(data.rows, scores, data.variance)
-            feasible = np.asarray([all(c <= 0 for c in cs.values()) for cs in data.constraints])
-            best = int(np.where(feasible, scores, scores.min()).argmax())
+            best = int(np.where(data.feasible, scores, scores.min()).argmax())
             incumbent = np.asarray(encoding.point(data.trials[best].params))
-            for name in sorted({name for cs in data.constraints for name in cs}):
-                given = [i for i, cs in enumerate(data.constraints) if np.isfinite(cs.get(name, np.nan))]
-                values = np.asarray([data.constraints[i][name] for i in given])
-                constraints.append(model.draw_constraint(data.rows[given], values, rng))
+            margin = float(np.mean(~data.feasible[-_LATEST:]))
+            held = {BUDGET} if self._budget(encoding) is not None else set()
+            given = trials.constraints()
+            constraints = [model.draw_constraint(*given[name], rng) for name in given if name not in held]
         drawn = model.sample(rng)
         layers = np.arange(len(encoding.rank_names))
-        for penalty in _PENALTIES:
+        penalty, low, high = 0.0, 0.0, math.inf
+        for _ in range(_PENALTY_STEPS):
             belief = drawn
             for constraint in constraints:
                 belief = belief.plus(constraint, -penalty)
             point = _best_point(encoding, belief, incumbent, rng)
             choice = allocations.best(belief.table)
-            if all(c.offset + c.table[layers, choice].sum() + c.of_ordinary(point[None])[0] <= 0 for c in constraints):
+            values = [c.offset + c.table[layers, choice].sum() + c.of_ordinary(point[None])[0] for c in constraints]
+            kept = all(value <= -margin for value in values)
+            low, high = (low, penalty) if kept else (penalty, high)
+            if kept or high == math.inf:
+                table, params = belief.table, encoding.decode(point)
+            if high == 0:
                 break
-        return belief.table, encoding.decode(point)
+            penalty = max(1, 2 * low) if high == math.inf else (low + high) / 2
+        return table, params
 
     def _announce(
         self,
@@ -224,13 +235,14 @@ class RankAdaptorSampler(BaseSampler):
             # the same one the later draws again (both do where both see it), but uniform stays with the earlier
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_ATTR, list(ranks))
             history.refresh()
+            trials.take(history.finished)
             rivals = {
                 announced(t, names)
                 for t in history.unfinished
                 if t.state is TrialState.RUNNING and t.number != trial.number
                 if t.number < trial.number or not wants_uniform
             }
-            if known or ranks not in rivals:
+            if known or not (ranks in rivals or ranks in trials.tried):
                 break
             running.add(ranks)
             wants_uniform = False

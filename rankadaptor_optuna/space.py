@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
+BUDGET = "budget"  # the constraint's name
 _FORMAT = 1
 _ROUNDING = 1e-9  # costs may be fractions, and sums of them round
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -169,7 +170,8 @@ class RankSpace:
         """Asks ``trial`` for a rank per searched layer: ``{layer index: rank}``.
 
         With ``RankAdaptorSampler`` the budget holds by construction. Another sampler may exceed it; such a trial is
-        marked infeasible with the constraint ``budget`` (parameters over the budget), as Optuna's users expect.
+        marked infeasible with the constraint ``budget`` (parameters over the budget), as Optuna's users expect (not
+        before Optuna 5, where only samplers set constraints).
         """
         ranks = {}
         for layer, (name, dist) in zip(self.layers, self.distributions().items(), strict=True):
@@ -178,7 +180,7 @@ class RankSpace:
             else:
                 ranks[layer] = int(trial.suggest_categorical(name, self.candidates))
         if self.budget is not None and not self.is_feasible(ranks) and hasattr(trial, "set_constraint"):
-            trial.set_constraint("budget", self.cost(ranks) - self.budget)
+            trial.set_constraint(BUDGET, self.cost(ranks) - self.budget)
         return ranks
 
     def cost(self, ranks: Mapping[int, float]) -> float:
