@@ -1,0 +1,135 @@
+"""The samplers that the benchmarks race, all under the same budget.
+
+Optuna's samplers know no budget over a sum of parameters. They search the candidates' places, an integer a layer, and
+what they propose is projected onto the budget (``projected``) before it is scored, so that each of their trials uses
+the budget to the full, as RankAdaptor's do. Their first trial is the uniform configuration, as RankAdaptor's is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
+
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace
+from rankadaptor_optuna.surrogate.features import RankGrid
+from rankadaptor_optuna.surrogate.search import Allocations
+
+OURS = "RankAdaptor"
+RIDGE = "ridge + TS"
+
+
+class RidgeThompsonSampler(BaseSampler):
+    """Thompson sampling on a ridge regression of the score on each layer's log rank, inside the budget.
+
+    The plain version of what RankAdaptor does: no depth, no curvature, no pruning profile, no prior knowledge.
+    """
+
+    def __init__(self, space: RankSpace, seed: int) -> None:
+        self._space, self._seed = space, seed
+        self._grid = RankGrid.from_space(space)
+        budget = None if space.budget is None else space.budget - space.fixed_cost
+        self._allocations = Allocations.of(self._grid, budget)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All ranks."""
+        return self._space.distributions()
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The optimum of a draw from the posterior."""
+        rng = np.random.default_rng([self._seed, trial.number])
+        names = list(search_space)
+        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        sign = -1.0 if study.direction is optuna.study.StudyDirection.MINIMIZE else 1.0
+        x = self._grid.scaled(np.asarray([[t.params[n] for n in names] for t in done]).reshape(-1, len(names)))
+        y = sign * np.asarray([t.value for t in done], dtype=np.float64)
+        y = (y - y.mean()) / (y.std() or 1.0) if len(y) else y
+        noise, scale = 0.3, 1 / np.sqrt(len(names))
+        precision = np.eye(len(names)) / scale**2 + x.T @ x / noise**2
+        covariance = np.linalg.inv(precision)
+        weights = rng.multivariate_normal(covariance @ x.T @ y / noise**2, covariance)
+        table = weights[:, None] * self._grid.scaled(self._allocations.ranks.T).T
+        ranks = self._allocations.ranks_of(self._allocations.best(table))
+        return dict(zip(names, ranks, strict=True))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:  # noqa: ANN401
+        """There is nothing but ranks."""
+        raise NotImplementedError
+
+
+@cache
+def samplers() -> dict[str, Callable[[RankSpace, int], BaseSampler]]:
+    """The competitors by name, each made from a space and a seed; AutoSampler only where OptunaHub is reachable."""
+    known: dict[str, Callable[[RankSpace, int], BaseSampler]] = {
+        OURS: lambda space, seed: RankAdaptorSampler(space, prior=None, seed=seed),
+        "TPE": lambda _, seed: TPESampler(seed=seed),
+        "GP": lambda _, seed: GPSampler(seed=seed),
+        "CMA-ES": lambda _, seed: CmaEsSampler(seed=seed),
+        RIDGE: RidgeThompsonSampler,
+        "Random": lambda _, seed: RandomSampler(seed=seed),
+    }
+    try:
+        import optunahub  # type: ignore[import-not-found]
+
+        module = optunahub.load_module("samplers/auto_sampler")
+        known["AutoSampler"] = lambda _, seed: module.AutoSampler(seed=seed)
+    except Exception as error:  # not installed, no network, no such registry: all the same here
+        warnings.warn(f"AutoSampler is left out: OptunaHub gave {type(error).__name__}.", stacklevel=2)
+    return known
+
+
+def open_study(study_name: str, name: str, space: RankSpace, seed: int, storage: BaseStorage) -> Study:
+    """A study that minimises, with the sampler ``name``; a new one has its uniform trial waiting."""
+    study = optuna.create_study(storage=storage, study_name=study_name, direction="minimize", load_if_exists=True)
+    n_trials = len(study.get_trials(deepcopy=False))
+    study.sampler = samplers()[name](space, seed + 1000 * n_trials)  # one that goes on must not repeat its first draws
+    if n_trials == 0 and name != OURS:
+        uniform = {space.name(layer): rank for layer, rank in space.uniform().items()}
+        if name != RIDGE:
+            uniform = {key: space.candidates.index(rank) for key, rank in uniform.items()}
+        study.enqueue_trial(uniform)
+    return study
+
+
+def ranks_of(name: str, space: RankSpace, trial: BaseTrial) -> dict[int, int]:
+    """The configuration that a trial of the sampler ``name`` stands for."""
+    if name in (OURS, RIDGE):
+        return space.suggest(trial)
+    last = len(space.candidates) - 1
+    return projected(space, {i: space.candidates[trial.suggest_int(space.name(i), 0, last)] for i in space.layers})
+
+
+def projected(space: RankSpace, ranks: Mapping[int, int]) -> dict[int, int]:
+    """The configuration closest in shape to ``ranks`` that uses the budget: all ranks shifted alike, then rounded.
+
+    The shift is in log rank, where the candidates' ratios matter; it is the largest whose result is within the budget.
+    """
+    if space.budget is None:
+        return dict(ranks)
+    steps = np.log2(1 + np.asarray(space.candidates, dtype=np.float64))
+    costs = np.asarray(space.costs)[:, None] * np.asarray(space.candidates)
+    wanted = np.log2(1 + np.asarray([ranks[layer] for layer in space.layers], dtype=np.float64))
+    rows = np.arange(len(wanted))
+
+    def at(shift: float) -> np.ndarray[Any, np.dtype[np.intp]]:
+        return np.abs(steps - (wanted + shift)[:, None]).argmin(1)
+
+    low, high = -float(steps[-1]) - 1, float(steps[-1]) + 1
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = costs[rows, at(middle)].sum() + space.fixed_cost <= space.budget
+        low, high = (middle, high) if fits else (low, middle)
+    return {layer: space.candidates[i] for layer, i in zip(space.layers, at(low), strict=True)}

@@ -1,0 +1,306 @@
+"""Which sampler finds better ranks, on real recoveries of small LLaMAs: RankAdaptor against Optuna's samplers.
+
+    python benchmarks/race.py [--quick] [--seeds 10] [--trials 50] [--folder DIR] [TASK ...]
+
+Each sampler searches each task with each seed, without any prior. Every study starts from the uniform configuration,
+and every trial is within the same budget. What a study found after 10, 25 and 50 trials (its best trial, and what
+``recommend`` makes of its trials) is recovered again with fresh seeds and scored on text that no search saw.
+
+Normalised regret (as in HPO-B): 0 is the best configuration that anything found on that task, 1 the mean of random
+allocations that use the budget. The trials are ordinary Optuna studies in ``--folder``: a run that was stopped goes
+on, more seeds or trials add to what is there, and two processes may take different tasks. The tasks and how they are
+trained: ``recovery_tasks.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import optuna
+import torch
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from peers import OURS, open_study, ranks_of, samplers
+from recovery_tasks import DEVELOPMENT, TEST, load_task, random_ranks
+from results import check, interval, show, write
+from scipy import stats
+
+from rankadaptor_optuna import RankSpace, recommend
+from rankadaptor_optuna.embedded import cache_dir
+from rankadaptor_optuna.surrogate.features import Array, RankGrid
+from rankadaptor_optuna.surrogate.search import Allocations
+
+CHECKPOINTS = (10, 25, 50)
+FRESH = (101, 102, 103)
+UNIFORM = (2, 4, 6, 8, 10, 12, 16)
+N_RANDOM = 20
+RECOMMEND = f"{OURS}, recommend"
+MODELLED = (OURS, "Random")  # whose trials recommend is tried on: its own sampler's, and those of none
+
+Ranks = Mapping[int, int]
+Studies = Mapping[tuple[str, int], Study]
+
+
+class Task(Protocol):
+    """What a race needs of a task."""
+
+    space: RankSpace
+
+    def losses(self, configurations: Sequence[Ranks], seed: Sequence[int], *, report: bool = False) -> list[float]:
+        """Losses of configurations, each with its seed."""
+
+
+@dataclass
+class Synthetic:
+    """A known function of the ranks plus noise: an additive score, smooth along the depth or without structure.
+
+    Its optimum is known exactly. A design aid beside the real tasks: it says what the samplers do where the noise and
+    the structure are set by hand.
+    """
+
+    name: str
+    smooth: bool
+    noise: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        n, rng = 24, np.random.default_rng(self.seed)
+        self.space = RankSpace(n, budget="uniform:8", costs=rng.uniform(0.7, 1.3, n).tolist())
+        depth = np.linspace(0, 1, n)
+        waves = sum(rng.standard_normal() * np.cos(np.pi * k * depth) / (1 + k) for k in range(5))
+        worth = np.exp(waves if self.smooth else 0.7 * rng.standard_normal(n))
+        ranks = np.asarray(self.space.candidates, dtype=np.float64)
+        self._table = worth[:, None] * -(ranks ** -rng.uniform(0.3, 0.9))[None]
+        allocations = Allocations.of(RankGrid.from_space(self.space), self.space.budget)
+        self.optimum = dict(zip(self.space.layers, allocations.ranks_of(allocations.best(self._table)), strict=True))
+        random = [self._value(random_ranks(self.space, rng)) for _ in range(200)]
+        self._scale = float(np.std(random))
+
+    def _value(self, ranks: Mapping[int, int]) -> float:
+        return float(sum(self._table[i, self.space.candidates.index(r)] for i, r in enumerate(ranks.values())))
+
+    def losses(self, configurations: Sequence[Ranks], seed: Sequence[int], *, report: bool = False) -> list[float]:
+        """Deterministic for a seed; the noise is in standard deviations of random allocations, none in the report."""
+        found = []
+        for ranks, own in zip(configurations, seed, strict=True):
+            key = hashlib.sha256(json.dumps([self.seed, own, *ranks.values()]).encode()).digest()[:8]
+            noise = np.random.default_rng(int.from_bytes(key)).standard_normal() * self.noise * self._scale
+            found.append(-self._value(ranks) + (0.0 if report else noise))
+        return found
+
+
+SYNTHETIC = tuple(
+    Synthetic(f"synthetic {'smooth' if smooth else 'rough'}, noise {noise}", smooth, noise, seed)
+    for seed, (smooth, noise) in enumerate([(True, 0.2), (True, 1.0), (False, 0.2), (False, 1.0)])
+)
+
+
+class Scores:
+    """Losses of a task, each configuration and seed computed once and kept in a file."""
+
+    def __init__(self, task: Task, file: Path) -> None:
+        self._task, self._file = task, file
+        lines = file.read_text().splitlines() if file.exists() else []
+        self._known = {key: loss for line in lines for key, loss in json.loads(line).items()}
+        self.n_computed = 0
+
+    def __call__(self, asked: Sequence[tuple[Ranks, int]], *, report: bool = False) -> list[float]:
+        """Losses of configurations with seeds, in their order."""
+        keys = [json.dumps([seed, report, *ranks.values()]) for ranks, seed in asked]
+        missing = {key: one for key, one in zip(keys, asked, strict=True) if key not in self._known}
+        for start in range(0, len(missing), 64):
+            some = list(missing.items())[start : start + 64]
+            losses = self._task.losses(
+                [ranks for _, (ranks, _) in some], [seed for _, (_, seed) in some], report=report
+            )
+            found = dict(zip((key for key, _ in some), losses, strict=True))
+            with self._file.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            self._known |= found
+            self.n_computed += len(found)
+        return [self._known[key] for key in keys]
+
+
+def search(name: str, space: RankSpace, scores: Scores, storage: BaseStorage, n_trials: int, seeds: int) -> Studies:
+    """Runs a task's studies side by side, so that trials are recovered together; those that were stopped go on.
+
+    The seed is that of the sampler and of the recoveries: all samplers of a seed see the same losses.
+    """
+    keys = [(sampler, seed) for sampler in samplers() for seed in range(seeds)]
+    studies = {(who, seed): open_study(f"{name}/{who}/{seed}", who, space, seed, storage) for who, seed in keys}
+    while waiting := [key for key in keys if len(finished(studies[key])) < n_trials]:
+        trials = {key: studies[key].ask() for key in waiting}
+        losses = scores([(ranks_of(who, space, trial), seed) for (who, seed), trial in trials.items()])
+        for (key, trial), loss in zip(trials.items(), losses, strict=True):
+            studies[key].tell(trial, loss)
+        done = sum(len(finished(study)) for study in studies.values())
+        print(f"{name}: {done} of {len(keys) * n_trials} trials, {scores.n_computed} recoveries", file=sys.stderr)
+    return studies
+
+
+def finished(study: Study) -> list[optuna.trial.FrozenTrial]:
+    """Its completed trials; one that a stopped run left behind is not."""
+    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+
+
+def found_by(who: str, study: Study, space: RankSpace, n: int) -> dict[str, Ranks]:
+    """What a study's first ``n`` trials lead to: the best of them, and what ``recommend`` makes of them."""
+    trials = finished(study)[:n]
+    best = min(trials, key=lambda t: float(t.values[0]))
+    found: dict[str, Ranks] = {who: ranks_of(who, space, optuna.trial.FixedTrial(best.params))}
+    if who in MODELLED:
+        until = optuna.create_study(direction="minimize")
+        for t in trials:
+            ranks = ranks_of(who, space, optuna.trial.FixedTrial(t.params))
+            params = {space.name(layer): rank for layer, rank in ranks.items()}
+            until.add_trial(
+                optuna.trial.create_trial(params=params, distributions=space.distributions(), value=t.value)
+            )
+        found[f"{who}, recommend"] = recommend(until, space=space, prior=None).ranks
+    return found
+
+
+def race(name: str, task: Task, folder: Path, n_trials: int, seeds: int) -> dict[str, Any]:
+    """All samplers on one task: losses on fresh seeds by competitor and number of trials, (seeds,) each."""
+    space = task.space
+    stem = folder / name.replace(" ", "-").replace(",", "")
+    scores = Scores(task, stem.with_suffix(".jsonl"))
+    storage = JournalStorage(JournalFileBackend(str(stem.with_suffix(".journal"))))
+    studies = search(name, space, scores, storage, n_trials, seeds)
+    checkpoints = [n for n in CHECKPOINTS if n <= n_trials]
+    chosen: dict[tuple[str, int, int], Ranks] = {
+        (competitor, n, seed): ranks
+        for (who, seed), study in studies.items()
+        for n in checkpoints
+        for competitor, ranks in found_by(who, study, space, n).items()
+    }
+    rng = np.random.default_rng(12345)
+    uniform = next(iter(space.uniform().values()))
+    references: dict[tuple[str, int], Ranks] = {
+        **{("uniform", rank): dict.fromkeys(space.layers, rank) for rank in UNIFORM},
+        **{("random", i): random_ranks(space, rng) for i in range(N_RANDOM)},
+    }
+    if isinstance(task, Synthetic):
+        references = {k: r for k, r in references.items() if set(r.values()) <= set(space.candidates)}
+        references["optimum", 0] = task.optimum
+    everything: dict[tuple[str, int, int] | tuple[str, int], Ranks] = {**chosen, **references}
+    losses = scores([(ranks, seed) for ranks in everything.values() for seed in FRESH], report=True)
+    by_key = dict(zip(everything, np.reshape(losses, (-1, len(FRESH))).mean(1).tolist(), strict=True))
+    within = [loss for key, loss in by_key.items() if key[0] != "uniform" or key[1] == uniform]
+    return {
+        "task": name,
+        "uniform": by_key["uniform", uniform],
+        "random": float(np.mean([by_key["random", i] for i in range(N_RANDOM)])),
+        "best": min(within),
+        "curve": {key[1]: loss for key, loss in by_key.items() if key[0] == "uniform"},
+        "losses": {
+            who: {n: [by_key[who, n, seed] for seed in range(seeds)] for n in checkpoints}
+            for who in dict.fromkeys(key[0] for key in chosen)
+        },
+    }
+
+
+def regret(found: Mapping[str, Any], losses: Sequence[float] | float) -> Array:
+    """Normalised regret: 0 for the best that anything found, 1 for the mean of random allocations."""
+    return np.asarray((np.asarray(losses) - found["best"]) / max(found["random"] - found["best"], 1e-12))
+
+
+def equivalent_rank(found: Mapping[str, Any], loss: float) -> float:
+    """The uniform rank that would reach a loss, read off the measured ones on a log scale."""
+    curve = -np.minimum.accumulate(list(found["curve"].values()))
+    return float(2 ** np.interp(-loss, curve, np.log2(list(found["curve"]))))
+
+
+def summarise(all_found: Sequence[Mapping[str, Any]], checkpoints: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
+    """The table's rows and the checks."""
+    final = 25 if 25 in checkpoints else checkpoints[-1]
+    rows: list[dict[str, Any]] = []
+    worse: list[str] = []
+    means: dict[str, list[float]] = {}
+    for found in all_found:
+        by = {who: {n: regret(found, losses[n]) for n in checkpoints} for who, losses in found["losses"].items()}
+        # one entry a sampler: for RankAdaptor what it recommends, for the others their best trial
+        raced = [RECOMMEND, *(who for who in by if who != OURS and "recommend" not in who)]
+        places = {n: stats.rankdata([by[who][n] for who in raced], axis=0).mean(1) for n in checkpoints}
+        for who in by:
+            row: dict[str, Any] = {"task": found["task"], "who": who}
+            for n in checkpoints:
+                mean, half = interval(by[who][n].tolist())
+                row[f"regret@{n}"] = f"{mean:.3f} ±{half:.3f}"
+                row[f"place@{n}"] = f"{places[n][raced.index(who)]:.1f}" if who in raced else ""
+            difference = by[RECOMMEND][final] - by[who][final]
+            if who != RECOMMEND and difference.any():
+                p = float(stats.wilcoxon(difference).pvalue)
+                row[f"p@{final}"] = f"{p:.3f}"
+                if p < 0.05 and difference.mean() > 0 and who in raced:
+                    worse.append(f"{who} on {found['task']}")
+            loss = float(np.mean(found["losses"][who][final]))
+            row |= {
+                "gain on uniform": f"{found['uniform'] - loss:+.4f}",
+                "as rank": f"{equivalent_rank(found, loss):.1f}",
+            }
+            rows.append(row)
+            means.setdefault(who, []).append(float(by[who][final].mean()))
+        means.setdefault("uniform", []).append(float(regret(found, found["uniform"])))
+        rows.append({"task": found["task"], "who": "uniform", f"regret@{final}": f"{means['uniform'][-1]:.3f}"})
+    rows += [
+        {"task": "all", "who": who, f"regret@{final}": f"{np.mean(m):.3f}", "tasks": len(m)} for who, m in means.items()
+    ]
+    peers = {who: float(np.mean(m)) for who, m in means.items() if not who.startswith(OURS) and "recommend" not in who}
+    best = min((peer for peer in peers if peer != "uniform"), key=lambda peer: peers[peer])
+    checks = {
+        f"mean regret at {final} trials / that of the best peer ({best})": check(
+            float(np.mean(means[RECOMMEND])) / peers[best], "<= 0.6"
+        ),
+        f"peers significantly better at {final} trials: {', '.join(worse) or 'none'}": check(len(worse), "<= 0"),
+    }
+    return rows, checks
+
+
+def main() -> None:
+    """Runs the race and writes results/race.json, and results/race_synthetic.json for the synthetic worlds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="default: all test tasks and synthetic worlds")
+    parser.add_argument("--quick", action="store_true", help="two seeds, 10 trials, first task and first world")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--folder", type=Path, default=cache_dir() / "race", help="studies and scores")
+    args = parser.parse_args()
+    if args.quick:
+        args.seeds, args.trials = 2, 10
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(1)  # tensors this small lose more by threads than they gain
+    args.folder.mkdir(parents=True, exist_ok=True)
+    specs = {spec.name: spec for spec in (*TEST, *DEVELOPMENT)}
+    worlds = {world.name: world for world in SYNTHETIC}
+    if unknown := set(args.tasks) - specs.keys() - worlds.keys():
+        parser.error(f"no task named {', '.join(sorted(unknown))}; there are {', '.join([*specs, *worlds])}")
+    one = 1 if args.quick else None
+    names = args.tasks or [*[spec.name for spec in TEST][:one], *list(worlds)[:one]]
+    checkpoints = [n for n in CHECKPOINTS if n <= args.trials]
+    for output, chosen in (("race", specs), ("race_synthetic", worlds)):
+        found, start = [], time.process_time()
+        for name in [n for n in names if n in chosen]:
+            task: Task = worlds[name] if name in worlds else load_task(specs[name])
+            found.append(race(name, task, args.folder, args.trials, args.seeds))
+        if found:
+            rows, checks = summarise(found, checkpoints)
+            show(rows)
+            seeds = {"searches": args.seeds, "fresh": FRESH}
+            cpu = round(time.process_time() - start)
+            name = output if not (args.quick or args.tasks) else f"{output}_part"
+            write(name, rows, checks, seeds=seeds, cpu_seconds_of_this_run=cpu, found=found)
+
+
+if __name__ == "__main__":
+    main()
