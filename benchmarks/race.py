@@ -193,7 +193,7 @@ def race(name: str, task: Task, folder: Path, n_trials: int, seeds: int) -> dict
     if isinstance(task, Synthetic):
         references = {k: r for k, r in references.items() if set(r.values()) <= set(space.candidates)}
         references["optimum", 0] = task.optimum
-    everything: dict[tuple[str, int, int] | tuple[str, int], Ranks] = {**chosen, **references}
+    everything: dict[Any, Ranks] = {**chosen, **references}
     losses = scores([(ranks, seed) for ranks in everything.values() for seed in FRESH], report=True)
     by_key = dict(zip(everything, np.reshape(losses, (-1, len(FRESH))).mean(1).tolist(), strict=True))
     within = [loss for key, loss in by_key.items() if key[0] != "uniform" or key[1] == uniform]
