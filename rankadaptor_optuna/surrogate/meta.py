@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from rankadaptor_optuna.surrogate.model import PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior
 
 _NOISE = 0.2
+_KIND: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever torch's defaults are
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def meta_train(
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(tasks))
     n_held = min(len(tasks) - 1, max(1, round(held_out * len(tasks))))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         learner = _Learner(n_features, hidden)
     prepared = [_Prepared.of(task) for task in tasks]
     optimizer = torch.optim.Adam(learner.parameters(), lr=learning_rate)
@@ -134,10 +136,10 @@ class _Prepared:
 class _Learner(torch.nn.Module):
     def __init__(self, n_features: int, hidden: int) -> None:
         super().__init__()
-        self._hidden = torch.nn.ModuleList(torch.nn.Linear(width, hidden, dtype=torch.float64) for width in (3, hidden))
-        self._out = torch.nn.Linear(hidden, n_features, dtype=torch.float64)
-        self.mean = torch.nn.Parameter(torch.zeros(n_features, dtype=torch.float64))
-        self.log_std = torch.nn.Parameter(torch.zeros(n_features, dtype=torch.float64))
+        self._hidden = torch.nn.ModuleList(torch.nn.Linear(width, hidden, **_KIND) for width in (3, hidden))
+        self._out = torch.nn.Linear(hidden, n_features, **_KIND)
+        self.mean = torch.nn.Parameter(torch.zeros(n_features, **_KIND))
+        self.log_std = torch.nn.Parameter(torch.zeros(n_features, **_KIND))
 
     def _features(self, inputs: torch.Tensor) -> torch.Tensor:
         hidden = inputs
@@ -149,7 +151,7 @@ class _Learner(torch.nn.Module):
     def loss(self, task: _Prepared, rows: np.ndarray) -> torch.Tensor:
         features = self._features(task.inputs[rows]) - self._features(task.reference)
         covariance = task.kernel[rows][:, rows] + (features * (2 * self.log_std).exp()) @ features.T
-        covariance = covariance + _NOISE**2 * torch.eye(len(rows), dtype=torch.float64)
+        covariance = covariance + _NOISE**2 * torch.eye(len(rows), **_KIND)
         mean = task.offset[rows] + features @ self.mean
         factor = torch.linalg.cholesky(covariance)
         white = torch.linalg.solve_triangular(factor, (task.targets[rows] - mean)[:, None], upper=False)
