@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
 from rankadaptor_optuna.surrogate.features import MLP, Array
+from rankadaptor_optuna.surrogate.files import read, write
 
 FORMAT = "1"
 PRETRAINED = Path(__file__).parent / "pretrained" / "prior.safetensors"
@@ -30,29 +28,17 @@ class Prior:
     mean: Array
     std: Array
 
-    def save(self, path: str | os.PathLike[str], card: dict[str, str] | None = None) -> None:
-        """Writes safetensors; ``card`` (what it was learned from) goes into the metadata."""
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """All its arrays by name."""
         tensors = {"mean": self.mean, "std": self.std}
         for i, (weight, bias) in enumerate(zip(self.mlp.weights, self.mlp.biases, strict=True)):
             tensors |= {f"mlp.{i}.weight": weight, f"mlp.{i}.bias": bias}
-        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        save_file(contiguous, os.fspath(path), metadata={"format": FORMAT, **(card or {})})
+        return tensors
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Prior:
-        """Reads what ``save`` wrote.
-
-        Raises:
-            ValueError: The file is missing, not safetensors, or of another format.
-        """
-        try:
-            with safe_open(os.fspath(path), framework="numpy") as file:
-                found = (file.metadata() or {}).get("format")
-                if found != FORMAT:
-                    raise ValueError(f"prior {os.fspath(path)!r} has format {found!r}; this version reads {FORMAT!r}.")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read the prior {os.fspath(path)!r}: {error}") from error
+    def of(cls, tensors: Mapping[str, Array]) -> Prior:
+        """The prior that has these ``tensors``."""
         depth = sum(name.endswith(".weight") for name in tensors)
         return cls(
             mlp=MLP(
@@ -62,6 +48,19 @@ class Prior:
             mean=tensors["mean"],
             std=tensors["std"],
         )
+
+    def save(self, path: str | os.PathLike[str], card: dict[str, str] | None = None) -> None:
+        """Writes safetensors; ``card`` (what it was learned from) goes into the metadata."""
+        write(path, self.tensors, {"format": FORMAT, **(card or {})})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Prior:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            ValueError: The file is missing, not safetensors, or of another format.
+        """
+        return cls.of(read(path, "prior", FORMAT)[0])
 
 
 def load_prior(prior: str | os.PathLike[str] | None) -> Prior | None:
