@@ -10,7 +10,15 @@ import rankadaptor_optuna
 HEAVY = ("torch", "transformers", "peft", "lm_eval", "datasets")
 
 
-@pytest.mark.parametrize("line", ["import rankadaptor_optuna", "from rankadaptor_optuna import RankSpace"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import rankadaptor_optuna",
+        "from rankadaptor_optuna import RankSpace",
+        "from rankadaptor_optuna import RankAdaptorSampler",
+        "from rankadaptor_optuna import PerformanceModel, RankSpace; PerformanceModel(RankSpace(4), mode='paper')",
+    ],
+)
 def test_importing_the_package_loads_nothing_heavy(line):
     code = f"import sys; {line}; print([m for m in {HEAVY} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -7,7 +7,7 @@ profile), so that one prior serves models of any number of layers, and a linear 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ Array = NDArray[np.float64]
 
 N_SMOOTH = 8
 N_CURVATURE = 4
+_PER_LAYER = ("depth", "profile", "costs", "reference")
 
 
 @dataclass
@@ -62,6 +63,21 @@ class RankGrid:
         )
 
     @property
+    def tensors(self) -> dict[str, Array]:
+        """All its arrays by name, for a file."""
+        widths = np.asarray([len(v) for v in self.values], dtype=np.float64)
+        values = np.concatenate([np.zeros(0), *self.values])
+        rest = {name: np.asarray(getattr(self, name), dtype=np.float64) for name in _PER_LAYER}
+        return {"values": values, "widths": widths, **rest}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Array]) -> RankGrid:
+        """The grid that has these ``tensors``."""
+        ends = tensors["widths"].cumsum().astype(int)
+        values = np.split(tensors["values"], ends[:-1]) if len(ends) else []
+        return cls(values=values, **{name: tensors[name] for name in _PER_LAYER})
+
+    @property
     def n_layers(self) -> int:
         """Number of searched layers."""
         return len(self.depth)
@@ -90,6 +106,10 @@ class MLP:
 
     weights: Sequence[Array]
     biases: Sequence[Array]
+
+    def __post_init__(self) -> None:
+        # products differ in their last bits with the memory layout, which a file does not keep
+        object.__setattr__(self, "weights", [np.ascontiguousarray(weight) for weight in self.weights])
 
     def __call__(self, inputs: Array) -> Array:
         """Maps (..., 3) to (..., M)."""

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from rankadaptor_optuna.surrogate.features import MLP, N_SMOOTH, Array, RankGrid, groups, ordinary, per_layer
+from rankadaptor_optuna.surrogate.files import read, write
 from rankadaptor_optuna.surrogate.head import BayesianHead, Hyperparameters
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
 
 if TYPE_CHECKING:
     from rankadaptor_optuna.space import RankSpace
+    from rankadaptor_optuna.surrogate.paper import Network
+
+FORMAT = "performance-model-1"  # of files; they hold features, so it rises where these change, too
+
+
+def standardise(scores: Array) -> tuple[Array, float, float]:
+    """Scores standardised within the study, with their mean and spread.
+
+    Scores far from the rest (a recovery that diverged) are pulled in to five robust deviations from the median: they
+    stay the worst, but do not set the scale.
+    """
+    if not len(scores):
+        return scores, 0.0, 1.0
+    median = np.median(scores)
+    deviation = 1.4826 * float(np.median(np.abs(scores - median)))
+    if deviation > 0:
+        scores = np.clip(scores, median - 5 * deviation, median + 5 * deviation)
+    location, spread = float(scores.mean()), float(scores.std()) or 1.0
+    return (scores - location) / spread, location, spread
 
 
 @dataclass(frozen=True)
@@ -58,27 +81,45 @@ class PerformanceModel:
         prior: ``"pretrained"`` (shipped), None, a path, or a ``Prior``.
         direction: ``"maximize"`` or ``"minimize"``: whether higher or lower scores are better.
         n_ordinary: Width of the other parameters' points, 0 where only ranks are searched.
+        mode: ``"bayesian"``, or ``"paper"`` for the paper's gradient-trained MLP: see ``surrogate.paper.PaperModel``.
+        hidden: Widths of the three hidden layers; paper mode only.
+        seed: Seed of initialisation and training; paper mode only, the other draws nothing by itself.
 
     Raises:
-        ValueError: The prior cannot be read, or the direction is unknown.
+        ValueError: The prior cannot be read, or the direction, mode or hidden widths are not known.
     """
+
+    mode = "bayesian"
+
+    def __new__(cls, *_: Any, mode: str = "bayesian", **__: Any) -> PerformanceModel:  # noqa: ANN401
+        """Makes the class of the ``mode``."""
+        return super().__new__(_class_of(mode) if cls is PerformanceModel else cls)
 
     def __init__(
         self,
         space: RankSpace | RankGrid,
         *,
-        prior: Prior | str | os.PathLike[str] | None = "pretrained",
+        prior: Prior | Network | str | os.PathLike[str] | None = "pretrained",
         direction: str = "maximize",
         n_ordinary: int = 0,
+        mode: str = "bayesian",
+        hidden: Sequence[int] = (32, 32, 32),
+        seed: int = 0,
     ) -> None:
+        if mode != self.mode:
+            raise ValueError(f"{type(self).__name__} is of mode {self.mode!r}, got {mode!r}.")
         if direction not in ("maximize", "minimize"):
             raise ValueError(f'direction must be "maximize" or "minimize", got {direction!r}.')
+        if not (prior is None or isinstance(prior, (Prior, str, os.PathLike))):
+            raise ValueError(f"mode {mode!r} starts from a Prior or the path of one, got {type(prior).__name__}.")
         self.grid = space if isinstance(space, RankGrid) else RankGrid.from_space(space)
         self._prior = prior if isinstance(prior, Prior) else load_prior(prior)
-        self._sign = 1.0 if direction == "maximize" else -1.0
+        self._direction, self._sign = direction, 1.0 if direction == "maximize" else -1.0
         self._n_ordinary = n_ordinary
         self.features = np.zeros((0, self._width))
         self._scores = self._variance = np.zeros(0)
+
+    __new__.__signature__ = inspect.signature(__init__)  # type: ignore[attr-defined]  # what help() shows
 
     @property
     def _mlp(self) -> MLP | None:
@@ -97,7 +138,7 @@ class PerformanceModel:
         return 1 + self._rank_width + ordinary(np.zeros((1, self._n_ordinary))).shape[1]
 
     def encode(self, ranks: ArrayLike, points: ArrayLike | None = None) -> Array:
-        """Features of configurations, (n, F): an intercept, the ranks' and the other parameters'.
+        """Features of configurations, (n, F): an intercept (not in paper mode), the ranks' and the other parameters'.
 
         Raises:
             ValueError: The number of ranks is not that of the layers.
@@ -107,9 +148,11 @@ class PerformanceModel:
             raise ValueError(f"expected {self.grid.n_layers} ranks a configuration, got {ranks.shape[1]}.")
         if points is None:
             points = np.full((len(ranks), self._n_ordinary), 0.5)
+        return self._rows(ranks, np.atleast_2d(np.asarray(points, dtype=np.float64)))
+
+    def _rows(self, ranks: Array, points: Array) -> Array:
         rank_part = (per_layer(self.grid, ranks, self._mlp) - self._reference).sum(1)
-        ordinary_part = ordinary(np.atleast_2d(np.asarray(points, dtype=np.float64)))
-        return np.concatenate([np.ones((len(ranks), 1)), rank_part, ordinary_part], axis=1)
+        return np.concatenate([np.ones((len(ranks), 1)), rank_part, ordinary(points)], axis=1)
 
     def update(
         self, ranks: ArrayLike, scores: ArrayLike, points: ArrayLike | None = None, variance: ArrayLike = 0.0
@@ -141,27 +184,14 @@ class PerformanceModel:
 
     def fit(self, features: Array, scores: Array, variance: Array | None = None) -> None:
         """Replaces all observations: features as ``encode`` makes them, (n, F), scores and their variances, (n,)."""
-        self.features, self._scores = features, self._sign * scores
+        self.features, self._scores = np.ascontiguousarray(features), self._sign * scores
         self._variance = np.zeros(len(scores)) if variance is None else variance
         for stale in ("_head", "_standardised"):
             self.__dict__.pop(stale, None)
 
     @cached_property
     def _standardised(self) -> tuple[Array, float, float]:
-        """Scores standardised within the study, with their mean and spread.
-
-        Scores far from the rest (a recovery that diverged) are pulled in to five robust deviations from the median:
-        they stay the worst, but do not set the scale.
-        """
-        scores = self._scores
-        if not len(scores):
-            return scores, 0.0, 1.0
-        median = np.median(scores)
-        deviation = 1.4826 * float(np.median(np.abs(scores - median)))
-        if deviation > 0:
-            scores = np.clip(scores, median - 5 * deviation, median + 5 * deviation)
-        location, spread = float(scores.mean()), float(scores.std()) or 1.0
-        return (scores - location) / spread, location, spread
+        return standardise(self._scores)
 
     @property
     def targets(self) -> Array:
@@ -207,6 +237,11 @@ class PerformanceModel:
             noise=noise,
         )
 
+    @property
+    def noise(self) -> float:
+        """Estimated standard deviation of a trial's score about its expectation, in the scores' own units."""
+        return self._standardised[2] * self._head.noise
+
     def predict(self, ranks: ArrayLike, points: ArrayLike | None = None) -> tuple[Array, Array]:
         """Mean and standard deviation of the score without trial noise, each (n,), in the scores' own units."""
         _, location, spread = self._standardised
@@ -240,3 +275,64 @@ class PerformanceModel:
     def mean(self) -> Belief:
         """The posterior mean."""
         return self._belief(self._head.mean)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all that predictions and further updates rest on, as safetensors.
+
+        Raises:
+            ValueError: The file cannot be written.
+        """
+        settings = {"mode": self.mode, "direction": self._direction, "n_ordinary": self._n_ordinary, **self._settings()}
+        write(path, self._tensors(), {"format": FORMAT, "settings": json.dumps(settings)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PerformanceModel:
+        """Reads what ``save`` wrote; it predicts the same to the last bit, and goes on where that one stopped.
+
+        Raises:
+            ValueError: The file is missing, holds no performance model, or is of another format.
+        """
+        tensors, metadata = read(path, "performance model", FORMAT)
+        try:
+            settings = json.loads(metadata["settings"])
+            grid = RankGrid.of(within("grid", tensors))
+            prior = within("prior", tensors)
+            model = _class_of(settings["mode"])(grid, prior=Prior.of(prior) if prior else None, **settings)
+            model._restore(tensors)
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"cannot read the performance model {os.fspath(path)!r}: {error!r}") from error
+        return model
+
+    def _settings(self) -> dict[str, Any]:
+        return {}
+
+    def _tensors(self) -> dict[str, Array]:
+        prior = {} if self._prior is None else self._prior.tensors
+        return {
+            **{f"grid.{name}": value for name, value in self.grid.tensors.items()},
+            **{f"prior.{name}": value for name, value in prior.items()},
+            "features": self.features,
+            "scores": self._scores,
+            "variance": self._variance,
+        }
+
+    def _restore(self, tensors: Mapping[str, Array]) -> None:
+        features, scores, variance = (tensors[name] for name in ("features", "scores", "variance"))
+        if features.shape != (len(scores), self._width) or variance.shape != scores.shape:
+            raise ValueError(f"{features.shape} features of {scores.shape} scores, expected {self._width} a score")
+        self.features, self._scores, self._variance = features, scores, variance
+
+
+def within(group: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Those tensors whose names start with the group's, without it."""
+    return {name[len(group) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{group}.")}
+
+
+def _class_of(mode: str) -> type[PerformanceModel]:
+    if mode == "bayesian":
+        return PerformanceModel
+    if mode == "paper":
+        from rankadaptor_optuna.surrogate.paper import PaperModel
+
+        return PaperModel
+    raise ValueError(f'mode must be "bayesian" or "paper", got {mode!r}.')

@@ -75,21 +75,10 @@ def test_the_same_seed_learns_the_same_prior_and_leaves_torchs_generator_alone()
     assert (a != other).any()
 
 
-@pytest.fixture
-def foreign_defaults():
-    """Torch as another part of the user's program may have set it."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_device("meta")
-    torch.set_default_dtype(torch.float16)
-    yield
-    torch.set_default_device(None)
-    torch.set_default_dtype(dtype)
-
-
-def test_torchs_default_device_and_dtype_do_not_matter(request):
+def test_torchs_default_device_and_dtype_do_not_matter(foreign_torch):
     tasks, settings = [task(i) for i in range(3)], {"max_epochs": 2, "hidden": 4, "n_features": 3}
     expected = meta_train(tasks, **settings)
-    request.getfixturevalue("foreign_defaults")
+    foreign_torch()
     found = meta_train(tasks, **settings)
     np.testing.assert_array_equal(found.mlp.weights[0], expected.mlp.weights[0])
     np.testing.assert_array_equal(found.mean, expected.mean)

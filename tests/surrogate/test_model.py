@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import inspect
+import json
+
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from rankadaptor_optuna import PerformanceModel, RankSpace
-from rankadaptor_optuna.surrogate.features import MLP
-from rankadaptor_optuna.surrogate.prior import Prior
+from rankadaptor_optuna.surrogate.features import MLP, RankGrid
+from rankadaptor_optuna.surrogate.model import FORMAT
+from rankadaptor_optuna.surrogate.paper import Network
+from rankadaptor_optuna.surrogate.prior import Prior, load_prior
 
 SPACE = RankSpace(10, budget="uniform:8", profile=np.linspace(0.1, 0.5, 10) ** 2)
 WEIGHTS = np.linspace(0.2, 2, 10)  # deeper layers need rank more
@@ -174,3 +181,144 @@ def test_a_refused_update_changes_nothing():
     with pytest.raises(ValueError, match="finite"):
         model.update([[2.0] * 10], [float("inf")])
     assert (model.predict(test)[0] == before).all()
+
+
+def test_the_noise_is_that_of_the_scores_in_their_units():
+    ranks, rng = configurations(100), np.random.default_rng(5)
+    for sd in (1.0, 3.0):
+        model = fitted(100, scores=50 + score(ranks) + sd * rng.standard_normal(100))
+        assert model.noise == pytest.approx(sd, rel=0.35)
+
+
+def test_help_shows_the_arguments():
+    assert list(inspect.signature(PerformanceModel).parameters)[:2] == ["space", "prior"]
+
+
+@pytest.mark.parametrize("mode", ["other", "", None, "Paper"])
+def test_an_unknown_mode_is_named(mode):
+    with pytest.raises(ValueError, match=f'mode must be "bayesian" or "paper", got {mode!r}'):
+        PerformanceModel(SPACE, mode=mode)
+
+
+def test_the_papers_network_is_no_prior_of_the_default_mode():
+    with pytest.raises(ValueError, match="mode 'bayesian' starts from a Prior or the path of one, got Network"):
+        PerformanceModel(SPACE, prior=Network(10))
+
+
+UNEVEN = RankGrid(
+    depth=np.linspace(0, 1, 10),
+    values=[np.arange(1.0, 3 + i) for i in range(10)],
+    profile=np.linspace(0.1, 0.5, 10),
+    costs=np.ones(10),
+    reference=np.ones(10),
+)
+
+
+def own_prior():
+    """Wide enough for products to depend on the memory layout, and transposed, as weights come out of torch."""
+    rng = np.random.default_rng(0)
+    mlp = MLP([rng.standard_normal(s).T for s in ((32, 3), (32, 32), (6, 32))], [np.zeros(n) for n in (32, 32, 6)])
+    return Prior(mlp, rng.standard_normal(6), np.full(6, 0.5))
+
+
+KEPT = [
+    {"prior": None},
+    {"prior": "pretrained", "direction": "minimize"},
+    {"prior": own_prior(), "n_ordinary": 2},
+    {"mode": "paper", "seed": 3, "direction": "minimize"},
+    {"mode": "paper", "hidden": (32, 16, 32), "n_ordinary": 2},
+    {"mode": "paper", "prior": Network(10, seed=7)},
+]
+
+
+def observe(model, first, last):
+    """Trials ``first`` to ``last``, with other parameters where the model takes them, some of them uncertain."""
+    rng = np.random.default_rng(2)
+    ranks, points, variance = rng.integers(1, 3, (30, 10)), rng.random((30, 2)), 0.1 * (rng.random(30) > 0.7)
+    used = slice(first, last)
+    points = points[used] if model.encode(np.ones(10)).shape == model.encode(np.ones(10), points[:1]).shape else None
+    model.update(ranks[used], score(ranks[used]), points, variance[used])
+
+
+def everything(model):
+    test = configurations(5, seed=1)
+    return np.concatenate([*model.predict(test), *model.predict_gain(test), [model.noise], model.targets])
+
+
+@pytest.mark.parametrize("space", [SPACE, UNEVEN], ids=["space", "grid"])
+@pytest.mark.parametrize("settings", KEPT, ids=range(len(KEPT)))
+@pytest.mark.parametrize("n_before", [0, 1, 20])
+def test_a_saved_model_predicts_the_same_to_the_bit_and_goes_on(settings, space, n_before, tmp_path):
+    model = PerformanceModel(space, **settings)
+    observe(model, 0, n_before)
+    model.save(tmp_path / "model.safetensors")
+    loaded = PerformanceModel.load(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(everything(loaded), everything(model))
+    for unstopped in (model, loaded):
+        observe(unstopped, n_before, 30)
+    np.testing.assert_array_equal(everything(loaded), everything(model))
+    loaded.fit(model.features[5:], model.targets[5:])
+    model.fit(model.features[5:], model.targets[5:])
+    np.testing.assert_array_equal(everything(loaded), everything(model))
+
+
+def test_draws_of_a_loaded_model_are_the_same(tmp_path):
+    model = fitted(prior="pretrained")
+    model.save(tmp_path / "m")
+    loaded = PerformanceModel.load(tmp_path / "m")
+    np.testing.assert_array_equal(loaded.mean().table, model.mean().table)
+    draws = [m.sample(np.random.default_rng(0)).table for m in (model, loaded)]
+    np.testing.assert_array_equal(*draws)
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "paper"}])
+def test_a_model_without_ranks_is_kept_too(settings, tmp_path):
+    nothing = np.zeros(0)
+    model = PerformanceModel(RankGrid(nothing, [], nothing, nothing, nothing), n_ordinary=1, **settings)
+    model.update(np.zeros((3, 0)), [1.0, 2.0, 3.0], [[0.1], [0.5], [0.9]])
+    model.save(tmp_path / "m")
+    test = np.zeros((2, 0)), [[0.2], [0.7]]
+    np.testing.assert_array_equal(PerformanceModel.load(tmp_path / "m").predict(*test), model.predict(*test))
+
+
+def altered(path, *, without=(), settings=None, **tensors):
+    """Writes a saved model again, with something wrong."""
+    fitted(mode="paper").save(path)
+    with safe_open(path, framework="numpy") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys() if name not in without}  # noqa: SIM118
+        metadata = file.metadata()
+    changed = json.dumps(json.loads(metadata["settings"]) | (settings or {}))
+    save_file(kept | tensors, path, metadata={**metadata, "settings": changed})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: None,
+        lambda path: path.write_bytes(b"garbage"),
+        lambda path: (fitted().save(path), path.write_bytes(path.read_bytes()[:-8])),
+        lambda path: load_prior("pretrained").save(path),
+        lambda path: save_file({"scores": np.zeros(2)}, path, metadata={"format": "performance-model-2"}),
+        lambda path: save_file({"scores": np.zeros(2)}, path, metadata={"format": FORMAT}),
+        lambda path: save_file({"scores": np.zeros(2)}, path, metadata={"format": FORMAT, "settings": "{"}),
+        lambda path: altered(path, without=["scores"]),
+        lambda path: altered(path, without=["grid.depth"]),
+        lambda path: altered(path, without=["network.moments"]),
+        lambda path: altered(path, features=np.zeros((40, 9))),
+        lambda path: altered(path, **{"network.parameters": np.zeros(9)}),
+        lambda path: altered(path, settings={"mode": "other"}),
+        lambda path: altered(path, settings={"hidden": [32, 32]}),
+        lambda path: altered(path, settings={"unheard": 1}),
+        lambda path: altered(path, **{"network.n_steps": np.zeros(0)}),
+    ],
+)
+def test_a_file_that_holds_no_model_is_refused_by_name(spoil, tmp_path):
+    spoil(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"performance model '.*/model\.safetensors'"):
+        PerformanceModel.load(tmp_path / "model.safetensors")
+
+
+def test_a_model_is_no_prior(tmp_path):
+    fitted().save(tmp_path / "m")
+    with pytest.raises(ValueError, match="/m' has format 'performance-model-1'; this version reads '1'"):
+        PerformanceModel(SPACE, prior=tmp_path / "m")
