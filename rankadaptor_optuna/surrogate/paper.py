@@ -22,8 +22,8 @@ HIDDEN = (32, 32, 32)
 _LEARNING_RATE = 1e-3
 _BATCH = 16
 _STEPS = 10
-_WINDOW = 30
-_WIDE = 2.0
+_WINDOW = 30  # prequential errors that count: the earliest ones are of a network that knew nothing
+_WIDE = 2.0  # standard deviation before there are any, in spreads of the scores
 
 
 class Network:
@@ -175,7 +175,7 @@ class PaperModel(PerformanceModel):
         if isinstance(prior, Network):
             if prior.sizes != start.sizes:
                 raise ValueError(f"the prior is a network {prior.sizes}, this performance model needs {start.sizes}.")
-            start = prior.copy()
+            start = prior
         elif prior not in (None, "pretrained"):
             raise ValueError(f"in paper mode a prior is None or what surrogate.paper.pretrain returns, got {prior!r}.")
         self._start = start

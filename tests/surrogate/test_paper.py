@@ -218,6 +218,7 @@ def test_pretraining_knows_before_the_first_trial_what_its_tasks_had_in_common()
     test = configurations(100, seed=1)
     model = PerformanceModel(SPACE, mode="paper", prior=network)
     assert np.corrcoef(model.predict(test)[0], score(test))[0, 1] > 0.8
+    assert (network.n_steps, np.abs(network.moments).max()) == (0, 0)  # the optimiser starts afresh
     before = network.parameters.copy()
     model.update(test, -score(test))
     np.testing.assert_array_equal(network.parameters, before)  # the next study starts from it, too
