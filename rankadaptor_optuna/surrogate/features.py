@@ -8,7 +8,7 @@ profile), so that one prior serves models of any number of layers, and a linear 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,6 @@ Array = NDArray[np.float64]
 
 N_SMOOTH = 8
 N_CURVATURE = 4
-_PER_LAYER = ("depth", "profile", "costs", "reference")
 
 
 @dataclass
@@ -67,15 +66,15 @@ class RankGrid:
         """All its arrays by name, for a file."""
         widths = np.asarray([len(v) for v in self.values], dtype=np.float64)
         values = np.concatenate([np.zeros(0), *self.values])
-        rest = {name: np.asarray(getattr(self, name), dtype=np.float64) for name in _PER_LAYER}
-        return {"values": values, "widths": widths, **rest}
+        given = [f.name for f in fields(self) if f.init and f.name != "values"]
+        return {"values": values, "widths": widths, **{name: np.asarray(getattr(self, name)) for name in given}}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Array]) -> RankGrid:
         """The grid that has these ``tensors``."""
-        ends = tensors["widths"].cumsum().astype(int)
-        values = np.split(tensors["values"], ends[:-1]) if len(ends) else []
-        return cls(values=values, **{name: tensors[name] for name in _PER_LAYER})
+        rest = dict(tensors)
+        values, ends = rest.pop("values"), rest.pop("widths").cumsum().astype(int)
+        return cls(values=np.split(values, ends[:-1]) if len(ends) else [], **rest)
 
     @property
     def n_layers(self) -> int:
