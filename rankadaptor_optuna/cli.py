@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     quick.add_argument(
         "--budget", default="uniform:8", help="trainable parameters, or uniform:RANK (default: %(default)s)"
     )
+    quick.add_argument(
+        "--granularity",
+        choices=("layer", "sublayer"),
+        default="layer",
+        help="one rank per layer, or one for its attention and one for its MLP (default: %(default)s)",
+    )
     quick.add_argument("--steps", type=int, default=8, help="training steps of one recovery (default: %(default)s)")
     quick.add_argument("--storage", metavar="URL", help="Optuna storage (default: SQLite in --out)")
     quick.add_argument("--study", default="quickstart", metavar="NAME", help="study name (default: %(default)s)")
@@ -91,6 +97,7 @@ def _quickstart(args: argparse.Namespace) -> None:
         ratio=args.ratio,
         candidates=args.candidates,
         budget=args.budget,
+        granularity=args.granularity,
         steps=args.steps,
         storage=args.storage,
         study_name=args.study,

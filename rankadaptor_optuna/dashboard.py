@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import textwrap
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,8 @@ RANKS_ID = "rankadaptor-3-recommended-ranks"
 _BEGIN = "[//]: # (rankadaptor: written anew by each publish_dashboard; your own text goes above or below)"
 _END = "[//]: # (rankadaptor: end)"
 _MAX_COLUMNS = 400  # of the heat map: the page polls every figure, and a card is some 600 px wide
-_BLUE, _VERMILION, _ORANGE, _GREY, _BLACK = "#0072B2", "#D55E00", "#E69F00", "#999999", "#000000"  # Okabe-Ito
+_BLUE, _VERMILION, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#E69F00", "#009E73"  # Okabe-Ito
+_GREY, _BLACK = "#999999", "#000000"
 _DASHED = {"color": _VERMILION, "dash": "dash"}
 
 
@@ -54,7 +57,9 @@ class History:
         numbers: Trial numbers, (n,).
         ranks: Ranks of each trial, (n, L).
         names: Names of the rank parameters, (L,).
-        labels: Layer indices, (L,); the parameters' names where several of them belong to one layer.
+        labels: Layer indices (or sublayers, ``"3.mlp"``), (L,); the parameters' names where no space is known and
+            several of them belong to one layer.
+        series: Ranks along the depth: which of the L are of each sublayer, of the layers (``""``) where there is one.
         is_uniform: Which trials are the uniform configuration, (n,); all False where no space is known.
         within_budget: Which trials keep to the budget, (n,); all of them where there is none.
         scores: Score of each trial, (n,); None with several objectives.
@@ -72,6 +77,7 @@ class History:
     ranks: NDArray[np.int64]
     names: tuple[str, ...]
     labels: tuple[int, ...] | tuple[str, ...]
+    series: dict[str, slice]
     is_uniform: NDArray[np.bool_]
     within_budget: NDArray[np.bool_]
     scores: NDArray[np.float64] | None
@@ -97,7 +103,7 @@ def history(study: Study) -> History:
     ranks = ranks.reshape(len(trials), len(names))
     within_budget = np.ones(len(trials), dtype=bool)
     if space is not None and space.budget is not None:  # another sampler may exceed it
-        costs = [space.cost(dict(zip(space.layers, row, strict=True))) for row in ranks.tolist()]
+        costs = [space.cost(dict(zip(space.modules, row, strict=True))) for row in ranks.tolist()]
         within_budget = np.asarray(costs) <= space.budget
     scores = best = None
     if len(study.directions) == 1:
@@ -110,6 +116,7 @@ def history(study: Study) -> History:
         ranks=ranks,
         names=tuple(names),
         labels=tuple(names.values()) if len(set(names.values())) == len(names) else tuple(names),
+        series={"": slice(None)} if space is None else space.series,
         is_uniform=is_uniform,
         within_budget=within_budget,
         scores=scores,
@@ -237,14 +244,18 @@ def _require_extra() -> None:
 
 
 def heat_map_figure(h: History) -> Figure:
-    """Rank of each layer over the finished trials (the latest 400); marks above show the uniform ones."""
+    """Rank of each layer over the finished trials (the latest 400); marks above show the uniform ones.
+
+    Of sublayers, the attention's ranks are below and the MLP's above.
+    """
     from plotly.graph_objects import Heatmap, Scatter
 
-    numbers, ranks = h.numbers[-_MAX_COLUMNS:], h.ranks[-_MAX_COLUMNS:]
+    rows = [i for part in h.series.values() for i in range(len(h.labels))[part]]
+    numbers, ranks = h.numbers[-_MAX_COLUMNS:], h.ranks[-_MAX_COLUMNS:, rows]
     values = np.unique(ranks)
     cells = Heatmap(
         x=numbers,
-        y=h.labels,
+        y=[h.labels[i] for i in rows],
         z=ranks.T.astype(np.min_scalar_type(ranks.max())),  # plotly packs arrays of small integers tightly
         colorscale="Viridis",
         colorbar={"title": "rank", "thickness": 14, "tickvals": values if len(values) <= 12 else None},
@@ -304,23 +315,36 @@ def ranks_figure(h: History, found: Recommendation) -> Figure:
     """Recommended rank of each layer with the uniform rank, above what pruning took from the layer."""
     from plotly.graph_objects import Bar, Scatter
 
-    fixed = {layer: rank for layer, rank in found.all_ranks.items() if layer not in found.ranks}
+    whole = {module: rank for module, rank in found.all_ranks.items() if module not in found.ranks}
     ranks = [found.params[name] for name in h.names]
-    data = [Bar(x=h.labels, y=ranks, name="recommended", marker={"color": _BLUE})]
-    if fixed:
-        data.append(Bar(x=list(fixed), y=list(fixed.values()), name="not searched", marker={"color": _GREY}))
+    upper: list[Any] = []
+    lower: list[Any] = []
+    for (name, part), color in zip(h.series.items(), (_BLUE, _GREEN), strict=False):
+        layers, group, first = _layers(h.labels[part], name), {"offsetgroup": name or None}, not upper
+        upper.append(Bar(x=layers, y=ranks[part], name=name or "recommended", marker={"color": color}, **group))
+        fixed = {module: rank for module, rank in whole.items() if str(module).endswith(name)}
+        if fixed:
+            look = {"name": "not searched", "marker": {"color": _GREY}, "showlegend": first}
+            upper.append(Bar(x=_layers(fixed, name), y=list(fixed.values()), **look, **group))
+        if h.profile is not None:
+            share = [round(100 * taken, 1) for taken in h.profile[part]]
+            look = {"name": "weights pruned", "marker": {"color": color if name else _ORANGE}, "showlegend": not name}
+            lower.append(Bar(x=layers, y=share, yaxis="y2", **look, **group))
     if h.uniform_ranks is not None:
-        data.append(Scatter(x=h.labels, y=h.uniform_ranks, mode="lines", name="uniform", line=_DASHED))
-    figure = _figure(data, h, "Recommended rank of each layer", "layer", "rank")
-    figure.update_layout(barmode="overlay", bargap=0.15, yaxis={"rangemode": "tozero"})
+        upper.append(Scatter(x=layers, y=h.uniform_ranks[part], mode="lines", name="uniform", line=_DASHED))
+    figure = _figure(upper + lower, h, "Recommended rank of each layer", "layer", "rank")
+    barmode = "overlay" if len(h.series) == 1 else "group"
+    figure.update_layout(barmode=barmode, bargap=0.15, yaxis={"rangemode": "tozero"})
     figure.update_yaxes(dtick=1 if max(ranks) <= 5 else None)
-    if h.profile is not None:
-        share = [round(100 * taken, 1) for taken in h.profile]
-        bars = Bar(x=h.labels, y=share, name="weights pruned", marker={"color": _ORANGE})
-        figure.add_trace(bars.update(yaxis="y2"))
-        lower = {"domain": [0, 0.28], "title": "weights<br>pruned (%)", "rangemode": "tozero"}
-        figure.update_layout(xaxis={"anchor": "y2"}, yaxis={"domain": [0.38, 1]}, yaxis2=lower)
+    if lower:
+        axis = {"domain": [0, 0.28], "title": "weights<br>pruned (%)", "rangemode": "tozero"}
+        figure.update_layout(xaxis={"anchor": "y2"}, yaxis={"domain": [0.38, 1]}, yaxis2=axis)
     return figure
+
+
+def _layers(labels: Iterable[Any], sublayer: str) -> list[Any]:
+    """Where on the layers' axis the bars of a series stand."""
+    return [int(label.partition(".")[0]) if sublayer else label for label in labels]
 
 
 def _worst_shown(h: History) -> float:
@@ -358,7 +382,7 @@ def note(h: History, found: Recommendation | None, space: RankSpace | None) -> s
         return "## Recommended ranks\n\nA recommendation needs one objective; this study has several."
     if found is None:
         return "## Recommended ranks\n\nNo recommendation yet: the study has no finished trial."
-    closest = "; ".join(f"trial {n}, layers that differ {d}, {y:.5g}" for n, d, y in found.evidence.closest)
+    closest = "; ".join(f"trial {n}, ranks that differ {d}, {y:.5g}" for n, d, y in found.evidence.closest)
     lines = ["## Recommended ranks", "", f"**{found.evidence.statement}**", ""]
     lines += [f"* Predicted {h.objective}: {found.predicted:.5g} ± {found.std:.2g} (one standard deviation)."]
     if h.uniform_score is not None:
@@ -368,7 +392,7 @@ def note(h: History, found: Recommendation | None, space: RankSpace | None) -> s
         lines += [f"* Best single trial, noise included: {h.best[-1]:.5g} (trial {number})."]
     lines += [f"* {_cost_text(found, space)}.", f"* Closest finished trials: {closest}.", ""]
     lines += [*_table(h, found), ""]
-    if isinstance(h.labels[0], int) and any(found.all_ranks.values()):
+    if any(found.all_ranks.values()):
         lines += ["Ready to paste, with `target_modules` as in your training:", "", *_code(found)]
     return "\n".join(lines)
 
@@ -382,8 +406,9 @@ def _cost_text(found: Recommendation, space: RankSpace | None) -> str:
 
 
 def _table(h: History, found: Recommendation) -> list[str]:
+    kind = "layer" if "" in h.series else "sublayer"
     columns: dict[str, list[str]] = {
-        "layer": [str(label) for label in h.labels],
+        kind: [str(label) for label in h.labels],
         "rank": [str(found.params[name]) for name in h.names],
     }
     if h.uniform_ranks is not None:
@@ -392,12 +417,16 @@ def _table(h: History, found: Recommendation) -> list[str]:
         columns["weights pruned"] = [f"{taken:.1%}" for taken in h.profile]
     rows = [list(columns), ["---:"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
     table = ["| " + " | ".join(row) + " |" for row in rows]
-    fixed = [f"{layer} (rank {rank})" for layer, rank in found.all_ranks.items() if layer not in found.ranks]
-    return table + (["", f"Not searched: layers {', '.join(fixed)}."] if fixed else [])
+    fixed = [f"{module} (rank {rank})" for module, rank in found.all_ranks.items() if module not in found.ranks]
+    return table + (["", f"Not searched: {kind}s {', '.join(fixed)}."] if fixed else [])
 
 
 def _code(found: Recommendation) -> list[str]:
-    ranks = {layer: rank for layer, rank in found.all_ranks.items() if rank > 0}
+    ranks = {module: rank for module, rank in found.all_ranks.items() if rank > 0}
+    where = 'layers_to_transform=list(ranks),\n    layers_pattern="layers"'
+    if any(isinstance(module, str) for module in ranks):
+        ranks = {re.escape(module): rank for module, rank in ranks.items()}
+        where = r'''exclude_modules=rf"(.*\.)?layers\.(?!({'|'.join(ranks)})\.).*"'''
     code = rf"""from peft import LoraConfig
 
 ranks = {str(ranks).replace(": ", ":")}
@@ -406,8 +435,7 @@ config = LoraConfig(
     lora_alpha={ALPHA_RATIO:g} * max(ranks.values()),
     rank_pattern={{rf"layers\.{{i}}\..*": r for i, r in ranks.items()}},
     alpha_pattern={{rf"layers\.{{i}}\..*": {ALPHA_RATIO:g} * r for i, r in ranks.items()}},
-    layers_to_transform=list(ranks),
-    layers_pattern="layers",
+    {where},
     target_modules={list(TARGETS)},
     task_type="CAUSAL_LM",
 )"""

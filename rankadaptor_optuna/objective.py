@@ -72,15 +72,15 @@ class RecoveryObjective:
         self._validation_blocks = token_blocks(tokenizer, validation, block_length, limit=validation_blocks)
 
     @contextmanager
-    def recovered(self, ranks: Mapping[int, int], *, seed: int | None = None) -> Iterator[Any]:
+    def recovered(self, ranks: Mapping[Any, int], *, seed: int | None = None) -> Iterator[Any]:
         """The model recovered with ``ranks`` (of the searched layers), as a context: the adapter is gone after it.
 
         Args:
-            ranks: ``{layer index: rank}``.
+            ranks: As the space's ``suggest`` returns them.
             seed: Another seed of data order and initialisation than the study's.
 
         Raises:
-            ValueError: A searched layer has no rank.
+            ValueError: A searched layer, or sublayer, has no rank.
             FloatingPointError: The loss is not finite.
         """
         seed = self.seed if seed is None else seed

@@ -32,7 +32,7 @@ from rankadaptor_optuna.recovery.evaluate import (
 )
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.sampler import RankAdaptorSampler
-from rankadaptor_optuna.space import RankSpace, checked_candidates
+from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
 from rankadaptor_optuna.study import (
     Recommendation,
     check_recipe,
@@ -62,6 +62,7 @@ class Quickstart:
         ratio: Share of the transformer blocks' parameters that pruning removes, in (0, 1).
         candidates: Ranks that a layer may take.
         budget: See ``RankSpace``.
+        granularity: See ``RankSpace``.
         steps: Training steps of one recovery.
         storage: Optuna storage URL. Default: SQLite in ``out``.
         study_name: Name of the study.
@@ -77,6 +78,7 @@ class Quickstart:
     ratio: float = 0.25
     candidates: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
     budget: str = "uniform:8"
+    granularity: Granularity = "layer"
     steps: int = 8
     storage: str | None = None
     study_name: str = "quickstart"
@@ -89,11 +91,12 @@ class Quickstart:
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio must lie between 0 and 1, got {self.ratio}.")
         checked_candidates(self.candidates)
-        RankSpace(1, self.candidates, self.budget)  # raises on a budget that no layer can meet
+        # raises on a budget that no layer can meet
+        RankSpace(1, self.candidates, self.budget, granularity=self.granularity)
 
     def recipe(self) -> dict[str, Any]:
         """What makes two trials comparable; stored with the study and in ``out``."""
-        return {
+        recipe = {
             "model": self.model or "embedded: SmolLM2-135M-Instruct",
             "dtype": str(search_dtype()).removeprefix("torch."),
             "pruning": {"method": "llm-pruner", "ratio": self.ratio},
@@ -107,6 +110,8 @@ class Quickstart:
             },
             "seed": self.seed,
         }
+        # said only where it is not the default, as it is in no earlier run's recipe
+        return recipe if self.granularity == "layer" else {**recipe, "granularity": self.granularity}
 
     def training(self) -> TrainingConfig:
         """Settings of one recovery."""
@@ -274,7 +279,7 @@ def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[
     job = RecoveryObjective(
         model,
         tokenizer,
-        RankSpace.from_model(model, config.candidates, config.budget),
+        RankSpace.from_model(model, config.candidates, config.budget, granularity=config.granularity),
         train=texts.train,
         validation=texts.validation,
         training=config.training(),
@@ -370,7 +375,7 @@ def _search(study: Study, job: RecoveryObjective, config: Quickstart) -> None:
 
 def _confirm(
     name: str,
-    ranks: dict[int, int],
+    ranks: dict[Any, int],
     job: RecoveryObjective,
     meter: _Meter,
     config: Quickstart,

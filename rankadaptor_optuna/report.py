@@ -15,7 +15,7 @@ from rankadaptor_optuna.quickstart import N_REPORT_SEEDS, Outcome, write_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BLUE, _LIGHT, _ORANGE, _GREY = "#0072B2", "#A9CCE3", "#E69F00", "#8C8C8C"
+_BLUE, _LIGHT, _ORANGE, _GREEN, _GREY = "#0072B2", "#A9CCE3", "#E69F00", "#009E73", "#8C8C8C"
 
 
 def paired_difference(outcome: Outcome) -> tuple[float, float, float]:
@@ -95,26 +95,30 @@ def as_markdown(rows: list[list[str]]) -> str:
 
 
 def ranks_figure(outcome: Outcome, h: History) -> Figure:
-    """Recommended rank of each layer, above what pruning took from it."""
+    """Recommended rank of each layer (or sublayers side by side), above what pruning took from it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    layers, fixed = list(outcome.recommendation.ranks), outcome.space.fixed_ranks
-    uniform = next(iter(outcome.space.uniform().values()))
+    space, fixed = outcome.space, outcome.space.fixed_ranks
+    ranks, profile = list(outcome.recommendation.ranks.values()), h.profile or (0.0,) * len(space.modules)
+    uniform = next(iter(space.uniform().values()))
     figure = Figure(figsize=(9, 5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    top.bar(layers, list(outcome.recommendation.ranks.values()), color=_BLUE, label="recommended")
+    width = 0.8 / len(space.series)
+    for i, (name, part) in enumerate(space.series.items()):
+        at = np.asarray(space.layers) + width * (i - (len(space.series) - 1) / 2)
+        top.bar(at, ranks[part], width, color=(_BLUE, _GREEN)[i], label=f"recommended {name}".strip())
+        bottom.bar(at, 100 * np.asarray(profile[part]), width, color=(_BLUE, _GREEN)[i] if name else _GREY)
     if fixed:
         top.bar(list(fixed), list(fixed.values()), color=_LIGHT, label="not pruned, not searched")
     top.axhline(uniform, color=_ORANGE, linestyle="--", label=f"uniform, rank {uniform}")
     top.set_ylabel("LoRA rank")
-    top.set_yticks(outcome.space.candidates)
-    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
-    bottom.bar(layers, [100 * share for share in h.profile or np.zeros(len(layers))], color=_GREY)
+    top.set_yticks(space.candidates)
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
     bottom.set_ylabel("pruned away\n(% of weights)")
     bottom.set_xlabel("layer")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
-    bottom.set_xlim(-1, outcome.space.n_layers)
+    bottom.set_xlim(-1, space.n_layers)
     return figure
 
 
@@ -145,8 +149,9 @@ def write_report(outcome: Outcome, out: Path) -> None:
     publish_dashboard(outcome.study)
     found = outcome.recommendation
     evidence = found.evidence
-    closest = [f"trial {n} ({d} layers differ, score {score:.4f})" for n, d, score in evidence.closest]
-    ranks = " | ".join(str(rank) for rank in found.ranks.values())
+    closest = [f"trial {n} ({d} ranks differ, score {score:.4f})" for n, d, score in evidence.closest]
+    layers, ranks = [str(layer) for layer in outcome.space.layers], [str(rank) for rank in found.ranks.values()]
+    columns = [["layer", *layers], *([name or "rank", *ranks[part]] for name, part in outcome.space.series.items())]
     kept = ", ".join(str(layer) for layer in outcome.space.fixed_ranks)
     fixed = f" Pruning left layers {kept} whole; they are not searched." if kept else ""
     lines = [
@@ -162,9 +167,7 @@ def write_report(outcome: Outcome, out: Path) -> None:
         "",
         "## Recommended ranks",
         "",
-        f"| layer | {' | '.join(map(str, found.ranks))} |",
-        "|" + " --- |" * (len(found.ranks) + 1),
-        f"| rank | {ranks} |",
+        as_markdown(columns),
         "",
         f"Trainable parameters: {found.cost:,.0f}, budget {outcome.space.budget or math.inf:,.0f}." + fixed,
         "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -12,18 +12,24 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
+Granularity = Literal["layer", "sublayer"]
+SUBLAYERS = ("self_attn", "mlp")  # a layer's two parts, as its modules are named
 BUDGET = "budget"  # the constraint's name
-_FORMAT = 1
+_FORMATS = {"layer": 1, "sublayer": 2}
 _ROUNDING = 1e-9  # costs may be fractions, and sums of them round
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+)")
 
 
 class RankSpace:
-    """The search space of rank configurations: one rank per searched layer, inside a budget.
+    """The search space of rank configurations: one rank per searched layer, or sublayer, inside a budget.
 
     The cost of a configuration is its number of trainable parameters: the sum over layers of rank times the
     layer's cost per rank, fixed layers included. Parameters of a study are named ``layer_00_rank``,
     ``layer_01_rank``, ... after the layer's index in the model.
+
+    With ``granularity="sublayer"`` a layer has two ranks, that of its attention projections and that of its MLP
+    projections. A configuration ``{layer index: rank}`` is then ``{"0.self_attn": rank, "0.mlp": rank, ...}``, and
+    the parameters are named ``layer_00_self_attn_rank``, ``layer_00_mlp_rank``, ...
 
     Args:
         n_layers: Number of layers of the model.
@@ -32,10 +38,16 @@ class RankSpace:
         budget: Most trainable parameters of a configuration: a number, ``"uniform:R"`` for the cost of rank R in
             every searched layer, or None for no budget.
         layers: Indices of the searched layers, increasing. Default: all of them.
-        costs: Trainable parameters per rank of each searched layer. Default: 1 each.
-        fixed_ranks: Ranks of layers that are adapted but not searched.
+        costs: Trainable parameters per rank of each searched layer (or sublayer, as ``modules`` has them).
+            Default: 1 each.
+        fixed_ranks: Ranks of layers that are adapted but not searched, by layer index.
         fixed_cost: Trainable parameters of the fixed layers.
-        profile: What pruning took from each searched layer, as a share in [0, 1]. Default: unknown (zeros).
+        profile: What pruning took from each searched layer (or sublayer), as a share in [0, 1]. Default: unknown
+            (zeros).
+        granularity: What has a rank of its own: ``"layer"`` or ``"sublayer"``.
+
+    Attributes:
+        modules: What has a rank of its own, in depth order: the keys of a configuration.
 
     Raises:
         ValueError: An argument is out of range, or no configuration fits the budget.
@@ -52,32 +64,49 @@ class RankSpace:
         fixed_ranks: Mapping[int, int] | None = None,
         fixed_cost: float = 0,
         profile: Sequence[float] | None = None,
+        granularity: Granularity = "layer",
     ) -> None:
         if n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, got {n_layers}.")
+        if granularity not in _FORMATS:
+            raise ValueError(f'granularity must be "layer" or "sublayer", got {granularity!r}.')
+        self.granularity = granularity
         self.n_layers = int(n_layers)
         self.layers = tuple(range(n_layers)) if layers is None else tuple(int(i) for i in layers)
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers must be increasing and not empty, got {list(self.layers)}.")
         if self.layers[0] < 0 or self.layers[-1] >= n_layers:
             raise ValueError(f"layers must lie in 0..{n_layers - 1}, got {list(self.layers)}.")
+        self.modules = self._modules_of(self.layers)
         self.candidates = checked_candidates(candidates)
-        self.costs = tuple(float(c) for c in costs) if costs is not None else (1.0,) * len(self.layers)
-        self.profile = tuple(float(p) for p in profile) if profile is not None else (0.0,) * len(self.layers)
+        n = len(self.modules)
+        self.costs = tuple(float(c) for c in costs) if costs is not None else (1.0,) * n
+        self.profile = tuple(float(p) for p in profile) if profile is not None else (0.0,) * n
         for name, values in (("costs", self.costs), ("profile", self.profile)):
-            if len(values) != len(self.layers):
-                raise ValueError(f"{name} needs one value per searched layer ({len(self.layers)}), got {len(values)}.")
+            if len(values) != n:
+                raise ValueError(f"{name} needs one value per searched {granularity} ({n}), got {len(values)}.")
         if min(self.costs) <= 0:
             raise ValueError(f"costs must be positive, got {min(self.costs)}.")
         self.fixed_ranks = {int(i): int(r) for i, r in (fixed_ranks or {}).items()}
         self.fixed_cost = float(fixed_cost)
         self.budget = self._parse_budget(budget)
-        cheapest = self.cost(dict.fromkeys(self.layers, self.candidates[0]))
+        cheapest = self.cost(dict.fromkeys(self.modules, self.candidates[0]))
         if self.budget is not None and cheapest > self.budget:
             raise ValueError(
                 f"budget {self.budget:,.0f} is below the cheapest configuration: rank {self.candidates[0]} in every "
                 f"layer costs {cheapest:,.0f}. Raise the budget or add a smaller candidate."
             )
+
+    def _modules_of(self, layers: Iterable[int]) -> tuple[Any, ...]:
+        if self.granularity == "layer":
+            return tuple(layers)
+        return tuple(f"{layer}.{sublayer}" for layer in layers for sublayer in SUBLAYERS)
+
+    @property
+    def series(self) -> dict[str, slice]:
+        """The ranks along the depth: where those of each sublayer stand in ``modules``, or of the layers as ``""``."""
+        names = ("",) if self.granularity == "layer" else SUBLAYERS
+        return {name: slice(i, None, len(names)) for i, name in enumerate(names)}
 
     def _parse_budget(self, budget: float | str | None) -> float | None:
         if budget is None:
@@ -86,7 +115,7 @@ class RankSpace:
         try:
             if text.startswith("uniform:"):
                 rank = float(text.removeprefix("uniform:"))
-                value = self.cost(dict.fromkeys(self.layers, rank))
+                value = self.cost(dict.fromkeys(self.modules, rank))
             else:
                 value = float(text)
         except ValueError:
@@ -104,57 +133,73 @@ class RankSpace:
         *,
         unpruned_rank: int | None = 8,
         targets: Iterable[str] | None = None,
+        granularity: Granularity = "layer",
     ) -> RankSpace:
         """Reads layers, costs and the layer profile off a (pruned) model.
 
-        A layer is any module path ``...layers.<i>...``; its cost per rank is the sum of in + out features over its
-        adapted linear modules; its profile is the share of linear weights it lacks against the largest layer.
+        A layer is any module path ``...layers.<i>...``, a sublayer ``...layers.<i>.self_attn...`` or
+        ``...layers.<i>.mlp...``; its cost per rank is the sum of in + out features over its adapted linear modules; its
+        profile is the share of linear weights it lacks against the largest layer (or sublayer of its kind).
 
         Args:
             model: A ``torch.nn.Module``, or anything with such a ``.model`` (a ``PrunedModel``).
             candidates: See the class.
             budget: See the class. Default: the cost of rank 8 in every searched layer.
             unpruned_rank: Rank of layers from which pruning took nothing; they are not searched (the paper fixes
-                them at 8). None searches every layer. Where pruning took nothing anywhere, all are searched.
+                them at 8). None searches every layer. Where pruning took nothing anywhere, all are searched. Of a
+                layer that lost something, both sublayers are searched.
             targets: Last path components of the adapted modules. Default: every linear module of a layer.
+            granularity: See the class.
 
         Raises:
-            ValueError: The model has no ``layers.<i>`` with linear modules of these names.
+            ValueError: The model has no ``layers.<i>`` with linear modules of these names, or, by sublayers, a layer
+                has not some in both or has others beside.
         """
         if not hasattr(model, "named_modules"):
             model = model.model
         wanted = None if targets is None else set(targets)
-        costs: dict[int, int] = {}
-        weights: dict[int, int] = {}
+        costs: dict[tuple[int, str], int] = {}  # by layer and, where they are told apart, sublayer
+        weights: dict[tuple[int, str], int] = {}
         for name, module in model.named_modules():
             match = _LAYER.search(name)
             if match is None or not hasattr(module, "in_features"):
                 continue
-            layer = int(match[1])
-            weights[layer] = weights.get(layer, 0) + module.in_features * module.out_features
+            part = int(match[1]), match[2] if granularity == "sublayer" else ""
+            weights[part] = weights.get(part, 0) + module.in_features * module.out_features
             if wanted is None or name.rpartition(".")[2] in wanted:
-                costs[layer] = costs.get(layer, 0) + module.in_features + module.out_features
+                costs[part] = costs.get(part, 0) + module.in_features + module.out_features
         if not costs:
             names = "linear modules" if wanted is None else f"modules named {sorted(wanted)}"
             raise ValueError(f"{type(model).__name__} has no {names} below 'layers.<i>.'; nothing to adapt.")
-        largest = max(weights.values())
-        lost = {layer: 1 - weights[layer] / largest for layer in costs}
-        searched = sorted(layer for layer in costs if unpruned_rank is None or lost[layer] > 0) or sorted(costs)
-        fixed = {} if unpruned_rank is None else {i: unpruned_rank for i in sorted(costs) if i not in searched}
+        layers = sorted({layer for layer, _ in costs})
+        sublayers = SUBLAYERS if granularity == "sublayer" else ("",)
+        if costs.keys() != {(layer, sublayer) for layer in layers for sublayer in sublayers}:
+            raise ValueError(
+                f"the modules to adapt must lie in {' and '.join(SUBLAYERS)} of each layer, got those in "
+                f"{sorted({part for _, part in costs})}; adapt others, or use granularity='layer'."
+            )
+        largest = {kind: max(n for (_, its), n in weights.items() if its == kind) for kind in sublayers}
+        lost = {(layer, kind): 1 - weights[layer, kind] / largest[kind] for layer, kind in costs}
+        damaged = {layer for (layer, _), share in lost.items() if share > 0 or unpruned_rank is None}
+        searched = sorted(damaged) or layers
+        fixed = {} if unpruned_rank is None else {i: unpruned_rank for i in layers if i not in searched}
+        parts = [(layer, sublayer) for layer in searched for sublayer in sublayers]
         return cls(
-            max(costs) + 1,
+            max(layers) + 1,
             candidates,
             budget,
             layers=searched,
-            costs=[costs[i] for i in searched],
+            costs=[costs[part] for part in parts],
             fixed_ranks=fixed,
-            fixed_cost=sum(rank * costs[i] for i, rank in fixed.items()),
-            profile=[lost[i] for i in searched],
+            fixed_cost=sum(fixed.get(layer, 0) * cost for (layer, _), cost in costs.items()),
+            profile=[lost[part] for part in parts],
+            granularity=granularity,
         )
 
-    def name(self, layer: int) -> str:
-        """Name of the study parameter that holds the rank of ``layer``."""
-        return f"layer_{layer:0{max(2, len(str(self.n_layers - 1)))}d}_rank"
+    def name(self, module: int | str) -> str:
+        """Name of the study parameter that holds the rank of a layer, or of one of its sublayers."""
+        layer, *sublayer = str(module).split(".")
+        return "_".join(["layer", layer.zfill(max(2, len(str(self.n_layers - 1)))), *sublayer, "rank"])
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna distributions by parameter name: integers with a step where the candidates are evenly spaced."""
@@ -164,55 +209,66 @@ class RankSpace:
             distribution = IntDistribution(self.candidates[0], self.candidates[-1], step=steps.pop())
         else:
             distribution = CategoricalDistribution(self.candidates)
-        return {self.name(layer): distribution for layer in self.layers}
+        return {self.name(module): distribution for module in self.modules}
 
-    def suggest(self, trial: BaseTrial) -> dict[int, int]:
-        """Asks ``trial`` for a rank per searched layer: ``{layer index: rank}``.
+    def suggest(self, trial: BaseTrial) -> dict[Any, int]:
+        """Asks ``trial`` for a rank per searched layer, ``{layer index: rank}``, or sublayer, ``{"0.mlp": rank}``.
 
         With ``RankAdaptorSampler`` the budget holds by construction. Another sampler may exceed it; such a trial is
         marked infeasible with the constraint ``budget`` (parameters over the budget), as Optuna's users expect (not
         before Optuna 5, where only samplers set constraints).
         """
         ranks = {}
-        for layer, (name, dist) in zip(self.layers, self.distributions().items(), strict=True):
+        for module, (name, dist) in zip(self.modules, self.distributions().items(), strict=True):
             if isinstance(dist, IntDistribution):
-                ranks[layer] = trial.suggest_int(name, dist.low, dist.high, step=dist.step)
+                ranks[module] = trial.suggest_int(name, dist.low, dist.high, step=dist.step)
             else:
-                ranks[layer] = int(trial.suggest_categorical(name, self.candidates))
+                ranks[module] = int(trial.suggest_categorical(name, self.candidates))
         if self.budget is not None and not self.is_feasible(ranks) and hasattr(trial, "set_constraint"):
             trial.set_constraint(BUDGET, self.cost(ranks) - self.budget)
         return ranks
 
-    def cost(self, ranks: Mapping[int, float]) -> float:
-        """Trainable parameters of a configuration ``{layer index: rank}``, fixed layers included.
+    def cost(self, ranks: Mapping[Any, float]) -> float:
+        """Trainable parameters of a configuration as ``suggest`` returns it, fixed layers included.
 
         Raises:
-            ValueError: A searched layer has no rank.
+            ValueError: A searched layer, or sublayer, has no rank.
         """
-        missing = [layer for layer in self.layers if layer not in ranks]
-        if missing:
-            raise ValueError(f"no rank for layers {missing}; give one for each of {list(self.layers)}.")
-        searched = sum(ranks[layer] * cost for layer, cost in zip(self.layers, self.costs, strict=True))
+        self._check(ranks)
+        searched = sum(ranks[module] * cost for module, cost in zip(self.modules, self.costs, strict=True))
         return searched + self.fixed_cost
 
-    def is_feasible(self, ranks: Mapping[int, int]) -> bool:
+    def _check(self, ranks: Mapping[Any, float]) -> None:
+        missing = [module for module in self.modules if module not in ranks]
+        if missing:
+            kind = f"{self.granularity}s"
+            raise ValueError(f"no rank for {kind} {missing}; give one for each of {list(self.modules)}.")
+
+    def is_feasible(self, ranks: Mapping[Any, int]) -> bool:
         """Whether every rank is a candidate and the cost is within the budget."""
-        allowed = all(ranks.get(layer) in self.candidates for layer in self.layers)
+        allowed = all(ranks.get(module) in self.candidates for module in self.modules)
         return allowed and (self.budget is None or self.cost(ranks) <= self.budget * (1 + _ROUNDING))
 
-    def uniform(self) -> dict[int, int]:
+    def uniform(self) -> dict[Any, int]:
         """The reference: the largest candidate that fits the budget in every searched layer alike."""
-        configurations = (dict.fromkeys(self.layers, rank) for rank in reversed(self.candidates))
+        configurations = (dict.fromkeys(self.modules, rank) for rank in reversed(self.candidates))
         return next(ranks for ranks in configurations if self.is_feasible(ranks))
 
-    def with_fixed(self, ranks: Mapping[int, int]) -> dict[int, int]:
-        """The ranks of all adapted layers: the searched ones as given, and the fixed ones."""
-        return dict(sorted({**self.fixed_ranks, **{layer: int(ranks[layer]) for layer in self.layers}}.items()))
+    def with_fixed(self, ranks: Mapping[Any, int]) -> dict[Any, int]:
+        """The ranks of all adapted layers (or sublayers): the searched ones as given, and the fixed ones.
+
+        Raises:
+            ValueError: A searched layer, or sublayer, has no rank.
+        """
+        self._check(ranks)
+        found = {module: rank for layer, rank in self.fixed_ranks.items() for module in self._modules_of([layer])}
+        found |= {module: int(ranks[module]) for module in self.modules}
+        return {module: found[module] for module in self._modules_of(sorted({*self.fixed_ranks, *self.layers}))}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description; ``from_dict`` reads it back."""
-        return {
-            "format": _FORMAT,
+        described = {
+            "format": _FORMATS[self.granularity],
             "n_layers": self.n_layers,
             "candidates": list(self.candidates),
             "budget": self.budget,
@@ -222,6 +278,8 @@ class RankSpace:
             "fixed_cost": self.fixed_cost,
             "profile": [round(p, 6) for p in self.profile],
         }
+        # a space of layers reads as it always did, also to workers of an earlier version
+        return described if self.granularity == "layer" else {**described, "granularity": self.granularity}
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> RankSpace:
@@ -231,22 +289,24 @@ class RankSpace:
             ValueError: The description is of a newer format, or not one of a space.
         """
         fields = dict(d)
-        if fields.pop("format", None) != _FORMAT:
-            raise ValueError(f"not a rank space of format {_FORMAT}: {dict(d)!r:.80}.")
+        formats = " or ".join(map(str, _FORMATS.values()))
+        if fields.pop("format", None) not in _FORMATS.values():
+            raise ValueError(f"not a rank space of format {formats}: {dict(d)!r:.80}.")
         try:
             return cls(**fields)
         except TypeError as error:
-            raise ValueError(f"not a rank space of format {_FORMAT}: {error}.") from None
+            raise ValueError(f"not a rank space of format {formats}: {error}.") from None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RankSpace) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
-        return hash((self.layers, self.candidates, self.budget))
+        return hash((self.modules, self.candidates, self.budget))
 
     def __repr__(self) -> str:
         budget = "no budget" if self.budget is None else f"budget {self.budget:,.0f}"
-        return f"RankSpace({len(self.layers)} of {self.n_layers} layers, candidates {self.candidates}, {budget})"
+        what = "layers" if self.granularity == "layer" else "layers by sublayer"
+        return f"RankSpace({len(self.layers)} of {self.n_layers} {what}, candidates {self.candidates}, {budget})"
 
 
 def checked_candidates(candidates: Sequence[int]) -> tuple[int, ...]:

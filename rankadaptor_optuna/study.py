@@ -148,7 +148,7 @@ class Evidence:
         n_trials: Finished trials that the performance model learned from.
         gain: Predicted gain over the uniform configuration, in score units, positive is better.
         interval: Its central 95% interval.
-        closest: The nearest finished trials: (number, layers that differ, score).
+        closest: The nearest finished trials: (number, ranks that differ, score).
         statement: The same in one sentence.
     """
 
@@ -164,8 +164,8 @@ class Recommendation:
     """The rank configuration that the performance model expects to be best.
 
     Attributes:
-        ranks: Rank of each searched layer, ``{layer index: rank}``; empty where several rank parameters belong to one
-            layer: see ``params`` then.
+        ranks: Rank of each searched layer, ``{layer index: rank}``, or sublayer, ``{"0.mlp": rank}``; empty where no
+            space is known and several rank parameters belong to one layer: see ``params`` then.
         params: The study's parameters with these ranks (and the best other parameters, where there are any).
         predicted: Predicted score.
         std: Standard deviation of that prediction.
@@ -174,13 +174,13 @@ class Recommendation:
         all_ranks: Also the ranks of adapted layers that were not searched.
     """
 
-    ranks: dict[int, int]
+    ranks: dict[Any, int]
     params: dict[str, Any]
     predicted: float
     std: float
     cost: float
     evidence: Evidence
-    all_ranks: dict[int, int] = field(repr=False)
+    all_ranks: dict[Any, int] = field(repr=False)
 
     @property
     def rank_pattern(self) -> dict[str, int]:
@@ -202,11 +202,11 @@ def study_space(study: Study) -> RankSpace | None:
     return None if stored is None else RankSpace.from_dict(stored)
 
 
-def study_ranks(study: Study, space: RankSpace | None = None) -> dict[str, int]:
-    """The study's rank parameters in depth order, ``{parameter name: layer index}``."""
+def study_ranks(study: Study, space: RankSpace | None = None) -> dict[str, Any]:
+    """The study's rank parameters in depth order, ``{parameter name: layer index}`` (or sublayer)."""
     space = space or study_space(study)
     if space is not None:
-        return {space.name(layer): layer for layer in space.layers}
+        return {space.name(module): module for module in space.modules}
     history = History(study)
     history.refresh()
     return rank_parameters(history.searched)
@@ -224,7 +224,7 @@ def uniform_trials(study: Study) -> list[FrozenTrial]:
     space = study_space(study)
     if space is None:
         return []
-    uniform = {space.name(layer): rank for layer, rank in space.uniform().items()}
+    uniform = {space.name(module): rank for module, rank in space.uniform().items()}
     return [t for t in finished_trials(study) if uniform.items() <= t.params.items()]
 
 

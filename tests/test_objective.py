@@ -86,6 +86,24 @@ def test_fixed_layers_are_recovered_too(model, tokenizer, texts):
     assert ranks == {"0": 6, "1": 2, "2": 4}
 
 
+def test_attention_and_mlp_are_recovered_with_ranks_of_their_own(model, tokenizer, texts):
+    space = RankSpace.from_model(model, (0, 4, 8), "uniform:4", granularity="sublayer")
+    job = RecoveryObjective(
+        model, tokenizer, space, train=texts[:8], validation=texts[8:], training=TRAINING, block_length=32
+    )
+    study = run(job, 3)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
+    assert set(study.trials[0].params.values()) == {4}
+    scores = [job(fixed(job, *ranks)) for ranks in ((0, 8) * 4, (8, 0) * 4, (0, 8) * 4)]
+    assert scores[0] == scores[2] != scores[1]
+    with job.recovered(space.uniform() | {"2.mlp": 0, "1.self_attn": 8}) as adapted:
+        ranks = {}
+        for name, module in adapted.named_modules():
+            if getattr(module, "lora_A", None):
+                ranks[".".join(name.split(".")[4:6])] = module.r["default"]
+    assert ranks == {m: r for m, r in (space.uniform() | {"2.mlp": 0, "1.self_attn": 8}).items() if r}
+
+
 def test_a_study_of_recoveries_reports_each_step(make_job, tokenizer):
     steps = []
     job = make_job(tokenizer, on_step=lambda step, loss: steps.append(step))

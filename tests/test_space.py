@@ -30,6 +30,8 @@ from rankadaptor_optuna import RankSpace
         ({"candidates": (2, 2)}, r"strictly increasing, got \[2, 2\]"),
         ({"candidates": (-2, 4)}, r"0 is allowed and means no adapter.*got \[-2, 4\]"),
         ({"candidates": (0,)}, r"0 is allowed and means no adapter.*got \[0\]"),
+        ({"granularity": "module"}, '"layer" or "sublayer", got \'module\''),
+        ({"granularity": "sublayer", "costs": [1] * 4}, r"costs needs one value per searched sublayer \(8\), got 4"),
         ({"budget": "lots"}, "a number or \"uniform:RANK\", got 'lots'"),
         ({"budget": "uniform:"}, "a number or \"uniform:RANK\", got 'uniform:'"),
         ({"budget": "uniform:x"}, "a number or \"uniform:RANK\", got 'uniform:x'"),
@@ -68,9 +70,12 @@ def test_cost_is_rank_times_cost_per_rank_and_the_fixed_layers():
     assert space.cost({1: 2, 3: 4}) == 20 + 400 + 56
 
 
-def test_cost_needs_a_rank_for_every_searched_layer():
+@pytest.mark.parametrize("method", ["cost", "with_fixed"])
+def test_every_searched_layer_needs_a_rank(method):
     with pytest.raises(ValueError, match=r"no rank for layers \[1, 3\]; give one for each of \[1, 2, 3\]"):
-        RankSpace(4, layers=[1, 2, 3]).cost({0: 8, 2: 8})
+        getattr(RankSpace(4, layers=[1, 2, 3]), method)({0: 8, 2: 8})
+    with pytest.raises(ValueError, match=r"no rank for sublayers \['1\.mlp'\]; give one for each of \['1\.self_attn'"):
+        getattr(RankSpace(2, layers=[1], granularity="sublayer"), method)({"1.self_attn": 8, 1: 8})
 
 
 @pytest.mark.parametrize(
@@ -115,6 +120,9 @@ def test_names_carry_the_layers_index_and_sort_by_it():
             fixed_cost=99,
             profile=[1 / 3, 0],
         ),
+        RankSpace(
+            3, (0, 4, 8, 16, 32), "uniform:4", layers=[1], costs=[3, 7], fixed_ranks={0: 8}, granularity="sublayer"
+        ),
     ],
 )
 def test_a_space_survives_json(space):
@@ -126,10 +134,49 @@ def test_a_space_survives_json(space):
     assert again.with_fixed(again.uniform()) == space.with_fixed(space.uniform())
 
 
-@pytest.mark.parametrize("described", [{}, {**RankSpace(3).to_dict(), "format": 2}, {"format": 1, "weights": [1]}])
+@pytest.mark.parametrize("described", [{}, {**RankSpace(3).to_dict(), "format": 3}, {"format": 1, "weights": [1]}])
 def test_a_description_of_something_else_is_refused(described):
-    with pytest.raises(ValueError, match="not a rank space of format 1"):
+    with pytest.raises(ValueError, match="not a rank space of format 1 or 2"):
         RankSpace.from_dict(described)
+
+
+def test_a_space_of_layers_is_described_as_before_there_were_sublayers():
+    described = {
+        "format": 1,
+        "n_layers": 4,
+        "candidates": [2, 8],
+        "budget": 240.0,
+        "layers": [1, 2],
+        "costs": [10.0, 20.0],
+        "fixed_ranks": {"0": 8},
+        "fixed_cost": 0.0,
+        "profile": [0.5, 0.25],
+    }
+    space = RankSpace.from_dict(described)
+    assert space == RankSpace(
+        4, (2, 8), "uniform:8", layers=[1, 2], costs=[10, 20], fixed_ranks={0: 8}, profile=[0.5, 0.25]
+    )
+    assert space.to_dict() == described
+    assert RankSpace(4, granularity="sublayer").to_dict()["format"] == 2
+
+
+def test_by_sublayer_attention_and_mlp_have_ranks_of_their_own():
+    space = RankSpace(
+        12, (0, 4, 8), "uniform:4", layers=[3, 10], costs=[10, 20, 30, 40], fixed_ranks={0: 8}, granularity="sublayer"
+    )
+    assert space.modules == ("3.self_attn", "3.mlp", "10.self_attn", "10.mlp")
+    names = [f"layer_{layer}_{part}_rank" for layer in ("03", "10") for part in ("self_attn", "mlp")]
+    assert [*space.distributions()] == names
+    ranks = space.suggest(optuna.trial.FixedTrial(dict(zip(names, (0, 8, 4, 0), strict=True))))
+    assert ranks == {"3.self_attn": 0, "3.mlp": 8, "10.self_attn": 4, "10.mlp": 0}
+    assert space.budget == 4 * 100
+    assert space.cost(ranks) == 8 * 20 + 4 * 30
+    assert space.uniform() == dict.fromkeys(space.modules, 4)
+    assert [*space.with_fixed(ranks).items()][:3] == [("0.self_attn", 8), ("0.mlp", 8), ("3.self_attn", 0)]
+    assert {name: space.modules[part] for name, part in space.series.items()} == {
+        "self_attn": ("3.self_attn", "10.self_attn"),
+        "mlp": ("3.mlp", "10.mlp"),
+    }
 
 
 def test_the_ranks_of_all_adapted_layers_are_in_depth_order():
@@ -142,7 +189,7 @@ def pruned(make_model, tokenizer, texts):
     from rankadaptor_optuna.pruning import prune
 
     settings = {"calibration": texts, "multiple_of": 4, "n_samples": 2, "sample_length": 16}
-    return prune(make_model(num_hidden_layers=6), tokenizer, ratio=0.3, **settings)
+    return prune(make_model(num_hidden_layers=6, num_key_value_heads=4), tokenizer, ratio=0.3, **settings)
 
 
 @pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj")])
@@ -156,6 +203,41 @@ def test_the_cost_read_off_a_pruned_model_is_what_peft_trains(pruned, targets):
     with attached(pruned.model, config, seed=0) as adapted:
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert space.cost(ranks) == trained
+
+
+@pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj")])
+def test_the_cost_of_each_sublayer_is_what_peft_trains_there(pruned, targets):
+    from rankadaptor_optuna.recovery.lora import TARGETS, attached, lora_config
+
+    space = RankSpace.from_model(pruned, (0, 2, 4, 8, 12), targets=targets, granularity="sublayer")
+    costs = dict(zip(space.modules, space.costs, strict=True))
+    assert all(len(set(space.costs[part])) > 1 for part in space.series.values())  # pruning was uneven in both
+    ranks = {module: space.candidates[i % 5] for i, module in enumerate(space.modules)}
+    trained = dict.fromkeys(costs, 0)
+    with attached(pruned.model, lora_config(space.with_fixed(ranks), targets=targets or TARGETS), seed=0) as adapted:
+        parameters = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
+    for name, n in parameters.items():
+        module = ".".join(name.split("layers.")[1].split(".")[:2])
+        trained[module] = trained.get(module, 0) + n
+    assert {module: trained[module] for module in ranks} == {module: ranks[module] * costs[module] for module in ranks}
+    assert sum(parameters.values()) == space.cost(ranks)
+
+
+def test_by_sublayer_the_same_layers_are_searched_at_the_same_total_cost(pruned):
+    layers, parts = (RankSpace.from_model(pruned, granularity=g) for g in ("layer", "sublayer"))
+    assert (parts.layers, parts.fixed_ranks, parts.fixed_cost) == (layers.layers, layers.fixed_ranks, layers.fixed_cost)
+    assert parts.budget == layers.budget
+    attention, mlp = (parts.costs[part] for part in parts.series.values())
+    assert tuple(a + b for a, b in zip(attention, mlp, strict=True)) == layers.costs
+
+
+def test_each_sublayers_profile_is_what_pruning_took_from_it(pruned):
+    space = RankSpace.from_model(pruned, granularity="sublayer")
+    taken = [pruned.profile[layer] for layer in space.layers]
+    attention, mlp = (space.profile[part] for part in space.series.values())
+    assert attention == pytest.approx([entry.heads_removed for entry in taken])
+    assert mlp == pytest.approx([entry.channels_removed for entry in taken])
+    assert attention != mlp
 
 
 def test_layers_that_pruning_left_whole_are_fixed(pruned):
@@ -188,6 +270,16 @@ def test_a_model_without_layers_to_adapt_is_refused(model):
         RankSpace.from_model(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no modules named \['c_attn'\]"):
         RankSpace.from_model(model, targets=["c_attn"])
+
+
+def test_sublayers_that_are_not_there_to_adapt_are_named(model):
+    import torch
+
+    with pytest.raises(ValueError, match=r"self_attn and mlp of each layer, got those in \['self_attn'\];"):
+        RankSpace.from_model(model, targets=["q_proj"], granularity="sublayer")
+    model.model.layers[1].router = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"got those in \['mlp', 'router', 'self_attn'\]; .* use granularity='layer'"):
+        RankSpace.from_model(model, granularity="sublayer")
 
 
 @pytest.mark.parametrize("candidates", [(2, 4, 6), (2, 4, 8)])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,52 +17,62 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 ALPHA_RATIO = 2.0
 
 
-def _key(layer: int) -> str:
-    return rf"layers\.{layer}\..*"  # escaped: an open dot would let layer 1 match layers 10 and 11
+def _key(module: int | str) -> str:
+    return rf"layers\.{re.escape(str(module))}\..*"  # an open dot would let layer 1 match layers 10 and 11
 
 
-def rank_pattern(ranks: Mapping[int, int]) -> dict[str, int]:
-    """PEFT's ``rank_pattern`` of ``{layer index: rank}``; layers of rank 0 are left out (see ``lora_config``)."""
-    return {_key(layer): int(rank) for layer, rank in ranks.items() if rank > 0}
+def rank_pattern(ranks: Mapping[Any, int]) -> dict[str, int]:
+    """PEFT's ``rank_pattern`` of ``{layer index: rank}``; layers of rank 0 are left out (see ``lora_config``).
+
+    Here and below a part of a layer may stand for the layer: ``{"3.mlp": rank}``.
+    """
+    return {_key(module): int(rank) for module, rank in ranks.items() if rank > 0}
 
 
-def alpha_pattern(ranks: Mapping[int, int], alpha_ratio: float = ALPHA_RATIO) -> dict[str, float]:
+def alpha_pattern(ranks: Mapping[Any, int], alpha_ratio: float = ALPHA_RATIO) -> dict[str, float]:
     """PEFT's ``alpha_pattern`` with alpha = ``alpha_ratio`` x rank in each layer.
 
     LoRA scales by alpha / rank, so this keeps the scaling the same in every layer: two configurations differ by
     their ranks and not by their effective learning rates.
     """
-    return {_key(layer): alpha_ratio * int(rank) for layer, rank in ranks.items() if rank > 0}
+    return {_key(module): alpha_ratio * int(rank) for module, rank in ranks.items() if rank > 0}
+
+
+def others_pattern(modules: Iterable[int | str]) -> str:
+    """For PEFT's ``exclude_modules``: all that lies in layers, but not in these (parts of) layers."""
+    return rf"(.*\.)?layers\.(?!({'|'.join(re.escape(str(module)) for module in modules)})\.).*"
 
 
 def lora_config(
-    ranks: Mapping[int, int],
+    ranks: Mapping[Any, int],
     *,
     targets: Sequence[str] = TARGETS,
     alpha_ratio: float = ALPHA_RATIO,
     dropout: float = 0.0,
 ) -> LoraConfig:
-    """The ``peft.LoraConfig`` of a rank configuration ``{layer index: rank}``.
+    """The ``peft.LoraConfig`` of a rank configuration ``{layer index: rank}``, or ``{"3.mlp": rank}``.
 
-    Layers that are not in ``ranks`` or have rank 0 get no adapter.
+    Layers (or parts of them) that are not in ``ranks`` or have rank 0 get no adapter.
 
     Raises:
         ValueError: No layer has a positive rank.
     """
     from peft import LoraConfig
 
-    adapted = {layer: int(rank) for layer, rank in ranks.items() if rank > 0}
+    adapted = {module: int(rank) for module, rank in ranks.items() if rank > 0}
     if not adapted:
         raise ValueError("every layer has rank 0: there is nothing to train.")
     default = max(adapted.values())
+    where: dict[str, Any] = {"layers_to_transform": sorted(adapted), "layers_pattern": "layers"}
+    if any(isinstance(module, str) for module in adapted):
+        where = {"exclude_modules": others_pattern(adapted)}
     return LoraConfig(
         r=default,
         lora_alpha=round(alpha_ratio * default),  # every layer has its own in alpha_pattern
         rank_pattern=rank_pattern(adapted),
         alpha_pattern=alpha_pattern(adapted, alpha_ratio),
         target_modules=list(targets),
-        layers_to_transform=sorted(adapted),
-        layers_pattern="layers",
+        **where,
         lora_dropout=dropout,
         bias="none",
         task_type="CAUSAL_LM",

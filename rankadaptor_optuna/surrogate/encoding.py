@@ -14,6 +14,7 @@ from rankadaptor_optuna.surrogate.features import Array, RankGrid
 
 MAX_CANDIDATES = 64
 MIN_LAYERS = 3
+MAX_SERIES = 8
 _NUMBER = re.compile(r"\d+")
 
 
@@ -38,6 +39,11 @@ def rank_parameters(space: Mapping[str, BaseDistribution]) -> dict[str, int]:
     Names that are alike but for one number, with ordered non-negative integers as values, in at least three layers:
     ``layer_3_rank``, ``r_3``, ``model.layers.3.mlp.r`` (any of them, also several such series side by side).
     """
+    return {name: layer for name, (layer, _) in _rank_series(space).items()}
+
+
+def _rank_series(space: Mapping[str, BaseDistribution]) -> dict[str, tuple[int, str]]:
+    """Layer number of each rank parameter and what its name has in common with those of its series, in depth order."""
     readings: dict[str, list[tuple[str, int]]] = {}
     for name, distribution in space.items():
         if candidate_ranks(distribution) is not None:
@@ -48,8 +54,8 @@ def rank_parameters(space: Mapping[str, BaseDistribution]) -> dict[str, int]:
         if found:
             template, layer = max(found, key=lambda reading: series[reading[0]])
             if series[template] >= MIN_LAYERS:
-                layers[name] = layer
-    return dict(sorted(layers.items(), key=lambda item: (item[1], item[0])))
+                layers[name] = layer, template
+    return dict(sorted(layers.items(), key=lambda item: (item[1][0], item[0])))
 
 
 class Encoding:
@@ -68,7 +74,7 @@ class Encoding:
         rank_names: list[str] | None = None,
     ) -> None:
         if grid is None:
-            found = rank_parameters(space)
+            found = _rank_series(space)
             rank_names, grid = list(found), _grid_of(space, found)
         self.grid = grid
         self.rank_names = rank_names or []
@@ -124,15 +130,18 @@ class Encoding:
         return params
 
 
-def _grid_of(space: Mapping[str, BaseDistribution], layers: Mapping[str, int]) -> RankGrid:
-    values = [v for v in (candidate_ranks(space[name]) for name in layers) if v is not None]
-    deepest = max(layers.values(), default=0)
+def _grid_of(space: Mapping[str, BaseDistribution], found: Mapping[str, tuple[int, str]]) -> RankGrid:
+    values = [v for v in (candidate_ranks(space[name]) for name in found) if v is not None]
+    layers, templates = [layer for layer, _ in found.values()], [template for _, template in found.values()]
+    series = sorted(set(templates))
+    few = len(series) <= MAX_SERIES  # more (one an expert, say) would be too many functions to learn
     return RankGrid(
-        depth=np.asarray(list(layers.values()), dtype=np.float64) / max(1, deepest),
+        depth=np.asarray(layers, dtype=np.float64) / max(1, max(layers, default=0)),
         values=values,
         profile=np.zeros(len(values)),
         costs=np.ones(len(values)),
         reference=np.asarray([np.median(v) for v in values]),
+        series=np.asarray([series.index(template) if few else 0 for template in templates], dtype=np.intp),
     )
 
 

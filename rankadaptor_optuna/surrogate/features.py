@@ -3,6 +3,9 @@
 Every feature is a sum over layers of a function of that layer alone (its rank, relative depth and pruning
 profile), so that one prior serves models of any number of layers, and a linear function of the features is a table
 ``[layer, candidate]`` that can be optimised exactly under a budget.
+
+Where a layer has several ranks (attention and MLP, say) there are several series of them along the depth: functions
+that have something in common and differ otherwise. Each rank of a series counts as a layer below.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ Array = NDArray[np.float64]
 
 N_SMOOTH = 8
 N_CURVATURE = 4
+N_PROFILE = 2
+N_FUNCTION = N_SMOOTH + N_CURVATURE + N_PROFILE  # what a function along the depth is made of
 
 
 @dataclass
@@ -33,6 +38,7 @@ class RankGrid:
         profile: What pruning took from each layer, (L,), shares in [0, 1].
         costs: Cost of one rank in each layer, (L,).
         reference: The uniform configuration, (L,); features are differences from it.
+        series: Which series of ranks along the depth each belongs to, (L,), from 0. Default: all to one.
     """
 
     depth: Array
@@ -40,10 +46,13 @@ class RankGrid:
     profile: Array
     costs: Array
     reference: Array
+    series: NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, dtype=np.intp))
     low: float = field(init=False, default=0.0)
     high: float = field(init=False, default=1.0)
 
     def __post_init__(self) -> None:
+        if not len(self.series):
+            self.series = np.zeros(len(self.depth), dtype=np.intp)
         if len(self.values):
             self.low = float(min(v.min() for v in self.values))
             self.high = float(max(v.max() for v in self.values))
@@ -53,12 +62,14 @@ class RankGrid:
         """The grid of a ``RankSpace``; the reference is its uniform configuration."""
         values = np.asarray(space.candidates, dtype=np.float64)
         uniform = space.uniform()
+        n_series = len(space.series)
         return cls(
-            depth=np.asarray(space.layers, dtype=np.float64) / max(1, space.n_layers - 1),
-            values=[values] * len(space.layers),
+            depth=np.repeat(np.asarray(space.layers, dtype=np.float64), n_series) / max(1, space.n_layers - 1),
+            values=[values] * len(space.modules),
             profile=np.asarray(space.profile, dtype=np.float64),
             costs=np.asarray(space.costs, dtype=np.float64),
-            reference=np.asarray([uniform[layer] for layer in space.layers], dtype=np.float64),
+            reference=np.asarray([uniform[module] for module in space.modules], dtype=np.float64),
+            series=np.tile(np.arange(n_series), len(space.layers)),
         )
 
     @property
@@ -80,6 +91,11 @@ class RankGrid:
     def n_layers(self) -> int:
         """Number of searched layers."""
         return len(self.depth)
+
+    @property
+    def n_series(self) -> int:
+        """Number of series of ranks along the depth."""
+        return int(self.series.max(initial=0)) + 1
 
     def scaled(self, ranks: Array) -> Array:
         """log2(1 + rank), mapped so that the candidates span [-1, 1]: doubling a rank is one step anywhere."""
@@ -124,13 +140,14 @@ class MLP:
         return int(self.weights[-1].shape[1])
 
 
-def groups(n_layers: int, mlp: MLP | None) -> dict[str, slice]:
+def groups(n_layers: int, mlp: MLP | None, n_series: int = 1) -> dict[str, slice]:
     """Columns of each feature group, in the order in which ``per_layer`` lays them out."""
     sizes = {
         "smooth": N_SMOOTH,
         "curvature": N_CURVATURE,
-        "profile": 2,
+        "profile": N_PROFILE,
         "residual": n_layers,
+        "difference": N_FUNCTION * (n_series - 1),
         "mlp": 0 if mlp is None else mlp.n_features,
     }
     ends = np.cumsum(list(sizes.values()))
@@ -138,10 +155,25 @@ def groups(n_layers: int, mlp: MLP | None) -> dict[str, slice]:
 
 
 def _profile(grid: RankGrid) -> Array:
-    """The layer profile standardised over the layers, (L,); zeros where all layers are alike."""
-    spread = grid.profile.std() if grid.n_layers else 0.0
-    centred: Array = grid.profile - grid.profile.mean() if grid.n_layers else grid.profile
-    return centred / spread if spread > 1e-6 else 0 * centred
+    """The layer profile standardised over the layers of each series, (L,); zeros where all of them are alike."""
+    standardised = np.zeros(grid.n_layers)
+    for series in np.unique(grid.series):
+        profile = grid.profile[grid.series == series]
+        spread = profile.std()
+        if spread > 1e-6:
+            standardised[grid.series == series] = (profile - profile.mean()) / spread
+    return standardised
+
+
+def contrasts(n_series: int) -> Array:
+    """How series may differ, (S, S - 1): orthogonal columns of sum 0 (Helmert), each row of unit length.
+
+    With independent weights of equal spread no series is favoured, whatever their order; two series are +1 and -1.
+    """
+    row, column = np.arange(n_series)[:, None], np.arange(1, n_series)
+    helmert = np.where(row < column, 1.0, np.where(row == column, -column, 0)) / np.sqrt(column * (column + 1))
+    scaled: Array = helmert * np.sqrt(n_series / max(1, n_series - 1))
+    return scaled
 
 
 def mlp_inputs(grid: RankGrid, ranks: Array) -> Array:
@@ -156,12 +188,9 @@ def per_layer(grid: RankGrid, ranks: Array, mlp: MLP | None) -> Array:
     t = grid.scaled(ranks)[:, :, None]
     cosines = np.cos(np.pi * grid.depth[:, None] * np.arange(N_SMOOTH))
     profile = _profile(grid)[:, None]
-    blocks = [
-        t * cosines,
-        t**2 * cosines[:, :N_CURVATURE],
-        np.concatenate([t * profile, t**2 * profile], axis=2),
-        t * np.eye(n_layers),
-    ]
+    function = np.concatenate([t * cosines, t**2 * cosines[:, :N_CURVATURE], t * profile, t**2 * profile], axis=2)
+    blocks = [function, t * np.eye(n_layers)]
+    blocks += [function * column[:, None] for column in contrasts(grid.n_series)[grid.series].T]
     if mlp is not None:
         blocks.append(mlp(mlp_inputs(grid, ranks)))
     features: Array = np.concatenate(blocks, axis=2) / np.sqrt(max(1, n_layers))

@@ -41,6 +41,8 @@ def standardise(scores: Array) -> tuple[Array, float, float]:
     location, spread = float(scores.mean()), float(scores.std()) or 1.0
     return (scores - location) / spread, location, spread
 
+_DIFFERENCE = 0.7  # how much series differ, as a share of what they have in common
+
 
 @dataclass(frozen=True)
 class Belief:
@@ -131,7 +133,7 @@ class PerformanceModel:
 
     @cached_property
     def _rank_width(self) -> int:
-        return groups(self.grid.n_layers, self._mlp)["mlp"].stop
+        return groups(self.grid.n_layers, self._mlp, self.grid.n_series)["mlp"].stop
 
     @cached_property
     def _width(self) -> int:
@@ -220,13 +222,14 @@ class PerformanceModel:
         return self._point(0.5, 0.2, 0.3, 1e-3)
 
     def _point(self, signal: float, residual: float, noise: float, belief: float) -> Hyperparameters:
-        columns = groups(self.grid.n_layers, self._mlp)
+        columns = groups(self.grid.n_layers, self._mlp, self.grid.n_series)
         mean, std = np.zeros(self._rank_width), np.empty(self._rank_width)
         std[columns["smooth"]] = signal / (1 + np.arange(N_SMOOTH) / 2)
         mean[columns["smooth"].start] = signal  # more rank helps, until the data says otherwise
         std[columns["curvature"]] = 0.5 * signal
         std[columns["profile"]] = 0.7 * signal
         std[columns["residual"]] = residual * signal
+        std[columns["difference"]] = np.tile(_DIFFERENCE * std[: columns["profile"].stop], self.grid.n_series - 1)
         if self._prior is not None:
             std[columns["mlp"]] = belief * self._prior.std
             mean[columns["mlp"]] = belief * self._prior.mean

@@ -50,7 +50,26 @@ def test_patterns_leave_out_rank_zero():
     assert alpha_pattern({0: 0, 3: 4}, 0.5) == {r"layers\.3\..*": 2.0}
 
 
-@pytest.mark.parametrize("ranks", [{}, {0: 0, 1: 0}])
+def test_parts_of_layers_get_their_own_ranks_and_the_same_scaling(make_model):
+    """An unescaped pattern would give layers 10 and 11 what layer 1 has."""
+    ranks = {f"{i}.{part}": 1 + (7 * i + k) % 12 for i in range(12) for k, part in enumerate(("self_attn", "mlp"))}
+    ranks |= {"1.mlp": 0, "10.self_attn": 0, "5.self_attn": 0, "5.mlp": 0}
+    del ranks["11.mlp"]
+    with attached(make_model(num_hidden_layers=12), lora_config(ranks), seed=0) as adapted:
+        found = {}
+        for name, module in adapted.named_modules():
+            if getattr(module, "lora_A", None):
+                place = ".".join(name.split("layers.")[1].split(".")[:2])
+                found.setdefault(place, set()).add((module.lora_A["default"].out_features, module.scaling["default"]))
+    assert found == {module: {(rank, 2.0)} for module, rank in ranks.items() if rank}
+
+
+def test_patterns_of_parts_are_escaped():
+    assert rank_pattern({"3.self_attn": 0, "3.mlp": 4}) == {r"layers\.3\.mlp\..*": 4}
+    assert alpha_pattern({"3.self_attn": 2, "3.mlp": 0}, 0.5) == {r"layers\.3\.self_attn\..*": 1.0}
+
+
+@pytest.mark.parametrize("ranks", [{}, {0: 0, 1: 0}, {"0.mlp": 0}])
 def test_nothing_to_train_is_refused(ranks):
     with pytest.raises(ValueError, match="every layer has rank 0"):
         lora_config(ranks)
