@@ -53,6 +53,7 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--budget", "0"], "'0'"),
         (["--budget", "uniform:1"], "below the cheapest configuration"),
         (["--budget", "-1"], "'-1'"),
+        (["--granularity", "module"], "'module'"),
         (["--trials", "0"], "at least 1, got 0"),
         (["--trials", "-3"], "at least 1, got -3"),
         (["--trials", "many"], "'many'"),
@@ -97,6 +98,14 @@ def test_the_out_of_other_settings_is_left_alone(refused, tmp_path):
     assert "out belongs to other settings: pruning was" in line
     assert "0.3" in line
     assert "0.25" in line
+
+
+def test_the_out_of_another_granularity_is_left_alone(refused, tmp_path):
+    from rankadaptor_optuna.quickstart import Quickstart
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(Quickstart(out=tmp_path).recipe()))
+    assert "granularity was None, now sublayer" in refused("--granularity", "sublayer")
 
 
 def test_a_study_of_other_settings_is_refused(refused, tmp_path):

@@ -110,6 +110,50 @@ def test_the_notes_code_builds_the_recommended_config() -> None:
     assert names["config"].layers_to_transform == [layer for layer, rank in found.all_ranks.items() if rank > 0]
 
 
+def by_sublayer(n_trials: int = 5) -> tuple[optuna.Study, RankSpace]:
+    parts = {"costs": [10, 20] * 6, "profile": [0.1, 0.4] * 6, "granularity": "sublayer"}
+    space = RankSpace(8, (0, 4, 8), "uniform:4", layers=range(1, 7), fixed_ranks={0: 8, 7: 8}, **parts)
+    study = optuna.create_study(direction="maximize", sampler=RankAdaptorSampler(space, prior=None, seed=0))
+    study.optimize(lambda trial: float(sum(list(space.suggest(trial).values())[1::2])), n_trials=n_trials)
+    return study, space
+
+
+def test_attention_and_mlp_stand_side_by_side_at_their_layer() -> None:
+    study, space = by_sublayer()
+    publish_dashboard(study)
+    shown, found = figures(study), recommend(study)
+    for name, part in space.series.items():
+        bars = [trace for trace in shown[RANKS_ID]["data"] if trace.get("offsetgroup") == name]
+        assert [bar["name"] for bar in bars] == [name, "not searched", "weights pruned"]
+        assert bars[0]["x"] == [*space.layers]
+        assert bars[0]["y"] == [found.ranks[module] for module in space.modules[part]]
+        assert (bars[1]["x"], bars[1]["y"]) == ([0, 7], [8, 8])
+        assert bars[2]["y"] == [100 * share for share in space.profile[part]]
+    assert shown[RANKS_ID]["layout"]["barmode"] == "group"
+    cells = shown[HEAT_MAP_ID]["data"][0]
+    assert cells["y"] == [*space.modules[::2], *space.modules[1::2]]
+    assert np.reshape(decoded(cells["z"]), (12, 5))[:, 0].tolist() == [4] * 12
+    assert np.reshape(decoded(cells["z"]), (12, 5))[6:].T.tolist() == history(study).ranks[:, 1::2].tolist()
+
+
+def test_the_note_by_sublayer_names_each_and_its_code_builds_the_recommended_config() -> None:
+    pytest.importorskip("peft")
+    from rankadaptor_optuna.recovery.lora import lora_config
+
+    study, _ = by_sublayer()
+    publish_dashboard(study)
+    text, found = get_note(study), recommend(study)
+    rows = re.findall(r"^\| (\d\.\w+) \| (\d+) \| 4 \| ([\d.]+)% \|$", text, re.M)
+    assert {module: int(rank) for module, rank, _ in rows} == found.ranks
+    assert "Not searched: sublayers 0.self_attn (rank 8), 0.mlp (rank 8), 7.self_attn" in text
+    assert 0 in found.ranks.values()
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    expected = lora_config(found.all_ranks)
+    for field in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "target_modules", "r"):
+        assert getattr(names["config"], field) == getattr(expected, field), field
+
+
 def test_publishing_again_replaces_figures_and_our_part_of_the_note_only() -> None:
     study = with_space(2)
     save_note(study, "Mine, *above*.")

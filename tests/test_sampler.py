@@ -19,7 +19,7 @@ from optuna.storages import JournalStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
-from rankadaptor_optuna import RankAdaptorSampler, RankSpace
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
 
 SPACE = RankSpace(8, budget="uniform:8", costs=[100, 110, 120, 130, 120, 110, 100, 90])
 RANK = SPACE.distributions()[SPACE.name(0)]
@@ -41,7 +41,7 @@ def new_study(space=SPACE, *, direction="maximize", seed=0, prior=None, **settin
 
 
 def ranks_of(trial, space=SPACE):
-    return {layer: trial.params[space.name(layer)] for layer in space.layers}
+    return {module: trial.params[space.name(module)] for module in space.modules}
 
 
 def is_uniform(trial, space=SPACE):
@@ -59,13 +59,14 @@ def constraints_of(study):
     return [getattr(t, "constraints", {}) for t in study.trials]
 
 
-def random_space(seed):
+def random_space(seed, granularity="layer"):
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 13))
     candidates = [(0, 4, 8), (2, 4, 6, 8, 10, 12), (0, 1, 2, 4, 16), (8,), (3, 5, 32)][seed % 5]
     layers = sorted(rng.choice(n, int(rng.integers(1, n + 1)), replace=False).tolist())
     fixed = [i for i in range(n) if i not in layers]
-    costs = rng.integers(1, 9999, len(layers)) if seed % 3 else rng.random(len(layers)) + 0.01
+    n_ranks = len(layers) * (1 if granularity == "layer" else 2)
+    costs = rng.integers(1, 9999, n_ranks) if seed % 3 else rng.random(n_ranks) + 0.01
     low, high = candidates[0] * sum(costs), candidates[-1] * sum(costs)
     fixed_cost = float(rng.integers(9999)) if fixed else 0.0
     budget = fixed_cost + low + (high - low) * rng.random() ** 2
@@ -77,7 +78,8 @@ def random_space(seed):
         costs=costs,
         fixed_ranks=dict.fromkeys(fixed, 8),
         fixed_cost=fixed_cost,
-        profile=rng.random(len(layers)),
+        profile=rng.random(n_ranks),
+        granularity=granularity,
     )
 
 
@@ -89,6 +91,39 @@ def test_the_budget_holds_for_every_proposal(seed):
     study.optimize(lambda trial: float(score(space.suggest(trial)) + rng.standard_normal()), n_trials=8)
     assert all(space.is_feasible(ranks_of(t, space)) for t in study.trials)
     assert not any(constraints_of(study))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_budget_holds_for_every_proposal_by_sublayer_and_uniform_comes_first(seed):
+    space = random_space(seed, "sublayer")
+    study = new_study(space, seed=seed)
+    rng = np.random.default_rng(seed)
+    weights = dict(zip(space.modules, rng.random(len(space.modules)), strict=True))
+
+    def noisy(trial):
+        ranks = space.suggest(trial)
+        return float(sum(weights[m] * np.log2(1 + r) for m, r in ranks.items()) + 0.1 * rng.standard_normal())
+
+    study.optimize(noisy, n_trials=30)
+    assert is_uniform(study.trials[0], space)
+    assert all(space.is_feasible(ranks_of(t, space)) for t in study.trials)
+    assert not any(constraints_of(study))
+
+
+@pytest.mark.parametrize("candidates", [(2, 4, 6, 8, 10, 12), (0, 4, 8, 16, 32)])
+def test_where_only_the_mlps_ranks_matter_the_budget_goes_there(candidates):
+    space = RankSpace(10, candidates, "uniform:8", costs=[1, 2] * 10, granularity="sublayer")
+
+    def gain(ranks):
+        return float(sum((2 + i % 3) * np.log2(1 + ranks[m]) for i, m in enumerate(space.modules[1::2])))
+
+    study = new_study(space)
+    study.optimize(lambda trial: gain(space.suggest(trial)), n_trials=25)
+    found = recommend(study).ranks
+    attention, mlp = ([found[m] for m in space.modules[part]] for part in space.series.values())
+    assert np.mean(attention) < candidates[0] + 2 < 8
+    assert np.mean(mlp) > 10
+    assert gain(found) > 1.08 * gain(space.uniform())
 
 
 @pytest.mark.parametrize("cost", [0.1, 0.3, 1 / 3, 1.1])

@@ -151,6 +151,25 @@ def test_the_recommendation_is_ready_for_peft():
     assert found.alpha_pattern == {rf"layers\.{i}\..*": 2 * r for i, r in found.all_ranks.items()}
 
 
+def test_a_recommendation_by_sublayer_is_ready_for_peft_too(url):
+    space = RankSpace(
+        4, (0, 4, 8), "uniform:4", layers=[1, 2], costs=[10, 25, 10, 20], fixed_ranks={0: 8}, granularity="sublayer"
+    )
+    study = create_study(storage=url, study_name="s", space=space)
+    study.optimize(lambda trial: float(np.log1p([*space.suggest(trial).values()]) @ [1, 9, 1, 1]), n_trials=12)
+    found = recommend(optuna.load_study(study_name="s", storage=url))
+    assert found.ranks.keys() == set(space.modules)
+    assert found.ranks["1.mlp"] == 8
+    assert space.is_feasible(found.ranks)
+    assert found.cost == space.cost(found.ranks)
+    assert found.params == {space.name(module): rank for module, rank in found.ranks.items()}
+    assert found.all_ranks == {"0.self_attn": 8, "0.mlp": 8, **found.ranks}
+    expected = {r"layers\." + m.replace(".", r"\.") + r"\..*": r for m, r in found.all_ranks.items() if r}
+    assert found.rank_pattern == expected
+    assert found.alpha_pattern == {pattern: 2 * rank for pattern, rank in expected.items()}
+    assert [t.number for t in uniform_trials(study)] == [0]
+
+
 def test_the_evidence_says_what_the_recommendation_rests_on():
     study = run(20)
     found = recommend(study)

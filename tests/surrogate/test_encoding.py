@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from rankadaptor_optuna import RankSpace
 from rankadaptor_optuna.surrogate.encoding import MAX_CANDIDATES, Encoding, candidate_ranks, rank_parameters
+from rankadaptor_optuna.surrogate.features import RankGrid
 
 RANK = IntDistribution(2, 12, step=2)
 
@@ -35,6 +37,21 @@ def test_several_series_are_found_side_by_side_by_layer():
     space = {f"layers.{i}.{kind}.r": RANK for kind in ("mlp", "attn") for i in (0, 1, 2)}
     assert [*rank_parameters(space).values()] == [0, 0, 1, 1, 2, 2]
     assert rank_parameters(space).keys() == space.keys()
+
+
+def test_series_side_by_side_are_two_functions_of_depth_as_those_of_a_space():
+    space = RankSpace(5, granularity="sublayer")
+    grid, expected = Encoding(space.distributions()).grid, RankGrid.from_space(space)
+    assert grid.n_series == 2
+    assert grid.series.tolist() == expected.series.tolist() == [0, 1] * 5
+    assert grid.depth.tolist() == expected.depth.tolist()
+    assert Encoding({f"r_{i}": RANK for i in range(5)}).grid.n_series == 1
+
+
+def test_very_many_series_are_told_apart_by_their_residuals_alone():
+    names = [f"layer_{i}_{kind}" for i in range(3) for kind in "abcdefgh"]
+    assert Encoding(dict.fromkeys(names, RANK)).grid.n_series == 8
+    assert Encoding(dict.fromkeys([*names, "layer_0_i", "layer_1_i", "layer_2_i"], RANK)).grid.n_series == 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rankadaptor_optuna import RankSpace
-from rankadaptor_optuna.surrogate.features import MLP, RankGrid, groups, mlp_inputs, ordinary, per_layer
+from rankadaptor_optuna.surrogate.features import MLP, RankGrid, contrasts, groups, mlp_inputs, ordinary, per_layer
 
 SPACE = RankSpace(9, (2, 4, 8), "uniform:5", layers=[2, 4, 6], costs=[10, 20, 30], profile=[0.1, 0.2, 0.6])
 GRID = RankGrid.from_space(SPACE)
@@ -26,6 +26,25 @@ def test_the_grid_of_a_space_has_its_layers_by_relative_depth():
     assert GRID.costs.tolist() == [10, 20, 30]
     assert GRID.profile.tolist() == [0.1, 0.2, 0.6]
     assert GRID.reference.tolist() == [4, 4, 4]
+
+
+def test_the_grid_of_sublayers_has_two_series_along_the_same_depth():
+    space = RankSpace(
+        9,
+        (2, 4, 8),
+        "uniform:5",
+        layers=[2, 6],
+        costs=[1, 2, 3, 4],
+        profile=[0.1, 0.2, 0.3, 0.4],
+        granularity="sublayer",
+    )
+    grid = RankGrid.from_space(space)
+    assert (grid.n_layers, grid.n_series) == (4, 2)
+    assert grid.depth.tolist() == [0.25, 0.25, 0.75, 0.75]
+    assert grid.series.tolist() == [0, 1, 0, 1]
+    assert grid.costs.tolist() == [1, 2, 3, 4]
+    assert grid.profile.tolist() == [0.1, 0.2, 0.3, 0.4]
+    assert grid.reference.tolist() == [4] * 4
 
 
 def test_short_rows_of_candidates_are_padded_with_their_last():
@@ -57,7 +76,41 @@ def test_groups_name_every_column_once(mlp):
         covered = np.concatenate([np.arange(s.start, s.stop) for s in columns.values()])
         assert covered.tolist() == list(range(per_layer(GRID, RANKS, network).shape[2]))
     assert columns["mlp"].stop - columns["mlp"].start == mlp.n_features == 4
+    assert columns["difference"].stop == columns["difference"].start
     assert columns["residual"].stop - columns["residual"].start == 3
+
+
+def two_series(n, mlp=None):
+    """Features of each rank's largest candidate in n layers of two series, without 1/sqrt(2 n)."""
+    grid = RankGrid.from_space(RankSpace(n, (2, 8), profile=np.linspace(0, 1, 2 * n) ** 2, granularity="sublayer"))
+    return per_layer(grid, np.full((1, 2 * n), 8.0), mlp)[0] * np.sqrt(2 * n), groups(2 * n, mlp, 2)
+
+
+def test_series_share_one_function_of_depth_and_differ_by_another(mlp):
+    features, columns = two_series(5, mlp)
+    assert columns["mlp"].stop == features.shape[1]
+    shared = features[:, : columns["profile"].stop]
+    sign = np.asarray([1, -1] * 5)[:, None]
+    assert features[:, columns["difference"]] == pytest.approx(sign * shared)
+    assert features[::2, columns["smooth"]] == pytest.approx(features[1::2, columns["smooth"]])
+
+
+def test_each_series_is_judged_by_its_own_profile():
+    features, columns = two_series(5)
+    linear = features[:, columns["profile"]][:, 0]
+    for part in (linear[::2], linear[1::2]):
+        assert part.mean() == pytest.approx(0)
+        assert part.std() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_contrasts_treat_all_series_alike(n):
+    found = contrasts(n)
+    assert found.shape == (n, n - 1)
+    assert found.sum(0) == pytest.approx(np.zeros(n - 1))
+    similarity = found @ found.T
+    assert np.diag(similarity) == pytest.approx(np.full(n, min(1, n - 1)))
+    assert len({round(x, 9) for x in similarity[~np.eye(n, dtype=bool)]}) <= 1
 
 
 def test_the_residual_group_tells_the_layers_apart():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,6 +60,21 @@ def test_a_known_additive_function_is_recovered():
     mean, std = fitted(80).predict(test)
     assert np.abs(mean - score(test)).mean() < 0.1 * score(test).std()
     assert (np.abs(mean - score(test)) < 4 * std).all()
+
+
+def test_attention_and_mlp_may_need_rank_at_different_depths():
+    space = RankSpace(10, granularity="sublayer")
+    depth = np.linspace(0, 1, 10)
+    weights = np.stack([2 - 1.8 * depth, 0.2 + 1.8 * depth], axis=1).ravel()
+    rng = np.random.default_rng(0)
+    ranks, test = rng.choice(space.candidates, (2, 20, 20)).astype(float)
+    both = PerformanceModel(space, prior=None)
+    one = PerformanceModel(replace(both.grid, series=np.zeros(20, dtype=int)), prior=None)
+    errors = []
+    for model in (both, one):
+        model.update(ranks, np.log2(1 + ranks) @ weights)
+        errors.append(np.abs(model.predict(test)[0] - np.log2(1 + test) @ weights).mean())
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_more_trials_make_the_prediction_surer():
