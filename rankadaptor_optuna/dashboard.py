@@ -264,7 +264,7 @@ def heat_map_figure(h: History) -> Figure:
     figure = _figure([cells], h, "Rank of each layer over trials", "finished trial (number)", "layer")
     # categories: unfinished trials leave no gaps
     figure.update_xaxes(type="category", showgrid=False, nticks=12, range=[-0.5, len(numbers) - 0.5])
-    figure.update_yaxes(type="category", showgrid=False, nticks=17)
+    figure.update_yaxes(type="category", showgrid=False, nticks=17, automargin=True)
     figure.update_layout(margin={"b": 55}, showlegend=False)
     marked = np.asarray(numbers)[h.is_uniform[-_MAX_COLUMNS:]]
     if len(marked):

@@ -107,7 +107,7 @@ def ranks_figure(outcome: Outcome, h: History) -> Figure:
     width = 0.8 / len(space.series)
     for i, (name, part) in enumerate(space.series.items()):
         at = np.asarray(space.layers) + width * (i - (len(space.series) - 1) / 2)
-        top.bar(at, ranks[part], width, color=(_BLUE, _GREEN)[i], label=f"recommended {name}".strip())
+        top.bar(at, ranks[part], width, color=(_BLUE, _GREEN)[i], label=name or "recommended")
         bottom.bar(at, 100 * np.asarray(profile[part]), width, color=(_BLUE, _GREEN)[i] if name else _GREY)
     if fixed:
         top.bar(list(fixed), list(fixed.values()), color=_LIGHT, label="not pruned, not searched")
