@@ -153,7 +153,7 @@ class RankSpace:
 
         Raises:
             ValueError: The model has no ``layers.<i>`` with linear modules of these names, or, by sublayers, a layer
-                has not some in both or has others beside.
+                has none in one of them or some outside of both.
         """
         if not hasattr(model, "named_modules"):
             model = model.model
@@ -173,10 +173,11 @@ class RankSpace:
             raise ValueError(f"{type(model).__name__} has no {names} below 'layers.<i>.'; nothing to adapt.")
         layers = sorted({layer for layer, _ in costs})
         sublayers = SUBLAYERS if granularity == "sublayer" else ("",)
-        if costs.keys() != {(layer, sublayer) for layer in layers for sublayer in sublayers}:
+        odd = sorted(costs.keys() ^ {(layer, sublayer) for layer in layers for sublayer in sublayers})
+        if odd:
             raise ValueError(
-                f"the modules to adapt must lie in {' and '.join(SUBLAYERS)} of each layer, got those in "
-                f"{sorted({part for _, part in costs})}; adapt others, or use granularity='layer'."
+                f"each layer needs modules to adapt in {' and '.join(SUBLAYERS)} and nowhere else, which is not so for "
+                f"{['.'.join(map(str, part)) for part in odd[:3]]}; adapt others, or use granularity='layer'."
             )
         largest = {kind: max(n for (_, its), n in weights.items() if its == kind) for kind in sublayers}
         lost = {(layer, kind): 1 - weights[layer, kind] / largest[kind] for layer, kind in costs}

@@ -275,10 +275,10 @@ def test_a_model_without_layers_to_adapt_is_refused(model):
 def test_sublayers_that_are_not_there_to_adapt_are_named(model):
     import torch
 
-    with pytest.raises(ValueError, match=r"self_attn and mlp of each layer, got those in \['self_attn'\];"):
+    with pytest.raises(ValueError, match=r"self_attn and mlp and nowhere else.* not so for \['0\.mlp', '1\.mlp', "):
         RankSpace.from_model(model, targets=["q_proj"], granularity="sublayer")
     model.model.layers[1].router = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"got those in \['mlp', 'router', 'self_attn'\]; .* use granularity='layer'"):
+    with pytest.raises(ValueError, match=r"not so for \['1\.router'\]; adapt others, or use granularity='layer'"):
         RankSpace.from_model(model, granularity="sublayer")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +83,7 @@ class RankGrid:
     @classmethod
     def of(cls, tensors: Mapping[str, Array]) -> RankGrid:
         """The grid that has these ``tensors``."""
-        rest = dict(tensors)
+        rest: dict[str, Any] = dict(tensors)
         values, ends = rest.pop("values"), rest.pop("widths").cumsum().astype(int)
         return cls(values=np.split(values, ends[:-1]) if len(ends) else [], **rest)
 

@@ -41,6 +41,7 @@ def standardise(scores: Array) -> tuple[Array, float, float]:
     location, spread = float(scores.mean()), float(scores.std()) or 1.0
     return (scores - location) / spread, location, spread
 
+
 _DIFFERENCE = 0.7  # how much series differ, as a share of what they have in common
 
 
