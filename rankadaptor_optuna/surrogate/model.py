@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rankadaptor_optuna.surrogate.paper import Network
 
 FORMAT = "performance-model-1"  # of files; they hold features, so it rises where these change, too
+_DIFFERENCE = 0.7  # how much series differ, as a share of what they have in common
 
 
 def standardise(scores: Array) -> tuple[Array, float, float]:
@@ -40,9 +41,6 @@ def standardise(scores: Array) -> tuple[Array, float, float]:
         scores = np.clip(scores, median - 5 * deviation, median + 5 * deviation)
     location, spread = float(scores.mean()), float(scores.std()) or 1.0
     return (scores - location) / spread, location, spread
-
-
-_DIFFERENCE = 0.7  # how much series differ, as a share of what they have in common
 
 
 @dataclass(frozen=True)
