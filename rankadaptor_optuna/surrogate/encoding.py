@@ -132,7 +132,7 @@ def _grid_of(space: Mapping[str, BaseDistribution], layers: Mapping[str, int]) -
         values=values,
         profile=np.zeros(len(values)),
         costs=np.ones(len(values)),
-        reference=np.asarray([np.median(v) for v in values]),
+        reference=np.asarray([v[(len(v) - 1) // 2] for v in values]),  # a candidate, so that a trial can have it
     )
 
 

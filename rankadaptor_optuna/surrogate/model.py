@@ -140,7 +140,11 @@ class PerformanceModel:
         )
 
     def fit(self, features: Array, scores: Array, variance: Array | None = None) -> None:
-        """Replaces all observations: features as ``encode`` makes them, (n, F), scores and their variances, (n,)."""
+        """Replaces all observations: features as ``encode`` makes them, (n, F), scores and their variances, (n,).
+
+        An observation may also be a sum of others with weights that add up to 0, in features and score alike: a
+        difference says nothing of what all scores have in common.
+        """
         self.features, self._scores = features, self._sign * scores
         self._variance = np.zeros(len(scores)) if variance is None else variance
         for stale in ("_head", "_standardised"):
@@ -151,32 +155,49 @@ class PerformanceModel:
         """Scores standardised within the study, with their mean and spread.
 
         Scores far from the rest (a recovery that diverged) are pulled in to five robust deviations from the median:
-        they stay the worst, but do not set the scale.
+        they stay the worst, but do not set the scale. Differences of scores (no intercept) are scaled only.
         """
-        scores = self._scores
+        whole = self.features[:, 0] > 0.5
+        scores = self._scores[whole]
         if not len(scores):
-            return scores, 0.0, 1.0
+            return self._scores, 0.0, 1.0
         median = np.median(scores)
         deviation = 1.4826 * float(np.median(np.abs(scores - median)))
         if deviation > 0:
             scores = np.clip(scores, median - 5 * deviation, median + 5 * deviation)
         location, spread = float(scores.mean()), float(scores.std()) or 1.0
-        return (scores - location) / spread, location, spread
+        targets = self._scores / spread
+        targets[whole] = (scores - location) / spread
+        return targets, location, spread
 
     @property
     def targets(self) -> Array:
         """The standardised scores that the head fits, (n,), higher is better."""
         return self._standardised[0]
 
+    @property
+    def spread(self) -> float:
+        """What one unit of a ``Belief`` is in score units."""
+        return self._standardised[2]
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of what the model leaves unexplained of a score, in score units."""
+        return self._head.noise * self.spread
+
     @cached_property
     def _head(self) -> BayesianHead:
         extra = self._variance / self._standardised[2] ** 2
         return BayesianHead(self.features, self.targets, self._hyperparameters, extra)
 
-    def draw_constraint(self, features: Array, values: Array, rng: np.random.Generator) -> Belief:
-        """A Thompson draw of a constraint (n,), another function of the same features (n, F): scaled, not centred."""
+    def constraint(self, features: Array, values: Array) -> Belief:
+        """The posterior mean of a constraint (n,), another function of the same features (n, F): scaled, not centred.
+
+        Thompson draws of constraints would take more infeasible trials to the same score: what to avoid need not be
+        explored.
+        """
         scale = float(np.sqrt(np.mean(values**2))) or 1.0
-        return self._belief(BayesianHead(features, values / scale, self._hyperparameters).sample(rng))
+        return self._belief(BayesianHead(features, values / scale, self._hyperparameters).mean)
 
     @cached_property
     def _hyperparameters(self) -> list[Hyperparameters]:
@@ -219,11 +240,12 @@ class PerformanceModel:
         Positive is better whatever the direction. What all configurations share cancels, so the interval is
         narrower than the difference of two predictions.
         """
-        rows = self.encode(ranks, None)
-        rows -= self.encode(self.grid.reference, None)
-        mean, std = self._head.predict(rows)
-        spread = self._standardised[2]
-        return spread * mean, spread * std
+        return self.predict_difference(self.encode(ranks), self.encode(self.grid.reference))
+
+    def predict_difference(self, features: Array, others: Array) -> tuple[Array, Array]:
+        """As ``predict_gain``, of configurations over others, both as ``encode`` makes them, (n, F)."""
+        mean, std = self._head.predict(features - others)
+        return self.spread * mean, self.spread * std
 
     def _belief(self, weights: Array) -> Belief:
         if self.grid.n_layers == 0:
