@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
+from rankadaptor_optuna.history import verification_seed
+from rankadaptor_optuna.recommendation import Recommendation, recommend
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.study import (
-    Recommendation,
     finished_trials,
     masked,
     open_storage,
-    recommend,
     study_ranks,
     study_space,
     uniform_trials,
@@ -86,7 +86,7 @@ class History:
 
 
 def history(study: Study) -> History:
-    """Reads a study for plots and reports; needs neither plotly nor optuna-dashboard."""
+    """Reads a study for plots and reports, but for its verification trials; needs no plotly nor optuna-dashboard."""
     space = study_space(study)
     names = study_ranks(study, space)
     trials = finished_trials(study)
@@ -104,7 +104,7 @@ def history(study: Study) -> History:
         scores = np.asarray([t.value for t in trials], dtype=np.float64)
         better = np.fmin if minimize else np.fmax  # these skip NaN
         best = better.accumulate(np.where(within_budget, scores, np.nan))
-    states = [t.state for t in study.get_trials(deepcopy=False)]
+    states = [t.state for t in study.get_trials(deepcopy=False) if verification_seed(t) is None]
     return History(
         numbers=tuple(t.number for t in trials),
         ranks=ranks,

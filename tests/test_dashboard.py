@@ -141,6 +141,23 @@ def test_without_finished_trials_the_note_says_so(space: RankSpace | None) -> No
     assert figures(study) == {}
 
 
+def test_verification_trials_are_on_no_figure_and_their_gain_is_in_the_note() -> None:
+    study = with_space(6)
+    recommend(study, verify=1, seeds=2)
+
+    def verified(trial: Trial) -> float:
+        return score(SPACE.suggest(trial)) + 1000
+
+    study.optimize(verified, n_trials=4)
+    h = history(study)
+    assert h.numbers == tuple(range(6))
+    assert np.flatnonzero(h.is_uniform).tolist() == [0]
+    assert h.scores is not None
+    assert h.scores.max() < 1000
+    publish_dashboard(study)
+    assert "Confirmed on 2 fresh seeds" in get_note(study)
+
+
 def test_a_drop_in_study_has_neither_uniform_nor_profile() -> None:
     study = drop_in(eight_ranks)
     publish_dashboard(study)
