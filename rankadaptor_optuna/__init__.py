@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rankadaptor_optuna.convergence import StopWhenConverged
     from rankadaptor_optuna.dashboard import publish_dashboard
     from rankadaptor_optuna.history import verification_seed
     from rankadaptor_optuna.objective import RecoveryObjective
@@ -25,6 +26,7 @@ _HOMES = {
     "RankAdaptorSampler": "sampler",
     "RankSpace": "space",
     "RecoveryObjective": "objective",
+    "StopWhenConverged": "convergence",
     "create_study": "study",
     "publish_dashboard": "dashboard",
     "recommend": "recommendation",
@@ -36,6 +38,7 @@ __all__ = [
     "RankAdaptorSampler",
     "RankSpace",
     "RecoveryObjective",
+    "StopWhenConverged",
     "create_study",
     "publish_dashboard",
     "recommend",

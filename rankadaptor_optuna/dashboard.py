@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
+from rankadaptor_optuna.convergence import CONVERGED_ATTR
 from rankadaptor_optuna.history import verification_seed
 from rankadaptor_optuna.recommendation import Recommendation, recommend
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS
@@ -66,6 +67,7 @@ class History:
         minimize: Whether lower scores are better.
         n_pruned: Pruned trials.
         n_failed: Failed trials.
+        converged: What ``StopWhenConverged`` said; None where it did not stop the study.
     """
 
     numbers: tuple[int, ...]
@@ -83,6 +85,7 @@ class History:
     minimize: bool
     n_pruned: int
     n_failed: int
+    converged: str | None
 
 
 def history(study: Study) -> History:
@@ -121,6 +124,7 @@ def history(study: Study) -> History:
         minimize=minimize,
         n_pruned=states.count(TrialState.PRUNED),
         n_failed=states.count(TrialState.FAIL),
+        converged=study.user_attrs.get(CONVERGED_ATTR),
     )
 
 
@@ -367,6 +371,7 @@ def note(h: History, found: Recommendation | None, space: RankSpace | None) -> s
         number = h.numbers[np.flatnonzero(h.within_budget & (h.scores == h.best[-1]))[0]]
         lines += [f"* Best single trial, noise included: {h.best[-1]:.5g} (trial {number})."]
     lines += [f"* {_cost_text(found, space)}.", f"* Closest finished trials: {closest}.", ""]
+    lines += [h.converged, ""] if h.converged else []
     lines += [*_table(h, found), ""]
     if isinstance(h.labels[0], int) and any(found.all_ranks.values()):
         lines += ["Ready to paste, with `target_modules` as in your training:", "", *_code(found)]
