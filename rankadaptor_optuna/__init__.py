@@ -9,11 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rankadaptor_optuna.convergence import StopWhenConverged
     from rankadaptor_optuna.dashboard import publish_dashboard
+    from rankadaptor_optuna.history import verification_seed
     from rankadaptor_optuna.objective import RecoveryObjective
+    from rankadaptor_optuna.recommendation import recommend
     from rankadaptor_optuna.sampler import RankAdaptorSampler
     from rankadaptor_optuna.space import RankSpace
-    from rankadaptor_optuna.study import create_study, recommend
+    from rankadaptor_optuna.study import create_study
     from rankadaptor_optuna.surrogate.model import PerformanceModel
 
 __version__ = "0.1.0"
@@ -23,9 +26,11 @@ _HOMES = {
     "RankAdaptorSampler": "sampler",
     "RankSpace": "space",
     "RecoveryObjective": "objective",
+    "StopWhenConverged": "convergence",
     "create_study": "study",
     "publish_dashboard": "dashboard",
-    "recommend": "study",
+    "recommend": "recommendation",
+    "verification_seed": "history",
 }
 
 __all__ = [
@@ -33,9 +38,11 @@ __all__ = [
     "RankAdaptorSampler",
     "RankSpace",
     "RecoveryObjective",
+    "StopWhenConverged",
     "create_study",
     "publish_dashboard",
     "recommend",
+    "verification_seed",
 ]
 
 

@@ -21,14 +21,15 @@ from numpy.typing import NDArray
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
+from rankadaptor_optuna.convergence import CONVERGED_ATTR
+from rankadaptor_optuna.history import verification_seed
+from rankadaptor_optuna.recommendation import Recommendation, recommend
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.study import (
-    Recommendation,
     finished_trials,
     masked,
     open_storage,
-    recommend,
     study_ranks,
     study_space,
     uniform_trials,
@@ -71,6 +72,7 @@ class History:
         minimize: Whether lower scores are better.
         n_pruned: Pruned trials.
         n_failed: Failed trials.
+        converged: What ``StopWhenConverged`` said; None where it did not stop the study.
     """
 
     numbers: tuple[int, ...]
@@ -89,10 +91,11 @@ class History:
     minimize: bool
     n_pruned: int
     n_failed: int
+    converged: str | None
 
 
 def history(study: Study) -> History:
-    """Reads a study for plots and reports; needs neither plotly nor optuna-dashboard."""
+    """Reads a study for plots and reports, but for its verification trials; needs no plotly nor optuna-dashboard."""
     space = study_space(study)
     names = study_ranks(study, space)
     trials = finished_trials(study)
@@ -110,7 +113,7 @@ def history(study: Study) -> History:
         scores = np.asarray([t.value for t in trials], dtype=np.float64)
         better = np.fmin if minimize else np.fmax  # these skip NaN
         best = better.accumulate(np.where(within_budget, scores, np.nan))
-    states = [t.state for t in study.get_trials(deepcopy=False)]
+    states = [t.state for t in study.get_trials(deepcopy=False) if verification_seed(t) is None]
     return History(
         numbers=tuple(t.number for t in trials),
         ranks=ranks,
@@ -128,6 +131,7 @@ def history(study: Study) -> History:
         minimize=minimize,
         n_pruned=states.count(TrialState.PRUNED),
         n_failed=states.count(TrialState.FAIL),
+        converged=study.user_attrs.get(CONVERGED_ATTR),
     )
 
 
@@ -391,6 +395,7 @@ def note(h: History, found: Recommendation | None, space: RankSpace | None) -> s
         number = h.numbers[np.flatnonzero(h.within_budget & (h.scores == h.best[-1]))[0]]
         lines += [f"* Best single trial, noise included: {h.best[-1]:.5g} (trial {number})."]
     lines += [f"* {_cost_text(found, space)}.", f"* Closest finished trials: {closest}.", ""]
+    lines += [h.converged, ""] if h.converged else []
     lines += [*_table(h, found), ""]
     if any(found.all_ranks.values()):
         lines += ["Ready to paste, with `target_modules` as in your training:", "", *_code(found)]

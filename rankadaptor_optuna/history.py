@@ -10,18 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from rankadaptor_optuna.surrogate.encoding import Encoding
 from rankadaptor_optuna.surrogate.features import Array
 from rankadaptor_optuna.surrogate.model import PerformanceModel
 
 PROPOSAL_ATTR = "rankadaptor:proposal"
+VERIFY_ATTR = "rankadaptor:verify"
 _MIN_TO_EXTRAPOLATE = 3
+_LATEST = 10
 
 
 class History:
-    """A study's trials; a cache that any process can rebuild from the storage.
+    """The search's trials, without those that verify; a cache that any process can rebuild from the storage.
+
+    What verifies has another seed: its score has another offset, and its ranks may be tried on the study's own seed.
 
     Attributes:
         finished: Finished trials in the order in which they were read.
@@ -55,6 +59,7 @@ class History:
         if len(trials) < self._n_seen or (self.finished and not _is_in(self.finished[-1], trials)):
             self._reset()  # the study was deleted, and another one got its id
         unread = [trials[t.number] for t in self.unfinished] + trials[self._n_seen :]
+        unread = [t for t in unread if verification_seed(t) is None]
         self._n_seen = len(trials)
         self.unfinished = [t for t in unread if not t.state.is_finished()]
         for trial in unread:
@@ -99,6 +104,11 @@ class Data(NamedTuple):
     trials: list[FrozenTrial]
     feasible: NDArray[np.bool_]
 
+    @property
+    def margin(self) -> float:
+        """By how much (in units of its size) to keep a constraint: the share of the latest trials that broke one."""
+        return float(np.mean(~self.feasible[-_LATEST:])) if len(self.feasible) else 0.0
+
 
 class EncodedTrials:
     """Finished trials encoded for one search space.
@@ -142,7 +152,7 @@ class EncodedTrials:
         values = [t.values if _has_values(t) else unknown for t in usable]
         # by number, so that every process adds up the same numbers in the same order, whoever finished first
         order = np.argsort([t.number for t in trials], kind="stable")
-        constraints = self._constraints + [_constraints(t) for t in usable]
+        constraints = self._constraints + [constraints_of(t) for t in usable]
         self._rows = np.concatenate([self._rows, rows])[order]
         self._values = np.concatenate([self._values, values])[order]
         self._trials = [trials[i] for i in order]
@@ -181,6 +191,18 @@ def announced(trial: FrozenTrial, names: list[str]) -> tuple[int, ...] | None:
     return tuple(ranks) if names and len(ranks) == len(names) else None
 
 
+def verification_seed(trial: BaseTrial) -> int | None:
+    """The seed on which a trial verifies a configuration; None for an ordinary trial, which takes the study's own.
+
+    ``RecoveryObjective`` heeds it. An objective of your own does, too, where it draws all that is random by it::
+
+        seed = verification_seed(trial)
+        return train_and_score(ranks, seed=0 if seed is None else seed)
+    """
+    seed = trial.user_attrs.get(VERIFY_ATTR)
+    return None if seed is None else int(seed)
+
+
 def _is_in(known: FrozenTrial, trials: list[FrozenTrial]) -> bool:
     now = trials[known.number] if known.number < len(trials) else None
     return now is not None and (now._trial_id, now.datetime_start) == (known._trial_id, known.datetime_start)
@@ -190,7 +212,8 @@ def _has_values(trial: FrozenTrial) -> bool:
     return trial.state is TrialState.COMPLETE and all(map(math.isfinite, trial.values))
 
 
-def _constraints(trial: FrozenTrial) -> dict[str, float]:
+def constraints_of(trial: FrozenTrial) -> dict[str, float]:
+    """The constraints that a trial was given, kept where at most 0."""
     if hasattr(trial, "constraints"):
         return dict(trial.constraints)
     return {str(i): c for i, c in enumerate(trial.system_attrs.get("constraints") or ())}  # Optuna 4

@@ -9,6 +9,7 @@ from typing import Any
 
 from optuna.trial import Trial
 
+from rankadaptor_optuna.history import verification_seed
 from rankadaptor_optuna.recovery.data import token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, attached, lora_config
@@ -37,7 +38,7 @@ class RecoveryObjective:
         validation_blocks: Blocks to score on, at most.
         targets: Names of the adapted modules.
         alpha_ratio: LoRA's alpha as a multiple of the rank.
-        seed: Seed of data order and initialisation, common to all trials.
+        seed: Seed of data order and initialisation, common to all trials but those that verify, which bring their own.
         on_step: Called with (step, loss) during training.
 
     Raises:
@@ -99,7 +100,7 @@ class RecoveryObjective:
         trial.set_user_attr("trainable_parameters", int(self.space.cost(ranks)))
         start = time.perf_counter()
         try:
-            with self.recovered(ranks) as model:
+            with self.recovered(ranks, seed=verification_seed(trial)) as model:
                 loss = float(block_losses(model, self._validation_blocks).mean())
         except (RuntimeError, FloatingPointError, MemoryError) as error:  # out of memory is torch's RuntimeError
             trial.set_user_attr("fail_reason", f"{type(error).__name__}: {error}"[:500])

@@ -20,9 +20,11 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from rankadaptor_optuna.embedded import Texts, load_model, load_texts, search_dtype
+from rankadaptor_optuna.history import verification_seed
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.pruning.checkpoint import check_prunable
+from rankadaptor_optuna.recommendation import Recommendation, recommend
 from rankadaptor_optuna.recovery.data import token_blocks
 from rankadaptor_optuna.recovery.evaluate import (
     block_losses,
@@ -33,15 +35,7 @@ from rankadaptor_optuna.recovery.evaluate import (
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
-from rankadaptor_optuna.study import (
-    Recommendation,
-    check_recipe,
-    create_study,
-    differences,
-    masked,
-    open_storage,
-    recommend,
-)
+from rankadaptor_optuna.study import check_recipe, create_study, differences, masked, open_storage
 
 N_REPORT_SEEDS = 3
 _BLOCK = 256
@@ -332,7 +326,7 @@ def _search(study: Study, job: RecoveryObjective, config: Quickstart) -> None:
     """Trials up to the wanted number, which all workers on a shared storage reach together."""
 
     def trials(state: TrialState) -> list[FrozenTrial]:
-        return study.get_trials(deepcopy=False, states=(state,))
+        return [t for t in study.get_trials(deepcopy=False, states=(state,)) if verification_seed(t) is None]
 
     missing = config.trials - len(trials(TrialState.COMPLETE))
     if missing <= 0:
@@ -341,7 +335,7 @@ def _search(study: Study, job: RecoveryObjective, config: Quickstart) -> None:
 
         def describe(doing: str = "search") -> None:
             done = trials(TrialState.COMPLETE)
-            best = f", best {study.best_value:.4f}" if done else ""
+            best = f", best {min(t.value for t in done if t.value is not None):.4f}" if done else ""
             bar.total = bar.n + max(0, config.trials - len(done)) * config.steps  # others take some of them
             bar.set_description(f"      {doing}, {len(done)} of {config.trials} trials{best}")
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from rankadaptor_optuna.dashboard import History, history, publish_dashboard
 from rankadaptor_optuna.quickstart import N_REPORT_SEEDS, Outcome, write_text
+from rankadaptor_optuna.verification import t_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,11 +21,8 @@ _BLUE, _LIGHT, _ORANGE, _GREEN, _GREY = "#0072B2", "#A9CCE3", "#E69F00", "#009E7
 
 def paired_difference(outcome: Outcome) -> tuple[float, float, float]:
     """Loss of recommended minus uniform over the fresh seeds: mean and 95% t interval; negative is better."""
-    from scipy.stats import t
-
     differences = np.asarray(outcome.recommended["losses"]) - np.asarray(outcome.uniform["losses"])
-    half = t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
-    return float(differences.mean()), float(differences.mean() - half), float(differences.mean() + half)
+    return float(differences.mean()), *t_interval(differences)
 
 
 def verdict(outcome: Outcome) -> str:

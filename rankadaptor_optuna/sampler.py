@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import zlib
@@ -21,12 +20,10 @@ from rankadaptor_optuna.surrogate.encoding import Encoding
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
 from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
-from rankadaptor_optuna.surrogate.search import Allocations
+from rankadaptor_optuna.surrogate.search import Allocations, within_constraints
 
 SPACE_ATTR = "rankadaptor:space"
 _MAX_REDRAWS = 10
-_PENALTY_STEPS = 10
-_LATEST = 10
 _FIXED_PARAMS_OF_SAMPLER = "_fixed_params"  # of PartialFixedSampler
 _FIXED_PARAMS = "fixed_params"  # where Optuna keeps what enqueue_trial gave
 
@@ -168,8 +165,8 @@ class RankAdaptorSampler(BaseSampler):
     ) -> tuple[Array, dict[str, Any]]:
         """A Thompson draw of each candidate rank's value, (L, C), and the other parameters that are best by it.
 
-        Constraints are drawn likewise, as functions of the same features; the least penalty is sought with which the
-        draw's optimum keeps all of them, by a margin (in units of their size) where the latest proposals did not.
+        The draw is penalised until its optimum is expected to keep all constraints, which are functions of the same
+        features, by a margin (in units of their size) where the latest proposals did not.
         """
         encoding, model, data = trials.encoding, trials.model, trials.data()
         incumbent, constraints, margin = None, [], 0.0
@@ -180,28 +177,15 @@ class RankAdaptorSampler(BaseSampler):
             model.fit(data.rows, scores, data.variance)
             best = int(np.where(data.feasible, scores, scores.min()).argmax())
             incumbent = np.asarray(encoding.point(data.trials[best].params))
-            margin = float(np.mean(~data.feasible[-_LATEST:]))
+            margin = data.margin
             held = {BUDGET} if self._budget(encoding) is not None else set()
             given = trials.constraints()
-            constraints = [model.draw_constraint(*given[name], rng) for name in given if name not in held]
+            constraints = [model.constraint(*given[name]) for name in given if name not in held]
         drawn = model.sample(rng)
-        layers = np.arange(len(encoding.rank_names))
-        penalty, low, high = 0.0, 0.0, math.inf
-        for _ in range(_PENALTY_STEPS):
-            belief = drawn
-            for constraint in constraints:
-                belief = belief.plus(constraint, -penalty)
-            point = _best_point(encoding, belief, incumbent, rng)
-            choice = allocations.best(belief.table)
-            values = [c.offset + c.table[layers, choice].sum() + c.of_ordinary(point[None])[0] for c in constraints]
-            kept = all(value <= -margin for value in values)
-            low, high = (low, penalty) if kept else (penalty, high)
-            if kept or high == math.inf:
-                table, params = belief.table, encoding.decode(point)
-            if high == 0:
-                break
-            penalty = max(1, 2 * low) if high == math.inf else (low + high) / 2
-        return table, params
+        belief, point = within_constraints(
+            drawn, constraints, allocations, lambda belief: _best_point(encoding, belief, incumbent, rng), margin
+        )
+        return belief.table, encoding.decode(point)
 
     def _announce(
         self,

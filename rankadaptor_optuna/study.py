@@ -1,14 +1,12 @@
-"""Create or resume a study in a shared database, and say what it found."""
+"""Create or resume a study in a shared database, and read what it is about."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -16,18 +14,13 @@ import optuna
 import sqlalchemy
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from rankadaptor_optuna.history import History
-from rankadaptor_optuna.recovery.lora import alpha_pattern, rank_pattern
+from rankadaptor_optuna.history import History, verification_seed
 from rankadaptor_optuna.sampler import SPACE_ATTR, RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace
-from rankadaptor_optuna.surrogate.encoding import Encoding, rank_parameters
-from rankadaptor_optuna.surrogate.features import Array, RankGrid
-from rankadaptor_optuna.surrogate.model import PerformanceModel
-from rankadaptor_optuna.surrogate.prior import Prior
-from rankadaptor_optuna.surrogate.search import Allocations
+from rankadaptor_optuna.surrogate.encoding import rank_parameters
 
 RECIPE_ATTR = "rankadaptor:recipe"
 _LOCK = 7_236_117_601  # any number, the same in every worker
@@ -140,59 +133,6 @@ def _create_tables(url: str) -> RDBStorage:
     raise AssertionError("unreachable")
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What a recommendation rests on.
-
-    Attributes:
-        n_trials: Finished trials that the performance model learned from.
-        gain: Predicted gain over the uniform configuration, in score units, positive is better.
-        interval: Its central 95% interval.
-        closest: The nearest finished trials: (number, ranks that differ, score).
-        statement: The same in one sentence.
-    """
-
-    n_trials: int
-    gain: float
-    interval: tuple[float, float]
-    closest: tuple[tuple[int, int, float], ...]
-    statement: str
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """The rank configuration that the performance model expects to be best.
-
-    Attributes:
-        ranks: Rank of each searched layer, ``{layer index: rank}``, or sublayer, ``{"0.mlp": rank}``; empty where no
-            space is known and several rank parameters belong to one layer: see ``params`` then.
-        params: The study's parameters with these ranks (and the best other parameters, where there are any).
-        predicted: Predicted score.
-        std: Standard deviation of that prediction.
-        cost: Trainable parameters (sum of ranks where no space is known).
-        evidence: What it rests on.
-        all_ranks: Also the ranks of adapted layers that were not searched.
-    """
-
-    ranks: dict[Any, int]
-    params: dict[str, Any]
-    predicted: float
-    std: float
-    cost: float
-    evidence: Evidence
-    all_ranks: dict[Any, int] = field(repr=False)
-
-    @property
-    def rank_pattern(self) -> dict[str, int]:
-        """For ``peft.LoraConfig(rank_pattern=...)``; empty where ``ranks`` is."""
-        return rank_pattern(self.all_ranks)
-
-    @property
-    def alpha_pattern(self) -> dict[str, float]:
-        """For ``peft.LoraConfig(alpha_pattern=...)``: alpha proportional to rank."""
-        return alpha_pattern(self.all_ranks)
-
-
 def study_space(study: Study) -> RankSpace | None:
     """The rank space of a study: its sampler's, else the one stored with it."""
     sampler = getattr(study, "sampler", None)
@@ -213,10 +153,14 @@ def study_ranks(study: Study, space: RankSpace | None = None) -> dict[str, Any]:
 
 
 def finished_trials(study: Study, space: RankSpace | None = None) -> list[FrozenTrial]:
-    """Completed trials with a finite score that carry every rank parameter."""
+    """Completed trials of the search with a finite score that carry every rank parameter."""
     names = study_ranks(study, space)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [t for t in complete if np.isfinite(t.values).all() and names.keys() <= t.params.keys()]
+    return [
+        t
+        for t in complete
+        if np.isfinite(t.values).all() and names.keys() <= t.params.keys() and verification_seed(t) is None
+    ]
 
 
 def uniform_trials(study: Study) -> list[FrozenTrial]:
@@ -226,87 +170,3 @@ def uniform_trials(study: Study) -> list[FrozenTrial]:
         return []
     uniform = {space.name(module): rank for module, rank in space.uniform().items()}
     return [t for t in finished_trials(study) if uniform.items() <= t.params.items()]
-
-
-def recommend(
-    study: Study,
-    *,
-    space: RankSpace | None = None,
-    prior: Prior | str | os.PathLike[str] | None = "pretrained",
-) -> Recommendation:
-    """The configuration with the best posterior mean inside the budget: never just the luckiest trial.
-
-    Args:
-        study: A study with one objective; any sampler may have made its trials.
-        space: The rank space. Default: the sampler's, else the one stored with the study, else read off the
-            parameters' names and ranges, without a budget.
-        prior: See ``RankAdaptorSampler``; the prior of the study's own sampler is used where it has one.
-
-    Raises:
-        ValueError: Several objectives, no finished trial, or no rank parameters.
-    """
-    if len(study.directions) > 1:
-        raise ValueError(
-            f"recommend needs one objective, this study has {len(study.directions)}; see study.best_trials."
-        )
-    space = space or study_space(study)
-    sampler = getattr(study, "sampler", None)
-    if isinstance(sampler, RankAdaptorSampler):
-        prior = sampler.prior
-    names = study_ranks(study, space)
-    if not names:
-        raise ValueError("the study has no rank parameters: names with a layer number and integer values.")
-    if not finished_trials(study, space):
-        raise ValueError(f"study {study.study_name!r} has no finished trial yet; run some first.")
-    history = History(study)
-    history.refresh()
-    if space is None:
-        encoding = Encoding(history.searched)
-    else:
-        encoding = Encoding({**history.searched, **space.distributions()}, RankGrid.from_space(space), list(names))
-    direction = "minimize" if study.direction is StudyDirection.MINIMIZE else "maximize"
-    model = PerformanceModel(encoding.grid, prior=prior, direction=direction, n_ordinary=encoding.width)
-    data = history.encoded(encoding, lambda _: model).data()
-    model.fit(data.rows, data.values[:, 0], data.variance)
-    belief = model.mean()
-    budget = None if space is None or space.budget is None else space.budget - space.fixed_cost
-    allocations = Allocations.of(encoding.grid, budget)
-    chosen = np.asarray(allocations.ranks_of(allocations.best(belief.table)), dtype=np.float64)
-    points = np.asarray([encoding.point(t.params) for t in data.trials])
-    point = points[belief.of_ordinary(points).argmax()]
-    tried = np.asarray([encoding.ranks(t.params) for t in data.trials])
-
-    gain, gain_std = (float(x[0]) for x in model.predict_gain(chosen))
-    predicted, std = (float(x[0]) for x in model.predict(chosen, point))
-    ranks = {layer: int(rank) for layer, rank in zip(names.values(), chosen, strict=True)}
-    if len(ranks) < len(names):
-        ranks = {}
-    interval = (gain - 1.96 * gain_std, gain + 1.96 * gain_std)
-    differing = (tried != chosen).sum(1)
-    nearest = np.argsort(differing, kind="stable")[:3]
-    return Recommendation(
-        ranks=ranks,
-        params={**encoding.decode(point), **dict(zip(names, map(int, chosen), strict=True))},
-        predicted=predicted,
-        std=std,
-        cost=float(chosen.sum()) if space is None else space.cost(ranks),
-        evidence=Evidence(
-            n_trials=len(data.trials),
-            gain=gain,
-            interval=interval,
-            closest=tuple((data.trials[i].number, int(differing[i]), float(data.values[i, 0])) for i in nearest),
-            statement=_statement(len(data.trials), gain, interval, chosen, encoding.grid.reference),
-        ),
-        all_ranks=ranks if space is None else space.with_fixed(ranks),
-    )
-
-
-def _statement(n: int, gain: float, interval: tuple[float, float], chosen: Array, reference: Array) -> str:
-    low, high = interval
-    uniform = f"rank {reference[0]:g} everywhere" if len(set(reference)) == 1 else "the middle of each rank's range"
-    if (chosen == reference).all():
-        return f"After {n} trials {uniform} itself is expected to be best."
-    detail = f"predicted gain over {uniform} {gain:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, from {n} trials"
-    if low > 0:
-        return f"Supported by the data: {detail}."
-    return f"The data does not support a gain yet: {detail}."

@@ -17,6 +17,7 @@ from optuna.trial import Trial
 from optuna_dashboard import get_note, save_note
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, publish_dashboard, recommend
+from rankadaptor_optuna.convergence import CONVERGED_ATTR
 from rankadaptor_optuna.dashboard import HEAT_MAP_ID, HISTORY_ID, RANKS_ID, history, serve
 
 SPACE = RankSpace(
@@ -183,6 +184,32 @@ def test_without_finished_trials_the_note_says_so(space: RankSpace | None) -> No
     publish_dashboard(study)
     assert "no finished trial" in get_note(study)
     assert figures(study) == {}
+
+
+def test_verification_trials_are_on_no_figure_and_their_gain_is_in_the_note() -> None:
+    study = with_space(6)
+    recommend(study, verify=1, seeds=2)
+
+    def verified(trial: Trial) -> float:
+        return score(SPACE.suggest(trial)) + 1000
+
+    study.optimize(verified, n_trials=4)
+    h = history(study)
+    assert h.numbers == tuple(range(6))
+    assert np.flatnonzero(h.is_uniform).tolist() == [0]
+    assert h.scores is not None
+    assert h.scores.max() < 1000
+    publish_dashboard(study)
+    assert "Confirmed on 2 fresh seeds" in get_note(study)
+
+
+def test_the_note_says_that_the_search_has_converged() -> None:
+    study = with_space(2)
+    publish_dashboard(study)
+    assert "Converged" not in get_note(study)
+    study.set_user_attr(CONVERGED_ATTR, "Converged after 2 trials.")
+    publish_dashboard(study)
+    assert "\nConverged after 2 trials.\n" in get_note(study)
 
 
 def test_a_drop_in_study_has_neither_uniform_nor_profile() -> None:

@@ -10,7 +10,7 @@ from optuna.pruners import HyperbandPruner, _filter_study
 from optuna.trial import TrialState, create_trial
 
 from rankadaptor_optuna import RankAdaptorSampler
-from rankadaptor_optuna.history import PROPOSAL_ATTR, History, announced
+from rankadaptor_optuna.history import PROPOSAL_ATTR, VERIFY_ATTR, Data, History, announced, verification_seed
 from rankadaptor_optuna.surrogate.encoding import Encoding
 
 X = FloatDistribution(0, 1)
@@ -364,3 +364,39 @@ def test_constraints_are_learned_from_trials_that_have_no_value():
     assert values.tolist() == [1, 2, -1]
     assert len({tuple(row) for row in rows.tolist()}) == 3
     assert len(encoded(study).data().trials) == 1
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_trials_that_verify_are_no_part_of_the_history(running):
+    study = optuna.create_study()
+    history = history_of(study)
+    add(study, value=1.0)
+    study.enqueue_trial({"x": 0.1}, user_attrs={VERIFY_ATTR: 7})
+    history.refresh()
+    verifying = study.ask()
+    assert verification_seed(verifying) == 7
+    if running:
+        history.refresh()
+        assert history.unfinished == []
+    verifying.suggest_float("x", 0, 1)
+    study.tell(verifying, 5.0)
+    add(study, value=2.0)
+    history.refresh()
+    assert [t.number for t in history.finished] == [0, 2]
+    assert encoded(study, history).data().values[:, 0].tolist() == [1.0, 2.0]
+
+
+def test_an_ordinary_trial_has_no_verification_seed():
+    study = optuna.create_study()
+    assert verification_seed(study.ask()) is None
+    assert verification_seed(study.trials[0]) is None
+    assert verification_seed(optuna.trial.FixedTrial({})) is None
+
+
+def test_the_margin_is_the_share_of_the_latest_trials_that_broke_a_constraint():
+    def margin(*kept):
+        return Data(np.zeros((0, 0)), np.zeros((0, 1)), np.zeros(0), [], np.asarray(kept, dtype=bool)).margin
+
+    assert margin() == 0
+    assert margin(False, True) == 0.5
+    assert margin(*[False] * 8, *[True] * 7) == 0.3

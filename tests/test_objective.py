@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 import rankadaptor_optuna.objective
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective, create_study
+from rankadaptor_optuna.history import VERIFY_ATTR
 from rankadaptor_optuna.recovery.data import token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
@@ -68,6 +69,12 @@ def test_recovery_helps_and_leaves_the_model_as_it_was(job, model, tokenizer, te
 
 def test_another_seed_is_another_recovery(job, make_job, tokenizer):
     assert job(fixed(job, 4, 4, 4, 4)) != make_job(tokenizer, seed=1)(fixed(job, 4, 4, 4, 4))
+
+
+def test_a_trial_that_verifies_takes_its_own_seed(job, make_job, tokenizer):
+    trial = fixed(job, 4, 4, 4, 4)
+    trial.set_user_attr(VERIFY_ATTR, 5)
+    assert job(trial) == make_job(tokenizer, seed=5)(fixed(job, 4, 4, 4, 4)) != job(fixed(job, 4, 4, 4, 4))
 
 
 def test_recovered_takes_a_seed_of_its_own(job, tokenizer, texts):

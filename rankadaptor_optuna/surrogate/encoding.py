@@ -140,7 +140,7 @@ def _grid_of(space: Mapping[str, BaseDistribution], found: Mapping[str, tuple[in
         values=values,
         profile=np.zeros(len(values)),
         costs=np.ones(len(values)),
-        reference=np.asarray([np.median(v) for v in values]),
+        reference=np.asarray([v[(len(v) - 1) // 2] for v in values]),  # a candidate, so that a trial can have it
         series=np.asarray([series.index(template) if few else 0 for template in templates], dtype=np.intp),
     )
 

@@ -184,7 +184,11 @@ class PerformanceModel:
         )
 
     def fit(self, features: Array, scores: Array, variance: Array | None = None) -> None:
-        """Replaces all observations: features as ``encode`` makes them, (n, F), scores and their variances, (n,)."""
+        """Replaces all observations: features as ``encode`` makes them, (n, F), scores and their variances, (n,).
+
+        An observation may also be a sum of others with weights that add up to 0, in features and score alike: a
+        difference says nothing of what all scores have in common.
+        """
         self.features, self._scores = np.ascontiguousarray(features), self._sign * scores
         self._variance = np.zeros(len(scores)) if variance is None else variance
         for stale in ("_head", "_standardised"):
@@ -192,22 +196,36 @@ class PerformanceModel:
 
     @cached_property
     def _standardised(self) -> tuple[Array, float, float]:
-        return standardise(self._scores)
+        """Differences of scores, which have no intercept, are scaled only."""
+        whole = self.features[:, 0] > 0.5
+        standardised, location, spread = standardise(self._scores[whole])
+        targets = self._scores / spread
+        targets[whole] = standardised
+        return targets, location, spread
 
     @property
     def targets(self) -> Array:
         """The standardised scores that the head fits, (n,), higher is better."""
         return self._standardised[0]
 
+    @property
+    def spread(self) -> float:
+        """What one unit of a ``Belief`` is in score units."""
+        return self._standardised[2]
+
     @cached_property
     def _head(self) -> BayesianHead:
         extra = self._variance / self._standardised[2] ** 2
         return BayesianHead(self.features, self.targets, self._hyperparameters, extra)
 
-    def draw_constraint(self, features: Array, values: Array, rng: np.random.Generator) -> Belief:
-        """A Thompson draw of a constraint (n,), another function of the same features (n, F): scaled, not centred."""
+    def constraint(self, features: Array, values: Array) -> Belief:
+        """The posterior mean of a constraint (n,), another function of the same features (n, F): scaled, not centred.
+
+        Thompson draws of constraints would take more infeasible trials to the same score: what to avoid need not be
+        explored.
+        """
         scale = float(np.sqrt(np.mean(values**2))) or 1.0
-        return self._belief(BayesianHead(features, values / scale, self._hyperparameters).sample(rng))
+        return self._belief(BayesianHead(features, values / scale, self._hyperparameters).mean)
 
     @cached_property
     def _hyperparameters(self) -> list[Hyperparameters]:
@@ -242,7 +260,7 @@ class PerformanceModel:
     @property
     def noise(self) -> float:
         """Estimated standard deviation of a trial's score about its expectation, in the scores' own units."""
-        return self._standardised[2] * self._head.noise
+        return self.spread * self._head.noise
 
     def predict(self, ranks: ArrayLike, points: ArrayLike | None = None) -> tuple[Array, Array]:
         """Mean and standard deviation of the score without trial noise, each (n,), in the scores' own units."""
@@ -256,11 +274,12 @@ class PerformanceModel:
         Positive is better whatever the direction. What all configurations share cancels, so the interval is
         narrower than the difference of two predictions.
         """
-        rows = self.encode(ranks, None)
-        rows -= self.encode(self.grid.reference, None)
-        mean, std = self._head.predict(rows)
-        spread = self._standardised[2]
-        return spread * mean, spread * std
+        return self.predict_difference(self.encode(ranks), self.encode(self.grid.reference))
+
+    def predict_difference(self, features: Array, others: Array) -> tuple[Array, Array]:
+        """As ``predict_gain``, of configurations over others, both as ``encode`` makes them, (n, F)."""
+        mean, std = self._head.predict(features - others)
+        return self.spread * mean, self.spread * std
 
     def _belief(self, weights: Array) -> Belief:
         if self.grid.n_layers == 0:

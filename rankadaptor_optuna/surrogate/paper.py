@@ -220,6 +220,10 @@ class PaperModel(PerformanceModel):
             self._network.step(rows[batch], targets[batch], weights[batch])
 
     @property
+    def _standardised(self) -> tuple[Array, float, float]:
+        return standardise(self._scores)
+
+    @property
     def noise(self) -> float:
         """Root mean square of the prequential errors, in the scores' own units: noise and what was not yet learned."""
         squares = (_WIDE * self._standardised[2]) ** 2 + (self._errors**2).sum()
@@ -254,13 +258,13 @@ class PaperModel(PerformanceModel):
         """
         raise _no_tables("mean")
 
-    def draw_constraint(self, features: Array, values: Array, rng: np.random.Generator) -> Belief:
+    def constraint(self, features: Array, values: Array) -> Belief:
         """Not in paper mode.
 
         Raises:
             ValueError: Always.
         """
-        raise _no_tables("draw_constraint")
+        raise _no_tables("constraint")
 
     def _settings(self) -> dict[str, Any]:
         return {"hidden": self._start.sizes[1:-1], "seed": self._seed}

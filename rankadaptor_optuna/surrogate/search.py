@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
 
+if TYPE_CHECKING:
+    from rankadaptor_optuna.surrogate.model import Belief
+
 Choice = NDArray[np.intp]
 _MAX_PAIRED = 400
+_PENALTY_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,76 @@ class Allocations:
         masked = np.where(self.allowed, table, -np.inf)
         return solve_unseen(masked, self.costs, self.budget, lambda choice: seen(self.ranks_of(choice)), rng)
 
+    def best_few(self, table: Array, n: int, accept: Callable[[Choice], bool] = lambda choice: True) -> list[Choice]:
+        """Up to ``n`` different accepted choices with the highest totals in ``table``, the best first.
+
+        The choices other than a best one are split by the first layer in which they differ from it (Lawler, 1972).
+        """
+        rows, found = np.arange(len(table)), []
+        masked = np.where(self.allowed, table, -np.inf)
+        parts = [(self.best(table), masked)]
+        for _ in range(4 * n):
+            if not parts:
+                break
+            choice, values = parts.pop(int(np.argmax([masked[rows, best].sum() for best, _ in parts])))
+            if accept(choice):
+                found.append(choice)
+            if len(found) == n:
+                break
+            for row in rows:
+                part = values.copy()
+                part[row, choice[row]] = -np.inf
+                part[:row] = np.where(np.arange(part.shape[1]) == choice[:row, None], part[:row], -np.inf)
+                cheapest = np.where(np.isfinite(part), self.costs, np.inf).min(1).sum()
+                if np.isfinite(cheapest) and cheapest <= self.budget:
+                    parts.append((solve(part, self.costs, self.budget), part))
+        return found
+
     def ranks_of(self, choice: Choice) -> tuple[int, ...]:
         """The ranks of a choice."""
         return tuple(int(rank) for rank in self.ranks[np.arange(len(choice)), choice])
+
+
+def keeps(constraints: Sequence[Belief], choice: Choice, point: Array, margin: float = 0.0) -> bool:
+    """Whether a choice with a point (E,) of the other parameters keeps all constraints, each by a margin."""
+    layers = np.arange(len(choice))
+    values = [c.offset + c.table[layers, choice].sum() + c.of_ordinary(point[None])[0] for c in constraints]
+    return all(value <= -margin for value in values)
+
+
+def within_constraints(
+    belief: Belief,
+    constraints: Sequence[Belief],
+    allocations: Allocations,
+    best_point: Callable[[Belief], Array],
+    margin: float = 0.0,
+) -> tuple[Belief, Array]:
+    """Takes the least penalty off a belief with which its optimum keeps all constraints, sought by bisection.
+
+    Args:
+        belief: What to maximise.
+        constraints: Functions of the same features, kept where at most 0.
+        allocations: The rank configurations to choose from.
+        best_point: The best point of the other parameters, (E,), by a belief.
+        margin: How far below 0 each constraint must be, in its own units.
+
+    Returns:
+        The penalised belief (with a large penalty where none sufficed), and its best point.
+    """
+    penalty, low, high = 0.0, 0.0, math.inf
+    for _ in range(_PENALTY_STEPS):
+        tried = belief
+        for constraint in constraints:
+            tried = tried.plus(constraint, -penalty)
+        point = best_point(tried)
+        kept = keeps(constraints, allocations.best(tried.table), point, margin)
+        low, high = (low, penalty) if kept else (penalty, high)
+        if kept or high == math.inf:
+            found = tried, point
+        if high == 0:
+            break
+        penalty = max(1, 2 * low) if high == math.inf else (low + high) / 2
+    return found
 
 
 def solve(values: Array, costs: Array, budget: float, max_sweeps: int = 50) -> Choice:

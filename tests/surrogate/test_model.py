@@ -338,3 +338,28 @@ def test_a_model_is_no_prior(tmp_path):
     fitted().save(tmp_path / "m")
     with pytest.raises(ValueError, match="/m' has format 'performance-model-1'; this version reads '1'"):
         PerformanceModel(SPACE, prior=tmp_path / "m")
+
+
+def test_differences_of_scores_are_learned_from_whatever_offset_they_had():
+    model, test = fitted(15), configurations(30, seed=1)
+    rows, other = model.encode(configurations(40, seed=2)), score(configurations(40, seed=2)) + 1000
+    contrast = np.linalg.qr(np.eye(40) - 1 / 40)[0][:, :-1].T
+    both = PerformanceModel(SPACE, prior=None)
+    before = score(configurations(15))
+    both.fit(np.concatenate([model.features, contrast @ rows]), np.concatenate([before, contrast @ other]))
+    off, off_both = (np.abs(m.predict(test)[0] - score(test)).mean() for m in (model, both))
+    assert off_both < 0.6 * off
+
+
+def test_the_gain_over_uniform_is_a_difference_of_configurations():
+    model, test = fitted(), configurations(5, seed=1)
+    same = model.predict_difference(model.encode(test), model.encode([8.0] * 10))
+    assert np.asarray(same) == pytest.approx(np.asarray(model.predict_gain(test)))
+
+
+def test_a_constraints_mean_has_its_sign():
+    model, ranks, test = fitted(), configurations(60), configurations(50, seed=1)
+    limit = ranks.sum(1) - 70
+    mean = model.constraint(model.encode(ranks), limit)
+    values = mean.offset + mean.table[np.arange(10), np.searchsorted(SPACE.candidates, test)].sum(1)
+    assert np.mean((values > 0) == (test.sum(1) > 70)) > 0.9

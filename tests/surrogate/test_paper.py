@@ -193,7 +193,7 @@ def test_ordinary_parameters_are_inputs_too():
     [
         lambda m: m.sample(np.random.default_rng(0)),
         lambda m: m.mean(),
-        lambda m: m.draw_constraint(m.features, m.targets, np.random.default_rng(0)),
+        lambda m: m.constraint(m.features, m.targets),
     ],
 )
 def test_there_are_no_tables_to_draw(call):
