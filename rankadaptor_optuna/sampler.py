@@ -24,6 +24,7 @@ from rankadaptor_optuna.surrogate.search import Allocations, within_constraints
 
 SPACE_ATTR = "rankadaptor:space"
 _MAX_REDRAWS = 10
+_DRAWS = 4
 _FIXED_PARAMS_OF_SAMPLER = "_fixed_params"  # of PartialFixedSampler
 _FIXED_PARAMS = "fixed_params"  # where Optuna keeps what enqueue_trial gave
 
@@ -165,6 +166,9 @@ class RankAdaptorSampler(BaseSampler):
     ) -> tuple[Array, dict[str, Any]]:
         """A Thompson draw of each candidate rank's value, (L, C), and the other parameters that are best by it.
 
+        Of a few draws, that whose optimum the model knows least about: the answer of a study is what its model
+        recommends, not its best trial, so it is knowledge near the optimum that counts.
+
         The draw is penalised until its optimum is expected to keep all constraints, which are functions of the same
         features, by a margin (in units of their size) where the latest proposals did not.
         """
@@ -181,10 +185,17 @@ class RankAdaptorSampler(BaseSampler):
             held = {BUDGET} if self._budget(encoding) is not None else set()
             given = trials.constraints()
             constraints = [model.constraint(*given[name]) for name in given if name not in held]
-        drawn = model.sample(rng)
-        belief, point = within_constraints(
-            drawn, constraints, allocations, lambda belief: _best_point(encoding, belief, incumbent, rng), margin
-        )
+
+        def point_of(belief: Belief) -> Array:
+            return _best_point(encoding, belief, incumbent, rng)
+
+        drawn = [
+            within_constraints(model.sample(rng), constraints, allocations, point_of, margin) for _ in range(_DRAWS)
+        ]
+        chosen = np.asarray([allocations.ranks_of(allocations.best(belief.table)) for belief, _ in drawn])
+        rows = model.encode(chosen, np.asarray([point for _, point in drawn]))
+        _, uncertainty = model.predict_difference(rows, model.encode(encoding.grid.reference))
+        belief, point = drawn[int(uncertainty.argmax())]
         return belief.table, encoding.decode(point)
 
     def _announce(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = "performance-model-1"  # of files; they hold features, so it rises where these change, too
 _DIFFERENCE = 0.7  # how much series differ, as a share of what they have in common
+_TREND = 2.0  # more rank helps, in units of how much layers vary, until the data says otherwise
 
 
 def standardise(scores: Array) -> tuple[Array, float, float]:
@@ -216,7 +217,7 @@ class PerformanceModel:
     @cached_property
     def _head(self) -> BayesianHead:
         extra = self._variance / self._standardised[2] ** 2
-        return BayesianHead(self.features, self.targets, self._hyperparameters, extra)
+        return BayesianHead(self.features, self.targets, self._hyperparameters(), extra)
 
     def constraint(self, features: Array, values: Array) -> Belief:
         """The posterior mean of a constraint (n,), another function of the same features (n, F): scaled, not centred.
@@ -225,24 +226,23 @@ class PerformanceModel:
         explored.
         """
         scale = float(np.sqrt(np.mean(values**2))) or 1.0
-        return self._belief(BayesianHead(features, values / scale, self._hyperparameters).mean)
+        return self._belief(BayesianHead(features, values / scale, self._hyperparameters(trend=0)).mean)
 
-    @cached_property
-    def _hyperparameters(self) -> list[Hyperparameters]:
+    def _hyperparameters(self, trend: float = _TREND) -> list[Hyperparameters]:
         """Signal size x free residual x noise x whether the meta-learned features are believed."""
         believed = (1.0, 1e-3) if self._prior is not None else (1e-3,)
-        axes = itertools.product((0.5, 1.5, 4.0), (0.2, 1.0), (0.1, 0.3, 0.9), believed)
-        return [self._point(*values) for values in axes]
+        axes = itertools.product((0.25, 0.5, 1.0, 2.0, 4.0, 8.0), (0.2, 1.0), (0.1, 0.3, 0.9), believed)
+        return [self._point(*values, trend) for values in axes]
 
     def middle_hyperparameters(self) -> Hyperparameters:
         """The grid's middle point, which meta-training assumes for the features that are not learned."""
-        return self._point(0.5, 0.2, 0.3, 1e-3)
+        return self._point(0.5, 0.2, 0.3, 1e-3, _TREND)
 
-    def _point(self, signal: float, residual: float, noise: float, belief: float) -> Hyperparameters:
+    def _point(self, signal: float, residual: float, noise: float, belief: float, trend: float) -> Hyperparameters:
         columns = groups(self.grid.n_layers, self._mlp, self.grid.n_series)
         mean, std = np.zeros(self._rank_width), np.empty(self._rank_width)
         std[columns["smooth"]] = signal / (1 + np.arange(N_SMOOTH) / 2)
-        mean[columns["smooth"].start] = signal  # more rank helps, until the data says otherwise
+        mean[columns["smooth"].start] = trend * signal
         std[columns["curvature"]] = 0.5 * signal
         std[columns["profile"]] = 0.7 * signal
         std[columns["residual"]] = residual * signal
