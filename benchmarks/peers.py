@@ -8,7 +8,7 @@ the budget to the full, as RankAdaptor's do. Their first trial is the uniform co
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,28 +17,35 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
-from rankadaptor_optuna import RankAdaptorSampler, RankSpace
-from rankadaptor_optuna.surrogate.features import RankGrid
+from rankadaptor_optuna import PerformanceModel, RankAdaptorSampler, RankSpace
+from rankadaptor_optuna.surrogate.features import Array, RankGrid
 from rankadaptor_optuna.surrogate.search import Allocations
 
 OURS = "RankAdaptor"
 RIDGE = "ridge + TS"
+PAPER = "paper's MLP"
+PROPOSES_RANKS = (OURS, RIDGE, PAPER)  # the others propose candidates' places
 
 
-class RidgeThompsonSampler(BaseSampler):
-    """Thompson sampling on a ridge regression of the score on each layer's log rank, inside the budget.
-
-    The plain version of what RankAdaptor does: no depth, no curvature, no pruning profile, no prior knowledge.
-    """
+class _RankSampler(BaseSampler):
+    """A sampler of rank configurations within the budget, from the finished trials alone."""
 
     def __init__(self, space: RankSpace, seed: int) -> None:
         self._space, self._seed = space, seed
         self._grid = RankGrid.from_space(space)
-        budget = None if space.budget is None else space.budget - space.fixed_cost
-        self._allocations = Allocations.of(self._grid, budget)
+
+    def propose(self, ranks: Array, scores: Array, rng: np.random.Generator) -> Sequence[int]:
+        """Ranks of the next trial, given those of the finished ones, (n, L), and their scores, (n,), higher is better.
+
+        Args:
+            ranks: (n, L).
+            scores: (n,), higher is better.
+            rng: Source of randomness.
+        """
+        raise NotImplementedError
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All ranks."""
@@ -47,27 +54,60 @@ class RidgeThompsonSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The optimum of a draw from the posterior."""
-        rng = np.random.default_rng([self._seed, trial.number])
-        names = list(search_space)
+        """What ``propose`` says."""
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        sign = -1.0 if study.direction is optuna.study.StudyDirection.MINIMIZE else 1.0
-        x = self._grid.scaled(np.asarray([[t.params[n] for n in names] for t in done]).reshape(-1, len(names)))
-        y = sign * np.asarray([t.value for t in done], dtype=np.float64)
-        y = (y - y.mean()) / (y.std() or 1.0) if len(y) else y
-        noise, scale = 0.3, 1 / np.sqrt(len(names))
-        precision = np.eye(len(names)) / scale**2 + x.T @ x / noise**2
-        covariance = np.linalg.inv(precision)
-        weights = rng.multivariate_normal(covariance @ x.T @ y / noise**2, covariance)
-        table = weights[:, None] * self._grid.scaled(self._allocations.ranks.T).T
-        ranks = self._allocations.ranks_of(self._allocations.best(table))
-        return dict(zip(names, ranks, strict=True))
+        ranks = np.asarray([[t.params[name] for name in search_space] for t in done], dtype=np.float64)
+        sign = -1.0 if study.direction is StudyDirection.MINIMIZE else 1.0
+        scores = sign * np.asarray([t.values[0] for t in done], dtype=np.float64)
+        rng = np.random.default_rng([self._seed, trial.number])
+        return dict(zip(search_space, self.propose(ranks.reshape(-1, len(search_space)), scores, rng), strict=True))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:  # noqa: ANN401
         """There is nothing but ranks."""
         raise NotImplementedError
+
+
+class RidgeThompsonSampler(_RankSampler):
+    """Thompson sampling on a ridge regression of the score on each layer's log rank, inside the budget.
+
+    The plain version of what RankAdaptor does: no depth, no curvature, no pruning profile, no prior knowledge.
+    """
+
+    def propose(self, ranks: Array, scores: Array, rng: np.random.Generator) -> Sequence[int]:
+        """The optimum of a draw from the posterior."""
+        x, y = self._grid.scaled(ranks), scores
+        y = (y - y.mean()) / (y.std() or 1.0) if len(y) else y
+        noise, scale = 0.3, 1 / np.sqrt(self._grid.n_layers)
+        covariance = np.linalg.inv(np.eye(self._grid.n_layers) / scale**2 + x.T @ x / noise**2)
+        weights = rng.multivariate_normal(covariance @ x.T @ y / noise**2, covariance)
+        budget = None if self._space.budget is None else self._space.budget - self._space.fixed_cost
+        allocations = Allocations.of(self._grid, budget)
+        table = weights[:, None] * self._grid.scaled(allocations.ranks.T).T
+        return allocations.ranks_of(allocations.best(table))
+
+
+class PaperSampler(_RankSampler):
+    """The paper's search: its MLP, trained online, chooses among many random configurations that use the budget.
+
+    Without its offline phase, as no competitor has seen other tasks.
+    """
+
+    def propose(self, ranks: Array, scores: Array, rng: np.random.Generator) -> Sequence[int]:
+        """The best prediction among the untried of 20,000 random configurations that are within the budget."""
+        model = PerformanceModel(self._space, mode="paper", prior=None, seed=self._seed)
+        if len(scores):
+            model.update(ranks, scores)
+        random = rng.choice(self._space.candidates, size=(20_000, self._grid.n_layers))
+        if self._space.budget is not None:
+            share = (random @ self._grid.costs + self._space.fixed_cost) / self._space.budget
+            inside = np.flatnonzero(share <= 1)
+            random = random[inside[np.argsort(-share[inside])[: max(1, len(inside) // 4)]]]  # those that use it most
+        tried = {tuple(row) for row in ranks.astype(int).tolist()}
+        predicted = model.predict(random)[0]
+        best = next(i for i in np.argsort(-predicted) if tuple(random[i].tolist()) not in tried)
+        return [int(rank) for rank in random[best]]
 
 
 @cache
@@ -79,6 +119,7 @@ def samplers() -> dict[str, Callable[[RankSpace, int], BaseSampler]]:
         "GP": lambda _, seed: GPSampler(seed=seed),
         "CMA-ES": lambda _, seed: CmaEsSampler(seed=seed),
         RIDGE: RidgeThompsonSampler,
+        PAPER: PaperSampler,
         "Random": lambda _, seed: RandomSampler(seed=seed),
     }
     try:
@@ -98,7 +139,7 @@ def open_study(study_name: str, name: str, space: RankSpace, seed: int, storage:
     study.sampler = samplers()[name](space, seed + 1000 * n_trials)  # one that goes on must not repeat its first draws
     if n_trials == 0 and name != OURS:
         uniform = {space.name(layer): rank for layer, rank in space.uniform().items()}
-        if name != RIDGE:
+        if name not in PROPOSES_RANKS:
             uniform = {key: space.candidates.index(rank) for key, rank in uniform.items()}
         study.enqueue_trial(uniform)
     return study
@@ -106,7 +147,7 @@ def open_study(study_name: str, name: str, space: RankSpace, seed: int, storage:
 
 def ranks_of(name: str, space: RankSpace, trial: BaseTrial) -> dict[int, int]:
     """The configuration that a trial of the sampler ``name`` stands for."""
-    if name in (OURS, RIDGE):
+    if name in PROPOSES_RANKS:
         return space.suggest(trial)
     last = len(space.candidates) - 1
     return projected(space, {i: space.candidates[trial.suggest_int(space.name(i), 0, last)] for i in space.layers})
