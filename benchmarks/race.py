@@ -131,12 +131,28 @@ class Scores:
         return [self._known[key] for key in keys]
 
 
-def search(name: str, space: RankSpace, scores: Scores, storage: BaseStorage, n_trials: int, seeds: int) -> Studies:
+def open_folder(folder: Path, name: str, task: Task) -> tuple[Scores, BaseStorage]:
+    """A task's losses and studies as the folder has them."""
+    stem = folder / name.replace(" ", "-").replace(",", "")
+    return Scores(task, stem.with_suffix(".jsonl")), JournalStorage(
+        JournalFileBackend(str(stem.with_suffix(".journal")))
+    )
+
+
+def search(
+    name: str,
+    space: RankSpace,
+    scores: Scores,
+    storage: BaseStorage,
+    n_trials: int,
+    seeds: int,
+    who: Sequence[str] | None = None,
+) -> Studies:
     """Runs a task's studies side by side, so that trials are recovered together; those that were stopped go on.
 
     The seed is that of the sampler and of the recoveries: all samplers of a seed see the same losses.
     """
-    keys = [(sampler, seed) for sampler in samplers() for seed in range(seeds)]
+    keys = [(sampler, seed) for sampler in who or samplers() for seed in range(seeds)]
     studies = {(who, seed): open_study(f"{name}/{who}/{seed}", who, space, seed, storage) for who, seed in keys}
     while waiting := [key for key in keys if len(finished(studies[key])) < n_trials]:
         trials = {key: studies[key].ask() for key in waiting}
@@ -173,9 +189,7 @@ def found_by(who: str, study: Study, space: RankSpace, n: int) -> dict[str, Rank
 def race(name: str, task: Task, folder: Path, n_trials: int, seeds: int) -> dict[str, Any]:
     """All samplers on one task: losses on fresh seeds by competitor and number of trials, (seeds,) each."""
     space = task.space
-    stem = folder / name.replace(" ", "-").replace(",", "")
-    scores = Scores(task, stem.with_suffix(".jsonl"))
-    storage = JournalStorage(JournalFileBackend(str(stem.with_suffix(".journal"))))
+    scores, storage = open_folder(folder, name, task)
     studies = search(name, space, scores, storage, n_trials, seeds)
     checkpoints = [n for n in CHECKPOINTS if n <= n_trials]
     chosen: dict[tuple[str, int, int], Ranks] = {

@@ -1,0 +1,108 @@
+"""Is the performance model as sure as it may be, and does it rank? Its default mode beside the paper's, on recoveries.
+
+    python benchmarks/calibration.py [--quick] [--seeds 10] [--folder DIR] [TASK ...]
+
+On each of the race's tasks and seeds, both modes learn from the first 10 and 25 trials of a RankAdaptor study, without
+a prior, and predict the losses of 24 random allocations recovered with the same seed, which they have not seen: how
+many lie inside the central 50, 80 and 95% intervals, and how do predicted and measured order agree (Spearman). The
+studies are those of ``race.py``; where its folder has them nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from peers import OURS, ranks_of
+from race import finished, open_folder, search
+from recovery_tasks import TEST, load_task
+from results import check, interval, show, write
+from scipy import stats
+
+from rankadaptor_optuna import PerformanceModel, RankSpace
+from rankadaptor_optuna.embedded import cache_dir
+from rankadaptor_optuna.surrogate.features import Array
+
+N_TRIALS = 25
+LEARNED_FROM = (10, 25)
+LEVELS = (0.5, 0.8, 0.95)
+MODES = ("bayesian", "paper")
+
+
+def measured(who: str, study: optuna.Study, space: RankSpace, which: slice) -> tuple[Array, Array]:
+    """Ranks (n, L) and losses (n,) of some of a study's trials."""
+    trials = finished(study)[which]
+    ranks = [list(ranks_of(who, space, optuna.trial.FixedTrial(t.params)).values()) for t in trials]
+    return np.asarray(ranks, dtype=np.float64), np.asarray([t.values[0] for t in trials])
+
+
+def judged(mode: str, space: RankSpace, known: tuple[Array, Array], held_out: tuple[Array, Array]) -> list[float]:
+    """Share of held-out losses in each interval, and the rank correlation."""
+    model = PerformanceModel(space, mode=mode, prior=None, direction="minimize")
+    model.update(*known)
+    mean, std = model.predict(held_out[0])
+    if mode == "bayesian":
+        std = np.hypot(std, model.noise)  # in paper mode it includes the noise
+    off = np.abs(held_out[1] - mean) / std
+    covered = [float(np.mean(off <= stats.norm.ppf((1 + level) / 2))) for level in LEVELS]
+    return [*covered, float(stats.spearmanr(mean, held_out[1]).statistic)]
+
+
+def row(task: str, n: int, mode: str, found: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Means over seeds, with the 95% interval of the correlation."""
+    columns = [list(column) for column in zip(*found, strict=True)]
+    covered = {f"in {level:.0%}": f"{np.mean(c):.0%}" for level, c in zip(LEVELS, columns[:-1], strict=True)}
+    rho, half = interval(columns[-1])
+    return {"task": task, "trials": n, "mode": mode, **covered, "rank correlation": f"{rho:.2f} ±{half:.2f}"}
+
+
+def main() -> None:
+    """Measures, prints a table and writes results/calibration.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    specs = {spec.name: spec for spec in TEST}
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"default: all of {', '.join(specs)}")
+    parser.add_argument("--quick", action="store_true", help="two seeds of the first task")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--folder", type=Path, default=cache_dir() / "race", help="studies and losses of race.py")
+    args = parser.parse_args()
+    if unknown := set(args.tasks) - specs.keys():
+        parser.error(f"no task named {', '.join(sorted(unknown))}; there are {', '.join(specs)}")
+    seeds = 2 if args.quick else args.seeds
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(1)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    pooled: dict[tuple[str, int], list[list[float]]] = {}
+    for name in args.tasks or list(specs)[: 1 if args.quick else None]:
+        task = load_task(specs[name])
+        scores, storage = open_folder(args.folder, name, task)
+        studies = search(name, task.space, scores, storage, N_TRIALS, seeds, [OURS, "Random"])
+        for n in LEARNED_FROM:
+            for mode in MODES:
+                found = []
+                for seed in range(seeds):
+                    known = measured(OURS, studies[OURS, seed], task.space, slice(n))
+                    # without its first trial, which is uniform, as ours is
+                    held_out = measured("Random", studies["Random", seed], task.space, slice(1, N_TRIALS))
+                    found.append(judged(mode, task.space, known, held_out))
+                rows.append(row(name, n, mode, found))
+                pooled.setdefault((mode, n), []).extend(found)
+    for (mode, n), found in sorted(pooled.items(), key=lambda item: item[0][1]):
+        rows.append(row("all", n, mode, found))
+    show(rows)
+    checks = {}
+    for n in LEARNED_FROM:
+        ours, paper = (np.mean(pooled[mode, n], axis=0) for mode in MODES)
+        for level, share in zip(LEVELS, ours, strict=False):
+            checks[f"{level:.0%} interval after {n} trials, off by"] = check(abs(share - level), "<= 0.1")
+        checks[f"rank correlation after {n} trials, above the paper mode's by"] = check(ours[-1] - paper[-1], ">= 0")
+    write("calibration_part" if args.quick or args.tasks else "calibration", rows, checks, seeds=seeds)
+
+
+if __name__ == "__main__":
+    main()
