@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+
+from rankadaptor_optuna import RankSpace
+
+
+@pytest.fixture(scope="module")
+def race():
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import race
+
+    yield race
+    sys.path.pop(0)
+
+
+@pytest.fixture
+def task(race):
+    return race.Synthetic("tiny", smooth=True, noise=0.5, seed=9)
+
+
+@pytest.fixture
+def found(race, task, tmp_path):
+    return race.race("tiny", task, tmp_path, n_trials=10, seeds=2)
+
+
+@pytest.mark.filterwarnings("ignore:AutoSampler is left out")
+def test_every_competitor_starts_from_uniform_and_keeps_the_budget(race, task, tmp_path):
+    scores, storage = race.open_folder(tmp_path, "tiny", task)
+    for (who, _), study in race.search("tiny", task.space, scores, storage, 4, 1).items():
+        trials = race.finished(study)
+        ranks = [race.ranks_of(who, task.space, optuna.trial.FixedTrial(t.params)) for t in trials]
+        assert ranks[0] == task.space.uniform()
+        assert all(map(task.space.is_feasible, ranks))
+        assert [t.value for t in trials] == task.losses(ranks, [0] * 4)
+
+
+@pytest.mark.filterwarnings("ignore:AutoSampler is left out")
+def test_a_race_that_was_stopped_goes_on_and_computes_nothing_twice(race, task, tmp_path):
+    who = ["RankAdaptor", "Random"]
+    first = race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 3, 1, who)
+    before = {key: [t.params for t in race.finished(study)] for key, study in first.items()}
+    scores, storage = race.open_folder(tmp_path, "tiny", task)
+    longer = race.search("tiny", task.space, scores, storage, 5, 2, who)
+    for key, study in longer.items():
+        assert len(race.finished(study)) == 5
+        assert [t.params for t in race.finished(study)][:3] == before.get(key, [t.params for t in study.trials][:3])
+    again, storage = race.open_folder(tmp_path, "tiny", task)
+    race.search("tiny", task.space, again, storage, 5, 2, who)
+    assert scores.n_computed > again.n_computed == 0
+
+
+@pytest.mark.filterwarnings("ignore:AutoSampler is left out")
+def test_regret_is_0_at_the_optimum_and_1_for_random_allocations(race, task, found):
+    assert found["best"] == pytest.approx(task.losses([task.optimum], [0], report=True)[0])
+    assert race.regret(found, found["best"]) == 0
+    assert race.regret(found, found["random"]) == pytest.approx(1)
+    rows, checks = race.summarise([found], [10])
+    assert {row["who"] for row in rows} >= {"RankAdaptor, recommend", "TPE", "GP", "uniform"}
+    ratio, worse = checks.values()
+    mine = np.mean(race.regret(found, found["losses"]["RankAdaptor, recommend"][10]))
+    assert ratio["ok"] == (ratio["value"] <= 0.6)
+    assert ratio["value"] * min(
+        np.mean(race.regret(found, losses[10]))
+        for who, losses in found["losses"].items()
+        if "RankAdaptor" not in who and "recommend" not in who
+    ) == pytest.approx(mine, rel=1e-3)
+    assert worse["goal"] == "<= 0"
+
+
+def test_the_equivalent_rank_is_read_off_the_uniform_curve(race):
+    found = {"curve": {4: 3.0, 8: 2.0, 16: 1.0}}
+    assert race.equivalent_rank(found, 2.0) == pytest.approx(8)
+    assert race.equivalent_rank(found, 1.5) == pytest.approx(8 * 2**0.5)
+    assert race.equivalent_rank(found, 0.0) == 16
+
+
+def test_a_projection_uses_the_budget_and_keeps_the_order(race):
+    from peers import projected
+
+    space = RankSpace(6, (0, 4, 8, 16, 32), "uniform:8", costs=[1, 2, 1, 3, 1, 1])
+    for wanted in ([32] * 6, [0] * 6, [0, 4, 8, 16, 32, 32]):
+        ranks = projected(space, dict(enumerate(wanted)))
+        assert space.is_feasible(ranks)
+        assert space.cost(ranks) > 0.5 * space.budget
+        assert list(ranks.values()) == sorted(ranks.values())
