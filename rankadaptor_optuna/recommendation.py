@@ -149,14 +149,13 @@ class Findings:
 
     def best(self, belief: Belief) -> tuple[Belief, Choice, Array]:
         """The belief penalised until its best choice keeps the constraints, that choice, and the best point tried."""
-        penalised, point = within_constraints(
+        return within_constraints(
             belief,
             self._constraints,
             self.allocations,
             lambda belief: self.points[belief.of_ordinary(self.points).argmax()],
             self.data.margin,
         )
-        return penalised, self.allocations.best(penalised.table), point
 
     def best_few(self, belief: Belief, n: int, verifications: Verifications) -> list[dict[str, Any]]:
         """Up to n configurations (one at least) with the best totals that keep the constraints, the best first."""

@@ -192,10 +192,10 @@ class RankAdaptorSampler(BaseSampler):
         drawn = [
             within_constraints(model.sample(rng), constraints, allocations, point_of, margin) for _ in range(_DRAWS)
         ]
-        chosen = np.asarray([allocations.ranks_of(allocations.best(belief.table)) for belief, _ in drawn])
-        rows = model.encode(chosen, np.asarray([point for _, point in drawn]))
+        ranks = np.asarray([allocations.ranks_of(choice) for _, choice, _ in drawn])
+        rows = model.encode(ranks, np.asarray([point for _, _, point in drawn]))
         _, uncertainty = model.predict_difference(rows, model.encode(encoding.grid.reference))
-        belief, point = drawn[int(uncertainty.argmax())]
+        belief, _, point = drawn[int(uncertainty.argmax())]
         return belief.table, encoding.decode(point)
 
     def _announce(

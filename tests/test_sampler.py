@@ -709,6 +709,8 @@ sys.exit(any(worker.exitcode for worker in workers))
 @pytest.fixture(scope="module")
 def by_four_processes(tmp_path_factory):
     """A study in SQLite and one in a journal, by four processes that start together."""
+    if sys.platform == "win32":
+        pytest.skip("Windows has no fork")
     folder = tmp_path_factory.mktemp("four")
     url, log = f"sqlite:///{folder / 'study.db'}", str(folder / "study.log")
     studies = {

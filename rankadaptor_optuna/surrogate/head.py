@@ -14,6 +14,8 @@ import numpy as np
 
 from rankadaptor_optuna.surrogate.features import Array
 
+_NEGLIGIBLE = 1e-4  # weight of a point of the grid that is left out of the mixture
+
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -57,15 +59,18 @@ class BayesianHead:
             squares[at] = (residual**2 / variance).sum(1)
         precision[:, np.arange(width), np.arange(width)] += 1 / std**2
         # precision = factor factor^T; a sample of w is mean + factor^-T z
-        self._factor = np.linalg.cholesky(precision)
-        self._mean = means + np.linalg.solve(precision, projected[:, :, None])[:, :, 0]
-        log_det = 2 * np.log(np.diagonal(self._factor, axis1=1, axis2=2)).sum(1) + 2 * np.log(std).sum(1)
-        fit = squares - (projected * (self._mean - means)).sum(1)
+        factor = np.linalg.cholesky(precision)
+        mean = means + np.linalg.solve(precision, projected[:, :, None])[:, :, 0]
+        log_det = 2 * np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1) + 2 * np.log(std).sum(1)
+        fit = squares - (projected * (mean - means)).sum(1)
         evidence = -0.5 * (log_noise + log_det + fit) + np.asarray([h.log_prior for h in grid])
         self.log_evidence = float(np.logaddexp.reduce(evidence))
-        self.weights = np.exp(evidence - self.log_evidence)
+        weights = np.exp(evidence - self.log_evidence)
+        kept = weights > _NEGLIGIBLE
+        self.weights = weights[kept] / weights[kept].sum()
+        self._factor, self._mean = factor[kept], mean[kept]
         self.mean: Array = self.weights @ self._mean
-        self.noise = float(np.sqrt(self.weights @ noises**2))
+        self.noise = float(np.sqrt(self.weights @ noises[kept] ** 2))
 
     @cached_property
     def _inverse(self) -> Array:

@@ -99,7 +99,7 @@ def within_constraints(
     allocations: Allocations,
     best_point: Callable[[Belief], Array],
     margin: float = 0.0,
-) -> tuple[Belief, Array]:
+) -> tuple[Belief, Choice, Array]:
     """Takes the least penalty off a belief with which its optimum keeps all constraints, sought by bisection.
 
     Args:
@@ -110,18 +110,18 @@ def within_constraints(
         margin: How far below 0 each constraint must be, in its own units.
 
     Returns:
-        The penalised belief (with a large penalty where none sufficed), and its best point.
+        The penalised belief (with a large penalty where none sufficed), its best choice, and its best point.
     """
     penalty, low, high = 0.0, 0.0, math.inf
     for _ in range(_PENALTY_STEPS):
         tried = belief
         for constraint in constraints:
             tried = tried.plus(constraint, -penalty)
-        point = best_point(tried)
-        kept = keeps(constraints, allocations.best(tried.table), point, margin)
+        choice, point = allocations.best(tried.table), best_point(tried)
+        kept = keeps(constraints, choice, point, margin)
         low, high = (low, penalty) if kept else (penalty, high)
         if kept or high == math.inf:
-            found = tried, point
+            found = tried, choice, point
         if high == 0:
             break
         penalty = max(1, 2 * low) if high == math.inf else (low + high) / 2

@@ -151,7 +151,7 @@ def test_constraints_are_kept_with_the_least_penalty(seed):
     limit = Belief(burden, np.zeros(0), -float(np.quantile(burdens, 0.3)))
     belief = Belief(values, np.zeros(0))
     allocations = allocations_of(values, costs, np.inf)
-    penalised, _ = within_constraints(belief, [limit], allocations, lambda belief: nothing[0])
+    penalised, _, _ = within_constraints(belief, [limit], allocations, lambda belief: nothing[0])
     choice = allocations.best(penalised.table)
     total = values[np.arange(5), choice].sum()
     assert keeps([limit], choice, nothing[0])
