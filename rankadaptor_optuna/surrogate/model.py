@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,20 +28,37 @@ _DIFFERENCE = 0.7  # how much series differ, as a share of what they have in com
 _TREND = 2.0  # more rank helps, in units of how much layers vary, until the data says otherwise
 
 
-def standardise(scores: Array) -> tuple[Array, float, float]:
-    """Scores standardised within the study, with their mean and spread.
+class Standardised(NamedTuple):
+    """Scores standardised within a study.
 
-    Scores far from the rest (a recovery that diverged) are pulled in to five robust deviations from the median: they
-    stay the worst, but do not set the scale.
+    Attributes:
+        targets: (n,), of mean 0 and spread 1 but for what is far out.
+        location: Their mean in score units.
+        spread: Their standard deviation in score units.
+        doubt: Variance that those far out have beyond the common noise, (n,), standardised.
+    """
+
+    targets: Array
+    location: float
+    spread: float
+    doubt: Array
+
+
+def standardise(scores: Array) -> Standardised:
+    """Scores standardised within the study.
+
+    Scores further than twenty robust deviations from the median (a recovery that diverged) are pulled in, set no scale,
+    and count little: they say that something is bad, not how bad. The limit is so wide because in a search that
+    converges most scores are alike, and the few that differ are what its model rests on.
     """
     if not len(scores):
-        return scores, 0.0, 1.0
+        return Standardised(scores, 0.0, 1.0, scores)
     median = np.median(scores)
-    deviation = 1.4826 * float(np.median(np.abs(scores - median)))
-    if deviation > 0:
-        scores = np.clip(scores, median - 5 * deviation, median + 5 * deviation)
-    location, spread = float(scores.mean()), float(scores.std()) or 1.0
-    return (scores - location) / spread, location, spread
+    limit = 20 * 1.4826 * float(np.median(np.abs(scores - median)))
+    near = (np.abs(scores - median) <= limit) | (limit == 0)
+    location, spread = float(scores[near].mean()), float(scores[near].std()) or 1.0
+    pulled = np.where(near, scores, median + np.sign(scores - median) * limit)
+    return Standardised((pulled - location) / spread, location, spread, np.where(near, 0, (limit / 2 / spread) ** 2))
 
 
 @dataclass(frozen=True)
@@ -196,27 +213,27 @@ class PerformanceModel:
             self.__dict__.pop(stale, None)
 
     @cached_property
-    def _standardised(self) -> tuple[Array, float, float]:
+    def _standardised(self) -> Standardised:
         """Differences of scores, which have no intercept, are scaled only."""
         whole = self.features[:, 0] > 0.5
-        standardised, location, spread = standardise(self._scores[whole])
-        targets = self._scores / spread
-        targets[whole] = standardised
-        return targets, location, spread
+        of_whole = standardise(self._scores[whole])
+        targets, doubt = self._scores / of_whole.spread, np.zeros(len(whole))
+        targets[whole], doubt[whole] = of_whole.targets, of_whole.doubt
+        return of_whole._replace(targets=targets, doubt=doubt)
 
     @property
     def targets(self) -> Array:
         """The standardised scores that the head fits, (n,), higher is better."""
-        return self._standardised[0]
+        return self._standardised.targets
 
     @property
     def spread(self) -> float:
         """What one unit of a ``Belief`` is in score units."""
-        return self._standardised[2]
+        return self._standardised.spread
 
     @cached_property
     def _head(self) -> BayesianHead:
-        extra = self._variance / self._standardised[2] ** 2
+        extra = self._variance / self.spread**2 + self._standardised.doubt
         return BayesianHead(self.features, self.targets, self._hyperparameters(), extra)
 
     def constraint(self, features: Array, values: Array) -> Belief:
@@ -264,9 +281,8 @@ class PerformanceModel:
 
     def predict(self, ranks: ArrayLike, points: ArrayLike | None = None) -> tuple[Array, Array]:
         """Mean and standard deviation of the score without trial noise, each (n,), in the scores' own units."""
-        _, location, spread = self._standardised
         mean, std = self._head.predict(self.encode(ranks, points))
-        return self._sign * (location + spread * mean), spread * std
+        return self._sign * (self._standardised.location + self.spread * mean), self.spread * std
 
     def predict_gain(self, ranks: ArrayLike) -> tuple[Array, Array]:
         """Mean and standard deviation of how much better than the uniform configuration, each (n,), in score units.

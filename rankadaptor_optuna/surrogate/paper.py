@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
-from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel, standardise
+from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel, Standardised, standardise
 from rankadaptor_optuna.surrogate.prior import Prior
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def pretrain(tasks: Sequence[MetaTask], *, hidden: Sequence[int] = HIDDEN, steps
     if len(widths) != 1 or min(len(task.scores) for task in tasks) == 0:
         raise ValueError(f"pretrain needs tasks with trials, all of one number of layers, got layers {widths}.")
     network = Network(widths[0], hidden, seed)
-    prepared = [(_inputs(task.grid, task.ranks), standardise(task.scores)[0]) for task in tasks]
+    prepared = [(_inputs(task.grid, task.ranks), standardise(task.scores).targets) for task in tasks]
     rng = np.random.default_rng([seed, 1])
     for _ in range(steps):
         inputs, targets = prepared[rng.integers(len(prepared))]
@@ -206,11 +206,11 @@ class PaperModel(PerformanceModel):
 
     def _learn(self, newest: int) -> None:
         rows, scores = self.features[: newest + 1], self._scores[: newest + 1]
-        _, location, spread = standardise(scores[:-1])
+        _, location, spread, _ = standardise(scores[:-1])
         predicted = location + spread * self._network(rows[-1:])[0]
         has_scale = newest > 1 and np.ptp(scores[:-1]) > 0  # else the prediction was in no units
-        targets, location, spread = standardise(scores)
-        weights = 1 / (1 + self._variance[: newest + 1] / spread**2)
+        targets, location, spread, doubt = standardise(scores)
+        weights = 1 / (1 + self._variance[: newest + 1] / spread**2 + doubt)
         if has_scale:
             error = np.sqrt(weights[-1]) * (location + spread * targets[-1] - predicted)
             self._errors = np.append(self._errors, error)[-_WINDOW:]
@@ -220,25 +220,25 @@ class PaperModel(PerformanceModel):
             self._network.step(rows[batch], targets[batch], weights[batch])
 
     @property
-    def _standardised(self) -> tuple[Array, float, float]:
+    def _standardised(self) -> Standardised:
         return standardise(self._scores)
 
     @property
     def noise(self) -> float:
         """Root mean square of the prequential errors, in the scores' own units: noise and what was not yet learned."""
-        squares = (_WIDE * self._standardised[2]) ** 2 + (self._errors**2).sum()
+        squares = (_WIDE * self.spread) ** 2 + (self._errors**2).sum()
         return float(np.sqrt(squares / (1 + len(self._errors))))
 
     def predict(self, ranks: ArrayLike, points: ArrayLike | None = None) -> tuple[Array, Array]:
         """Mean and standard deviation of a trial's score, each (n,), in the scores' own units."""
-        _, location, spread = self._standardised
+        location, spread = self._standardised.location, self.spread
         mean = self._sign * (location + spread * self._network(self.encode(ranks, points)))
         return mean, np.full(len(mean), self.noise)
 
     def predict_gain(self, ranks: ArrayLike) -> tuple[Array, Array]:
         """Mean and standard deviation of how much better than the uniform configuration, each (n,), in score units."""
         rows, reference = self.encode(ranks), self.encode(self.grid.reference)
-        gain = self._standardised[2] * (self._network(rows) - self._network(reference))
+        gain = self.spread * (self._network(rows) - self._network(reference))
         differs = (rows != reference).any(1)
         return gain, np.where(differs, np.sqrt(2) * self.noise, 0)
 
