@@ -32,6 +32,8 @@ _FIXED_PARAMS = "fixed_params"  # where Optuna keeps what enqueue_trial gave
 class RankAdaptorSampler(BaseSampler):
     """Proposes per-layer ranks by Thompson sampling on a meta-learned performance model.
 
+    Of a few draws' optima it proposes the one that the model knows least about.
+
     With a ``space`` every proposal is within its budget, from the first trial on, and the first trial is the uniform
     configuration. Without one it works in any study: parameters whose names carry a layer number and whose values
     are ordered integers are treated as ranks along the depth, all others as ordinary parameters; it learns from the
