@@ -38,13 +38,7 @@ class _RankSampler(BaseSampler):
         self._grid = RankGrid.from_space(space)
 
     def propose(self, ranks: Array, scores: Array, rng: np.random.Generator) -> Sequence[int]:
-        """Ranks of the next trial, given those of the finished ones, (n, L), and their scores, (n,), higher is better.
-
-        Args:
-            ranks: (n, L).
-            scores: (n,), higher is better.
-            rng: Source of randomness.
-        """
+        """Ranks of the next trial, given the finished ones', (n, L), and their scores, (n,), higher is better."""
         raise NotImplementedError
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

@@ -10,12 +10,11 @@ It stands in until enough real studies have been collected; the model card says 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+from results import check, show, write
 
 import rankadaptor_optuna
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
@@ -119,35 +118,26 @@ def main() -> None:
     prior = meta_train(
         tasks, progress=lambda epoch, loss: print(f"epoch {epoch}: held out {loss:.4f}", file=sys.stderr)
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for n_trials in (5, 10, 20, 50):
         for name, used in (("prior", prior), ("no prior", None)):
             rows.append({"trials": n_trials, "model": name, **measure(used, n_trials, n_worlds)})
-    checks = {}
-    print(
-        f"{'trials':>6}  {'model':<9} {'rank correlation':>18} {'regret':>16} {'of uniform':>12}  ({n_worlds} worlds)"
+    show(
+        [
+            {
+                "trials": row["trials"],
+                "model": row["model"],
+                **{key: f"{row[key]:.3f} ±{row[f'{key} ±']:.3f}" for key in ("rank correlation", "regret", "uniform")},
+            }
+            for row in rows
+        ]
     )
-    for with_prior, without in zip(rows[::2], rows[1::2], strict=True):
-        for row in (with_prior, without):
-            print(
-                f"{row['trials']:>6}  {row['model']:<9}"
-                f" {row['rank correlation']:>10.3f} ± {row['rank correlation ±']:.3f}"
-                f" {row['regret']:>8.3f} ± {row['regret ±']:.3f} {row['uniform']:>12.3f}"
-            )
-        key = f"regret with prior / without, {with_prior['trials']} trials"
-        value = float(with_prior["regret"]) / float(without["regret"])  # type: ignore[arg-type]
-        checks[key] = {"value": value, "goal": "<= 1", "ok": value <= 1}
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    report = {
-        "command": "python benchmarks/pretrain_prior.py" + (" --quick" if args.quick else ""),
-        "environment": {"python": platform.python_version(), "machine": platform.machine()},
-        "seeds": {"training": 0, "measuring": f"7/0..{n_worlds - 1}"},
-        "rows": rows,
-        "checks": checks,
+    checks = {
+        f"regret with prior / without, {one['trials']} trials": check(one["regret"] / other["regret"], "<= 1")
+        for one, other in zip(rows[::2], rows[1::2], strict=True)
     }
-    if not args.quick:
-        (results / "pretrain_prior.json").write_text(json.dumps(report, indent=1) + "\n")
+    seeds = {"training": 0, "measuring": f"7/0..{n_worlds - 1}"}
+    write("pretrain_prior_part" if args.quick else "pretrain_prior", rows, checks, seeds=seeds)
     if args.write:
         PRETRAINED.parent.mkdir(exist_ok=True)
         prior.save(

@@ -33,8 +33,7 @@ class StopWhenConverged:
     Args:
         min_trials: Finished trials before which it does not stop.
         patience: At so many trials in a row the remaining gain must be below the limit.
-        tolerance: The limit as a multiple of the noise; at 1, simulated studies stopped soon after ``min_trials``, with
-            up to twice the regret that they had at 50 trials.
+        tolerance: The limit as a multiple of the noise.
         n_draws: Thompson draws.
         space: See ``recommend``.
         prior: See ``recommend``.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankadaptor_optuna.dashboard import History, history, publish_dashboard
+from rankadaptor_optuna.dashboard import publish_dashboard
+from rankadaptor_optuna.figures import History, history
 from rankadaptor_optuna.quickstart import N_REPORT_SEEDS, Outcome, write_text
 from rankadaptor_optuna.verification import t_interval
 

@@ -18,7 +18,8 @@ from optuna_dashboard import get_note, save_note
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, publish_dashboard, recommend
 from rankadaptor_optuna.convergence import CONVERGED_ATTR
-from rankadaptor_optuna.dashboard import HEAT_MAP_ID, HISTORY_ID, RANKS_ID, history, serve
+from rankadaptor_optuna.dashboard import HEAT_MAP_ID, HISTORY_ID, RANKS_ID, serve
+from rankadaptor_optuna.figures import history
 
 SPACE = RankSpace(
     8,

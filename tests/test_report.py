@@ -37,7 +37,7 @@ def test_the_report_has_a_row_of_ranks_for_each_part_that_has_its_own(outcome, t
 
 
 def test_the_picture_has_a_bar_for_each_rank_and_what_pruning_took_below_it(outcome):
-    from rankadaptor_optuna.dashboard import history
+    from rankadaptor_optuna.figures import history
     from rankadaptor_optuna.report import ranks_figure
 
     space, found = outcome.space, outcome.recommendation

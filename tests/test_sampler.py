@@ -257,7 +257,6 @@ def opened(kind, folder):
     elif kind == "journal":
         yield JournalStorage(JournalFileBackend(str(folder / "study.log")))
     else:
-        pytest.importorskip("grpc")
         from optuna.storages._grpc.server import make_server
 
         with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""Safetensors files with a format in their metadata: how the performance model and its prior are kept, never pickle."""
+"""Safetensors files with a format in their metadata: how the performance model and its prior are kept."""
 
 from __future__ import annotations
 

@@ -239,8 +239,7 @@ class PerformanceModel:
     def constraint(self, features: Array, values: Array) -> Belief:
         """The posterior mean of a constraint (n,), another function of the same features (n, F): scaled, not centred.
 
-        Thompson draws of constraints would take more infeasible trials to the same score: what to avoid need not be
-        explored.
+        The mean and no Thompson draw: what to avoid need not be explored.
         """
         scale = float(np.sqrt(np.mean(values**2))) or 1.0
         return self._belief(BayesianHead(features, values / scale, self._hyperparameters(trend=0)).mean)

@@ -163,13 +163,11 @@ class PaperModel(PerformanceModel):
         space: RankSpace | RankGrid,
         *,
         prior: Prior | Network | str | os.PathLike[str] | None = "pretrained",
-        direction: str = "maximize",
-        n_ordinary: int = 0,
-        mode: str = "paper",
         hidden: Sequence[int] = HIDDEN,
         seed: int = 0,
+        **settings: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(space, prior=None, direction=direction, n_ordinary=n_ordinary, mode=mode)
+        super().__init__(space, prior=None, **{"mode": self.mode, **settings})
         self._seed = int(seed)
         start = Network(self._width, hidden, seed)
         if isinstance(prior, Network):

@@ -47,9 +47,8 @@ def test_a_race_that_was_stopped_goes_on_and_computes_nothing_twice(race, task, 
     before = {key: [t.params for t in race.finished(study)] for key, study in first.items()}
     scores, storage = race.open_folder(tmp_path, "tiny", task)
     longer = race.search("tiny", task.space, scores, storage, 5, 2, who)
-    for key, study in longer.items():
-        assert len(race.finished(study)) == 5
-        assert [t.params for t in race.finished(study)][:3] == before.get(key, [t.params for t in study.trials][:3])
+    assert all(len(race.finished(study)) == 5 for study in longer.values())
+    assert {key: [t.params for t in race.finished(longer[key])][:3] for key in before} == before
     again, storage = race.open_folder(tmp_path, "tiny", task)
     race.search("tiny", task.space, again, storage, 5, 2, who)
     assert scores.n_computed > again.n_computed == 0
