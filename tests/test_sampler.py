@@ -19,7 +19,7 @@ from optuna.storages import JournalStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
-from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
+from rankadaptor_optuna import PerformanceModel, RankAdaptorSampler, RankSpace, recommend
 
 SPACE = RankSpace(8, budget="uniform:8", costs=[100, 110, 120, 130, 120, 110, 100, 90])
 RANK = SPACE.distributions()[SPACE.name(0)]
@@ -229,6 +229,24 @@ def test_without_a_seed_two_samplers_differ():
     for study in studies:
         study.optimize(objective, n_trials=3)
     assert studies[0].trials[2].params != studies[1].trials[2].params
+
+
+def test_of_several_draws_the_one_least_known_at_its_optimum_is_proposed(monkeypatch):
+    known = new_study()
+    known.optimize(objective, n_trials=8)
+    model = PerformanceModel(SPACE, prior=None)
+    model.update([list(ranks_of(t).values()) for t in known.trials], [t.value for t in known.trials])
+
+    def uncertainty(n_draws):
+        monkeypatch.setattr("rankadaptor_optuna.sampler._DRAWS", n_draws)
+        found = []
+        for seed in range(12):
+            study = new_study(seed=seed)
+            study.add_trials(known.trials)
+            found.append(model.predict_gain(list(SPACE.suggest(study.ask()).values()))[1][0])
+        return sum(found)
+
+    assert uncertainty(8) > 1.05 * uncertainty(1)
 
 
 @pytest.mark.parametrize("copied", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy], ids=["pickle", "copy"])

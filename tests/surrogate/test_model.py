@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from rankadaptor_optuna import PerformanceModel, RankSpace
 from rankadaptor_optuna.surrogate.features import MLP, RankGrid
-from rankadaptor_optuna.surrogate.model import FORMAT
+from rankadaptor_optuna.surrogate.model import FORMAT, standardise
 from rankadaptor_optuna.surrogate.paper import Network
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
 
@@ -105,6 +105,17 @@ def test_minimise_mirrors_maximise(prior):
     assert down.mean().table == pytest.approx(up.mean().table)
     for a, b in zip(down.predict_gain(test), up.predict_gain(test), strict=True):
         assert a == pytest.approx(b)
+
+
+def test_scores_that_are_merely_far_from_the_rest_count_in_full_and_diverged_ones_little():
+    alike = np.linspace(-1, 1, 20)
+    far, diverged = np.append(alike, [12.0, 14.0]), np.append(alike, 1e6)
+    assert standardise(far).targets == pytest.approx((far - far.mean()) / far.std())
+    assert not standardise(far).doubt.any()
+    assert standardise(diverged).doubt[-1] > 10
+    assert not standardise(diverged).doubt[:-1].any()
+    assert standardise(diverged).spread == pytest.approx(alike.std())
+    assert standardise(diverged).targets.argmax() == 20
 
 
 def test_a_diverged_score_does_not_move_the_recommendation():
