@@ -30,16 +30,18 @@ from scipy import stats
 from torch import nn
 
 from rankadaptor_optuna import RankSpace
-from rankadaptor_optuna.embedded import cache_dir, load_texts
+from rankadaptor_optuna.embedded import cache_dir
 from rankadaptor_optuna.pruning import load_pruned, prune
+from rankadaptor_optuna.pruning.calibration import draw_samples
 from rankadaptor_optuna.pruning.checkpoint import build_pruned, save_pruned
+from rankadaptor_optuna.pruning.importance import unit_importance
 from rankadaptor_optuna.pruning.structure import KINDS, keep_units, transformer_layers
-from rankadaptor_optuna.pruning.taylor import draw_samples, taylor_importance
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS
 from rankadaptor_optuna.recovery.train import TrainingConfig, _learning_rate, batches, train
 from rankadaptor_optuna.surrogate.features import Array
 from rankadaptor_optuna.surrogate.search import solve
+from rankadaptor_optuna.texts import load_texts
 
 LENGTH = 64  # bytes per block
 HELD_OUT = 128  # blocks per evaluation
@@ -383,7 +385,7 @@ def _pruned(model: Any, damage: Damage, calibration: list[str]) -> Any:  # noqa:
     hit = list(range(damage.keep_first, len(layers) - damage.keep_last))
     if damage.kind == "rough":
         hit = sorted(np.random.default_rng(damage.seed).permutation(hit)[: len(hit) // 2].tolist())
-    importance = taylor_importance(model, draw_samples(_tokenizer, calibration, **settings), hit)
+    importance = unit_importance(model, draw_samples(_tokenizer, calibration, **settings), hit)
     cut: dict[str, torch.Tensor] = {}
     for index in hit:
         for kind in KINDS:
@@ -391,7 +393,7 @@ def _pruned(model: Any, damage: Damage, calibration: list[str]) -> Any:  # noqa:
             kept = units.argsort(descending=True)[: max(1, round((1 - damage.ratio) * len(units)))]
             tensors = keep_units(layers[index], kind, sorted(kept.tolist()))
             cut |= {f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()}
-    return build_pruned(model, cut, {"method": damage.kind, "ratio": damage.ratio})
+    return build_pruned(model, cut, {"method": damage.kind, "ratio": damage.ratio, "profile": []})
 
 
 def random_ranks(space: RankSpace, rng: np.random.Generator) -> dict[int, int]:

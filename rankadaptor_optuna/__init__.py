@@ -1,12 +1,15 @@
 """RankAdaptor for Optuna: find a LoRA rank for each layer of a pruned LLM.
 
-The public names load on first use, so that importing the package pulls in neither torch nor transformers.
+The public names load on first use, so that importing the package pulls in neither torch nor transformers. Once it is
+imported, `AutoModelForCausalLM.from_pretrained` opens pruned checkpoints.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from rankadaptor_optuna._auto import register_when_imported
 
 if TYPE_CHECKING:
     from rankadaptor_optuna.convergence import StopWhenConverged
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from rankadaptor_optuna.surrogate.model import PerformanceModel
 
 __version__ = "0.1.0"
+
+register_when_imported()
 
 _HOMES = {
     "PerformanceModel": "surrogate.model",

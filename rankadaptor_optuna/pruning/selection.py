@@ -57,8 +57,9 @@ def select_kept(
     ratio: float,
     costs: Costs,
     multiple_of: int,
+    local: bool = False,
 ) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Rank the units of all layers together and keep the most important ones.
+    """Rank the units and keep the most important ones.
 
     Heads and channels are ranked apart, as LLM-Pruner's global pruning does, and lose about the same share.
     Heads are coarse: as many go as is nearest to that share; the channels make up the rest, in portions of
@@ -70,6 +71,8 @@ def select_kept(
         ratio: Share of `costs.total` to remove.
         costs: Parameters of the units and of all blocks.
         multiple_of: Widths are multiples of this.
+        local: Rank within each layer, so that all lose the same share, to within one head and one portion of
+            channels. Default: all layers together.
 
     Returns:
         By layer, the heads and the channels to keep, in rising order.
@@ -95,26 +98,30 @@ def select_kept(
     gone_heads = max(gone_heads, math.ceil((target - spare_channels) / costs.head))
     gone_heads = min(gone_heads, math.floor(target / costs.head), spare_heads)
 
-    kept_heads = _drop_lowest(heads, gone_heads)
-    kept_channels = _drop_portions(channels, (target - gone_heads * costs.head) / costs.channel, multiple_of)
+    kept_heads = _drop_lowest(heads, gone_heads, local)
+    kept_channels = _drop_portions(channels, (target - gone_heads * costs.head) / costs.channel, multiple_of, local)
     return kept_heads, kept_channels
 
 
-def _drop_lowest(importance: Mapping[int, torch.Tensor], n_gone: int) -> dict[int, list[int]]:
+def _drop_lowest(importance: Mapping[int, torch.Tensor], n_gone: int, local: bool) -> dict[int, list[int]]:
     kept = {layer: list(range(len(values))) for layer, values in importance.items()}
     ranking = sorted(
-        (float(value), layer, unit) for layer, values in importance.items() for unit, value in enumerate(values)
+        (turn / len(values) if local else 0.0, float(values[unit]), layer, int(unit))
+        for layer, values in importance.items()
+        for turn, unit in enumerate(torch.argsort(values, stable=True))
     )
-    for _, layer, unit in ranking:
+    for _, _, layer, unit in ranking:
         if n_gone > 0 and len(kept[layer]) > 1:
             kept[layer].remove(unit)
             n_gone -= 1
     return kept
 
 
-def _drop_portions(importance: Mapping[int, torch.Tensor], n_gone: float, multiple_of: int) -> dict[int, list[int]]:
+def _drop_portions(
+    importance: Mapping[int, torch.Tensor], n_gone: float, multiple_of: int, local: bool
+) -> dict[int, list[int]]:
     """Drop portions of channels, lowest mean importance first, until about `n_gone` channels are gone."""
-    portions: list[tuple[float, int, int]] = []
+    portions: list[tuple[float, float, int, int]] = []
     order: dict[int, torch.Tensor] = {}
     for layer, values in importance.items():
         order[layer] = torch.argsort(values, stable=True)
@@ -122,13 +129,13 @@ def _drop_portions(importance: Mapping[int, torch.Tensor], n_gone: float, multip
         for size in chunk_sizes(len(values), multiple_of):
             # Channels rise along the order; despite rounding so must the means, for portions to go in turn.
             mean = max(mean, float(values[order[layer][start : start + size]].double().mean()))
-            portions.append((mean, layer, size))
+            portions.append((start / len(values) if local else 0.0, mean, layer, size))
             start += size
-    portions.sort(key=lambda portion: portion[:2])
-    n_portions = _nearest([size for _, _, size in portions], n_gone)
+    portions.sort(key=lambda portion: portion[:3])
+    n_portions = _nearest([size for *_, size in portions], n_gone)
 
     gone = dict.fromkeys(importance, 0)
-    for _, layer, size in portions[:n_portions]:
+    for *_, layer, size in portions[:n_portions]:
         gone[layer] += size
     return {layer: sorted(order[layer][gone[layer] :].tolist()) for layer in importance}
 

@@ -20,9 +20,9 @@ from torch import nn
 
 Kind = Literal["heads", "channels"]
 
-# Per kind, each projection and the dimension of its weight along which the units lie.
+# Per kind, each projection and the dimension of its weight along which the units lie; LLM-Pruner's root first.
 PROJECTIONS: dict[Kind, dict[str, int]] = {
-    "heads": {"self_attn.q_proj": 0, "self_attn.k_proj": 0, "self_attn.v_proj": 0, "self_attn.o_proj": 1},
+    "heads": {"self_attn.k_proj": 0, "self_attn.q_proj": 0, "self_attn.v_proj": 0, "self_attn.o_proj": 1},
     "channels": {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1},
 }
 KINDS: tuple[Kind, ...] = ("heads", "channels")

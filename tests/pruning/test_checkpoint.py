@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -11,14 +12,25 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankadaptor_optuna.pruning import load_pruned, profile_of, prune
-from rankadaptor_optuna.pruning.checkpoint import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from rankadaptor_optuna.pruning.modeling import PrunedLlamaConfig, PrunedLlamaForCausalLM
+
+WITHOUT_US = """
+import sys
+sys.modules["rankadaptor_optuna"] = None  # as if it were not installed
+import torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+path, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+torch.save(model(torch.arange(24).view(2, 12)).logits.detach(), out)
+"""
 
 # Opens checkpoints as a user would, in a process of its own, and writes down what the models say.
 READER = """
 import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-import rankadaptor_optuna.pruning.checkpoint
+import rankadaptor_optuna
 torch.set_num_threads(1)
 path, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path)
@@ -60,6 +72,29 @@ def test_a_new_process_computes_and_generates_the_same(any_model, tokenizer, set
     assert found["tokens"] == tokenizer("a rank")["input_ids"]
 
 
+def test_it_opens_without_this_package_by_the_code_in_the_checkpoint(pruned, tmp_path):
+    pruned.save(tmp_path / "model")
+    env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", WITHOUT_US, tmp_path / "model", tmp_path / "out"], check=True, env=env)
+    found = torch.load(tmp_path / "out", weights_only=True)
+    assert torch.equal(found, pruned.model(torch.arange(24).view(2, 12)).logits)
+
+
+def test_layers_of_one_shape_make_an_ordinary_model_without_code(model, tokenizer, settings, ids, tmp_path):
+    """A ratio that takes one head of two and half of the channels from every layer alike."""
+    result = prune(model, tokenizer, ratio=0.5 * 96 / 98, keep_first=0, keep_last=0, ranking="local", **settings)
+    assert type(result.model) is type(model)
+    config = result.model.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (2, 1, 32)
+    assert config.head_dim == 8
+    result.save(tmp_path / "model")
+    assert not list((tmp_path / "model").glob("*.py"))
+    loaded = load_pruned(tmp_path / "model")
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(ids).logits, result.model(ids).logits)
+    assert profile_of(loaded) == result.profile
+
+
 def test_saving_a_loaded_model_again_changes_nothing(pruned, tmp_path):
     pruned.save(tmp_path / "first")
     load_pruned(tmp_path / "first").save_pretrained(tmp_path / "second")
@@ -81,18 +116,25 @@ def test_config_keeps_dense_values_and_records_the_pruning(pruned, tmp_path):
     assert config["pruning"]["method"] == "llm-pruner"
     assert config["pruning"]["ratio"] == 0.15
     assert config["pruning"]["settings"] == {
+        "criterion": "param_first",
         "keep_first": 1,
         "keep_last": 1,
         "multiple_of": 8,
         "n_samples": 4,
         "sample_length": 32,
         "seed": 0,
+        "reduction": "sum",
+        "ranking": "global",
+        "structure": "units",
+        "steps": 1,
     }
 
 
-def test_the_checkpoint_holds_only_json_and_safetensors(pruned, tokenizer, tmp_path):
+def test_the_checkpoint_holds_json_safetensors_and_the_code_of_its_class(pruned, tokenizer, tmp_path):
     pruned.save(tmp_path / "deep" / "model", tokenizer)
-    assert {file.suffix for file in (tmp_path / "deep" / "model").iterdir()} == {".json", ".safetensors"}
+    files = list((tmp_path / "deep" / "model").iterdir())
+    assert {file.suffix for file in files} == {".json", ".safetensors", ".py"}
+    assert [file.name for file in files if file.suffix == ".py"] == ["modeling.py"]
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["model"]
 
 

@@ -8,17 +8,19 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rankadaptor_optuna.pruning import LayerProfile, PrunedModel, prune
-from rankadaptor_optuna.pruning.core import METHODS
+from rankadaptor_optuna.pruning import LayerProfile, PrunedModel, llm_pruner_preset, prune
+from rankadaptor_optuna.pruning.importance import unit_importance
+from rankadaptor_optuna.pruning.methods import silenced
+from rankadaptor_optuna.texts import load_texts
 
 DROPPED = {"heads": {1: [0], 2: [1]}, "channels": {1: [*range(24)], 2: [*range(3, 64, 2)]}}
 
 
 @pytest.fixture
 def chosen_units(monkeypatch):
-    """A method that finds the units of DROPPED least important, and all others equally so."""
+    """The units of DROPPED are the least important, and all others equally so."""
 
-    def score(model, samples, layers, *, progress=None):
+    def score(model, samples, layers, **settings):
         importance = {
             "heads": {layer: torch.ones(2) for layer in layers},
             "channels": {layer: torch.ones(64) for layer in layers},
@@ -28,8 +30,7 @@ def chosen_units(monkeypatch):
                 importance[kind][layer][units] = 0.0
         return importance
 
-    monkeypatch.setitem(METHODS, "chosen", score)
-    return "chosen"
+    monkeypatch.setattr("rankadaptor_optuna.pruning.methods.unit_importance", score)
 
 
 def block_parameters(model):
@@ -47,7 +48,7 @@ def test_pruned_model_computes_the_dense_one_without_the_outputs_of_the_removed_
     channel = 3 * 32 + (0 if first.mlp.up_proj.bias is None else 2)
     gone = 2 * head + dropped_channels * channel
     settings["multiple_of"] = 1
-    result = prune(any_model, tokenizer, method=chosen_units, ratio=gone / block_parameters(any_model), **settings)
+    result = prune(any_model, tokenizer, ratio=gone / block_parameters(any_model), **settings)
     assert block_parameters(any_model) - block_parameters(result.model) == gone
 
     with torch.no_grad():
@@ -150,7 +151,6 @@ def test_keep_first_and_keep_last_say_which_layers_stay_whole(model, tokenizer, 
         ({"ratio": 1.0}, r"ratio must lie in \(0, 1\), not 1.0"),
         ({"ratio": float("nan")}, r"ratio must lie in \(0, 1\), not nan"),
         ({"ratio": 0.9}, r"largest possible ratio is 0\.\d+"),
-        ({"calibration": None}, "needs calibration: a list of texts"),
         ({"multiple_of": 0}, "multiple_of must be at least 1, not 0"),
         ({"keep_first": -1}, "must not be negative, not -1 and 1"),
         ({"keep_first": 2, "keep_last": 2}, "4 layers the first 2 and the last 2 are kept"),
@@ -211,3 +211,82 @@ def test_unknown_names_of_the_package_raise_attribute_error():
     assert package.PrunedModel is PrunedModel
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing
+
+
+def test_the_preset_takes_a_quarter_of_each_layer_but_the_first_4_and_last_2_of_32(make_model, tokenizer, texts):
+    shape = {"num_hidden_layers": 32, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = make_model(**shape, intermediate_size=64)
+    result = prune(model, tokenizer, calibration=texts, multiple_of=16, **llm_pruner_preset(32))
+    assert result.parameters_removed == pytest.approx(0.25 * 26 / 32, abs=0.002)
+    for entry in result.profile:
+        lost = (0.25, 0.25) if 4 <= entry.layer <= 29 else (0.0, 0.0)
+        assert (entry.heads_removed, entry.channels_removed) == lost
+
+
+def test_each_step_measures_what_is_left_and_keeps_what_went(model, tokenizer, settings, monkeypatch):
+    gone = []
+
+    def watch(model, samples, layers, **options):
+        found = unit_importance(model, samples, layers, **options)
+        gone.append(
+            {(layer, i) for layer, v in found["channels"].items() for i in (v == 0).nonzero().flatten().tolist()}
+        )
+        return found
+
+    monkeypatch.setattr("rankadaptor_optuna.pruning.methods.unit_importance", watch)
+    before = model.model.layers[1].mlp.down_proj.weight.detach().clone()
+    calls = []
+    result = prune(model, tokenizer, ratio=0.3, steps=3, progress=lambda *call: calls.append(call), **settings)
+    assert not gone[0]
+    assert gone[0] < gone[1] < gone[2]
+    assert calls[-1][0] == calls[-1][1]
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, before)
+    monkeypatch.undo()
+    one_step = prune(model, tokenizer, ratio=0.3, **settings)
+    assert result.parameters_removed == pytest.approx(one_step.parameters_removed, abs=0.02)
+    assert result.profile != one_step.profile
+
+
+def test_silenced_units_compute_as_if_they_were_gone(any_model, tokenizer, settings, ids):
+    result = prune(any_model, tokenizer, ratio=0.3, **settings)
+    kept = {"heads": {}, "channels": {}}
+    for index, (dense, pruned) in enumerate(zip(any_model.model.layers, result.model.model.layers, strict=True)):
+        channels = (dense.mlp.up_proj.weight[:, None] == pruned.mlp.up_proj.weight[None]).all(2).any(1)
+        keys = (dense.self_attn.k_proj.weight[:, None] == pruned.self_attn.k_proj.weight[None]).all(2).any(1)
+        kept["channels"][index] = channels.nonzero().flatten().tolist()
+        kept["heads"][index] = keys.view(2, -1).all(1).nonzero().flatten().tolist()
+    before = any_model(ids).logits
+    with silenced(any_model, kept):
+        torch.testing.assert_close(any_model(ids).logits, result.model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(any_model(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "ppl"}, "unknown criterion of llm-pruner 'ppl'; known: param_first, "),
+        ({"method": "shortened", "criterion": "l1"}, "unknown criterion of shortened 'l1'; known: ppl, "),
+        ({"reduction": "median"}, "unknown reduction 'median'; known: sum, mean, max, prod, first"),
+        ({"ranking": "none"}, "unknown ranking 'none'; known: global, local"),
+        ({"structure": "depth"}, "unknown structure 'depth'; known: units, hidden"),
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"method": "shortened", "ranking": "local"}, "method 'shortened' knows no ranking='local': leave it out"),
+        ({"structure": "hidden", "steps": 2}, "structure='hidden' knows no steps=2: leave it out"),
+        ({"calibration": "no/such/file.txt"}, "no/such/file.txt is no file, nor a data set"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(model, tokenizer, settings, options, message):
+    with pytest.raises(ValueError, match=message):
+        prune(model, tokenizer, **(settings | options))
+
+
+def test_calibration_may_be_a_file(model, tokenizer, settings, texts, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(texts))
+    from_file = prune(model, tokenizer, ratio=0.2, **(settings | {"calibration": tmp_path / "text.txt"}))
+    assert from_file.profile == prune(model, tokenizer, ratio=0.2, **settings).profile
+
+
+def test_without_calibration_the_embedded_text_is_used(model, tokenizer, settings):
+    del settings["calibration"]
+    expected = prune(model, tokenizer, ratio=0.2, calibration=load_texts().train, **settings)
+    assert prune(model, tokenizer, ratio=0.2, **settings).profile == expected.profile

@@ -56,6 +56,21 @@ def test_a_ratio_out_of_reach_names_the_largest_which_is_then_met():
     assert [len(kept) for kept in channels.values()] == [4, 4, 4]
 
 
+def test_local_ranking_takes_the_same_share_of_each_layer_to_within_a_unit():
+    heads, channels = select_kept(
+        {layer: torch.rand(4) * 10**layer for layer in range(3)},
+        {layer: torch.rand(64) * 10**layer for layer in range(3)},
+        ratio=0.3,
+        costs=Costs(head=100, channel=10, total=3120),
+        multiple_of=8,
+        local=True,
+    )
+    assert {len(kept) for kept in heads.values()} <= {2, 3}
+    assert {len(kept) for kept in channels.values()} <= {40, 48}
+    removed = 100 * (12 - sum(map(len, heads.values()))) + 10 * (192 - sum(map(len, channels.values())))
+    assert removed == pytest.approx(0.3 * 3120, abs=40)
+
+
 @pytest.mark.parametrize(
     ("channels", "multiple_of", "widths"),
     [

@@ -1,0 +1,51 @@
+"""Calibration samples: windows of tokens out of texts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def draw_samples(
+    tokenizer: Any,  # noqa: ANN401
+    texts: Sequence[str],
+    *,
+    n_samples: int,
+    sample_length: int,
+    seed: int,
+) -> torch.Tensor:
+    """Cut calibration texts into windows and draw some at random.
+
+    The texts are joined end to end, so that short ones count too; no special tokens are added.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        texts: The texts.
+        n_samples: Windows to draw, without replacement.
+        sample_length: Tokens per window.
+        seed: Decides which windows.
+
+    Returns:
+        Token ids, shape (n_samples, sample_length).
+
+    Raises:
+        ValueError: A setting is out of range, or the texts are too short.
+    """
+    if n_samples < 1 or sample_length < 2:
+        raise ValueError(
+            f"n_samples must be at least 1 and sample_length at least 2, not {n_samples} and {sample_length}"
+        )
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"calibration must be a list of texts (str), not {type(texts).__name__}")
+    stream = [i for text in texts for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    windows = len(stream) // sample_length
+    if windows < n_samples:
+        raise ValueError(
+            f"calibration holds {len(stream)} tokens, too few for {n_samples} samples of {sample_length}: "
+            "pass more text, or lower n_samples or sample_length"
+        )
+    starts = random.Random(seed).sample(range(windows), n_samples)  # noqa: S311
+    return torch.tensor([stream[s * sample_length : (s + 1) * sample_length] for s in starts])

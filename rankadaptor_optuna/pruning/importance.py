@@ -1,0 +1,139 @@
+"""Importance of heads and MLP channels: LLM-Pruner's criteria and group reductions (arXiv 2305.11627)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from rankadaptor_optuna.pruning.gradients import Gradient, Gradients, Progress, evaluation_mode
+from rankadaptor_optuna.pruning.streaming import BlockStream
+from rankadaptor_optuna.pruning.structure import (
+    KINDS,
+    PROJECTIONS,
+    Kind,
+    layer_shape,
+    transformer_layers,
+    unit_sums,
+    unit_tensors,
+)
+
+Importance = dict[Kind, dict[int, torch.Tensor]]
+Criterion = Literal["param_first", "param_second", "param_mix", "l1", "l2", "random"]
+Reduction = Literal["sum", "mean", "max", "prod", "first"]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+# What one parameter is worth: weight and gradient in, a value of the same shape out.
+_TAYLOR: dict[str, Callable[[torch.Tensor, Gradient], torch.Tensor]] = {
+    "param_first": lambda w, g: (w * g.mean).abs(),
+    "param_second": lambda w, g: (w.square() * g.mean_square).abs(),
+    "param_mix": lambda w, g: (w * g.mean - w.square() * g.mean_square / 2).abs(),
+}
+_MAGNITUDE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"l1": torch.abs, "l2": torch.square}
+_REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda scores: scores.sum(0),
+    "mean": lambda scores: scores.mean(0),
+    "max": lambda scores: scores.amax(0),
+    "prod": lambda scores: scores.prod(0),
+    "first": lambda scores: scores[0],
+}
+
+
+def needs_gradients(criterion: str) -> bool:
+    """Whether a criterion is measured on calibration samples."""
+    return criterion in _TAYLOR
+
+
+def parameter_importance(criterion: str, weight: torch.Tensor, gradient: Gradient | None) -> torch.Tensor:
+    """Importance of each entry of a weight, in float32.
+
+    Args:
+        criterion: Any of `CRITERIA` but "random".
+        weight: Any shape.
+        gradient: Of the calibration loss; None where the criterion needs none.
+    """
+    weight = weight.detach().float()
+    if gradient is None:
+        return _MAGNITUDE[criterion](weight)
+    return _TAYLOR[criterion](weight, gradient)
+
+
+def unit_importance(
+    model: nn.Module,
+    samples: torch.Tensor,
+    layers: Sequence[int],
+    *,
+    criterion: Criterion = "param_first",
+    reduction: Reduction = "sum",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Importance:
+    """Scores every head and channel of some layers by the damage that its removal is expected to do.
+
+    With g_i the gradient of sample i's mean next-token loss and g their mean, the importance of a parameter w is
+    (equation 2 of the RankAdaptor paper; names as in LLM-Pruner):
+
+    * `"param_first"`: |w g|, the first-order Taylor term;
+    * `"param_second"`: |w^2 mean(g_i^2)|, the second-order term with the diagonal of the Fisher matrix as Hessian;
+    * `"param_mix"`: |w g - w^2 mean(g_i^2) / 2|, both;
+    * `"l1"`, `"l2"`: |w|, w^2, no samples needed;
+    * `"random"`: a random number for each unit, no matter which parameters.
+
+    Parameters of a unit are summed projection by projection, and the projections reduced by `reduction`: their sum,
+    mean, maximum or product, or "first": the root of LLM-Pruner's dependency graph alone (k_proj, gate_proj).
+    LLM-Pruner reduces row by row before it adds up the rows of a head; here, because with grouped-query attention query
+    and key rows do not pair up, a head's rows are added first. For sum and mean this makes no difference.
+
+    The model runs block by block: beside it, one block's gradients are held, in float32.
+
+    Args:
+        model: A LLaMA-like causal language model. Its gradients and its flags are left as they were.
+        samples: Token ids, (samples, tokens).
+        layers: Which layers to score, by index.
+        criterion: See above.
+        reduction: See above.
+        seed: Of "random".
+        progress: Called with (blocks done, blocks in all).
+
+    Returns:
+        For each kind of unit, by layer: a float32 tensor on the CPU of shape (units,).
+
+    Raises:
+        ValueError: The token ids do not fit the model, or the gradients are not finite.
+    """
+    blocks = transformer_layers(model)
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            kind: {i: torch.rand(getattr(layer_shape(blocks[i]), kind), generator=generator) for i in layers}
+            for kind in KINDS
+        }
+    importance: Importance = {kind: {} for kind in KINDS}
+
+    def score(layer: int, gradients: dict[str, Gradient] | None) -> None:
+        for kind in KINDS:
+            importance[kind][layer] = _reduced(blocks[layer], kind, criterion, reduction, gradients)
+
+    if not needs_gradients(criterion):
+        for layer in layers:
+            score(layer, None)
+        return importance
+    wanted = {layer: [name for kind in KINDS for name, _, _ in unit_tensors(blocks[layer], kind)] for layer in layers}
+    with evaluation_mode(model):
+        gradients = Gradients(BlockStream(model, samples), squares=criterion != "param_first", progress=progress)
+        gradients.walk(wanted, score)
+    return importance
+
+
+def _reduced(
+    block: nn.Module, kind: Kind, criterion: str, reduction: str, gradients: dict[str, Gradient] | None
+) -> torch.Tensor:
+    units = getattr(layer_shape(block), kind)
+    by_projection = {name: torch.zeros(units, dtype=torch.float64) for name in PROJECTIONS[kind]}
+    for name, tensor, dim in unit_tensors(block, kind):
+        scores = parameter_importance(criterion, tensor, None if gradients is None else gradients[name])
+        by_projection[name.rpartition(".")[0]] += unit_sums(scores, dim, units).double().cpu()
+    return _REDUCE[reduction](torch.stack(list(by_projection.values()))).float()

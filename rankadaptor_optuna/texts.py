@@ -1,0 +1,125 @@
+"""Texts to calibrate and recover on: the embedded default, a file, or a data set on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+_PASSAGE = 2000
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Passages of text, none of which occurs in two parts.
+
+    Attributes:
+        train: For recovery and for the calibration of pruning.
+        validation: For the score of a trial.
+        report: For the final report, which the search has not seen.
+    """
+
+    train: list[str]
+    validation: list[str]
+    report: list[str]
+
+
+def load_texts() -> Texts:
+    """The Python language reference, split 8 : 1 : 1 by passages of about 2,000 characters.
+
+    Its topics repeat whole sections of each other; a paragraph that came before is dropped, so nothing of one part
+    stands in another.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    passages: list[str] = []
+    for topic in sorted(topics):
+        passage = ""
+        for paragraph in re.split(r"\n\s*\n", topics[topic]):
+            key = " ".join(paragraph.split())
+            if not key or key in seen:
+                continue
+            seen.add(key)
+            passage += paragraph.rstrip() + "\n\n"
+            if len(passage) >= _PASSAGE:
+                passages.append(passage)
+                passage = ""
+        if passage:
+            passages.append(passage)
+    return Texts(
+        train=[p for i, p in enumerate(passages) if i % 10 not in (4, 9)],
+        validation=passages[4::10],
+        report=passages[9::10],
+    )
+
+
+def read_texts(
+    source: str | PathLike[str] | Sequence[str] | None = None, *, field: str | None = None, limit: int = 4000
+) -> list[str]:
+    """Reads texts from where a user has them.
+
+    Args:
+        source: A list of texts, returned as it is; a ``.jsonl`` or ``.json`` file of one record a line; any other file,
+            read as plain text; else the name of a Hub data set, ``NAME`` or ``NAME:CONFIG``, whose train split is
+            streamed. Default: the train part of the embedded text.
+        field: Which field of a record is the text. Default: ``text``, or Alpaca's ``instruction``, ``input`` and
+            ``output`` one below the other.
+        limit: At most so many records of a file of records or of a Hub data set.
+
+    Raises:
+        ValueError: There is no such file or data set, it holds no text, or a record lacks the field.
+    """
+    if source is None:
+        return load_texts().train
+    if not isinstance(source, (str, PathLike)):
+        return list(source)
+    name, path = fspath(source), Path(source)
+    if not path.is_file():
+        texts = _of_hub(name, field, limit)
+    elif path.suffix in (".jsonl", ".json"):
+        texts = _of_records(_lines(path), field, limit, name)
+    else:
+        texts = [path.read_text(encoding="utf-8")]
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"{name} holds no text.")
+    return texts
+
+
+def _lines(path: Path) -> Iterable[Any]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not a JSON record ({error}).") from error
+
+
+def _of_records(records: Iterable[Any], field: str | None, limit: int, name: str) -> list[str]:
+    texts = []
+    for record in islice(records, limit):
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{name}: a record is {type(record).__name__}, not an object with named fields.")
+        wanted = [field or "text"] if field or "text" in record else ["instruction", "input", "output"]
+        if missing := [key for key in wanted if key not in record]:
+            raise ValueError(f"{name}: a record has no field {', '.join(missing)}, but {', '.join(record)}; name one.")
+        texts.append("\n".join(str(record[key]) for key in wanted if record[key]))
+    return texts
+
+
+def _of_hub(name: str, field: str | None, limit: int) -> list[str]:
+    import datasets
+
+    path, _, config = name.partition(":")
+    try:
+        records = datasets.load_dataset(path, config or None, split="train", streaming=True)
+        return _of_records(records, field, limit, name)
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name} is no file, nor a data set that can be reached on the Hub ({reason}).") from error

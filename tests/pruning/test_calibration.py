@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rankadaptor_optuna.pruning.calibration import draw_samples
+
+
+def test_samples_are_distinct_windows_of_the_texts_and_depend_on_the_seed(tokenizer, texts):
+    def draw(seed):
+        return draw_samples(tokenizer, texts, n_samples=5, sample_length=20, seed=seed)
+
+    joined = "".join(texts)
+    windows = [tokenizer.decode(row) for row in draw(0)]
+    assert draw(0).shape == (5, 20)
+    assert len(set(windows)) == 5
+    assert all(window in joined for window in windows)
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+def test_too_little_text_says_how_much_there_is(tokenizer):
+    with pytest.raises(ValueError, match=r"holds 10 tokens, too few for 2 samples of 8"):
+        draw_samples(tokenizer, ["hello", "world"], n_samples=2, sample_length=8, seed=0)
+
+
+@pytest.mark.parametrize(("n_samples", "sample_length"), [(0, 8), (1, 1)])
+def test_sample_settings_out_of_range_are_refused(tokenizer, n_samples, sample_length):
+    with pytest.raises(ValueError, match="n_samples must be at least 1"):
+        draw_samples(tokenizer, ["hello"], n_samples=n_samples, sample_length=sample_length, seed=0)
+
+
+@pytest.mark.parametrize("texts", ["one string", [1, 2]])
+def test_calibration_that_is_no_list_of_texts_is_refused(tokenizer, texts):
+    with pytest.raises(ValueError, match="list of texts"):
+        draw_samples(tokenizer, texts, n_samples=1, sample_length=4, seed=0)
