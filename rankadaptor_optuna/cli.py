@@ -76,6 +76,37 @@ def _parser() -> argparse.ArgumentParser:
     quick.add_argument("--storage", metavar="URL", help="Optuna storage (default: SQLite in --out)")
     quick.add_argument("--study", default="quickstart", metavar="NAME", help="study name (default: %(default)s)")
 
+    cut = commands.add_parser(
+        "prune",
+        help="remove the least important parts of a model",
+        description="Prunes a LLaMA-like model and writes a checkpoint of safetensors and JSON. Options that are not "
+        "given take the method's own values.",
+    )
+    cut.add_argument("model", metavar="MODEL", help="model folder or Hub name, or 'embedded': SmolLM2-135M-Instruct")
+    cut.add_argument("out", type=Path, metavar="OUT", help="folder to create")
+    cut.add_argument("--method", choices=("llm-pruner", "shortened", "slimgpt"), help="default: llm-pruner")
+    cut.add_argument("--ratio", type=float, metavar="R", help="share of the blocks' parameters (default: 0.25)")
+    cut.add_argument(
+        "--preset",
+        choices=("llm-pruner",),
+        help="LLM-Pruner's own: 0.25 on layers 4 to 29 of 32, each ranked apart",
+    )
+    cut.add_argument("--calibration", metavar="FILE", help="text, JSONL or Hub data set (default: embedded text)")
+    cut.add_argument("--criterion", metavar="NAME", help="of importance, such as param_first or ppl")
+    cut.add_argument("--reduction", choices=("sum", "mean", "max", "prod", "first"))
+    cut.add_argument("--ranking", choices=("global", "local"))
+    cut.add_argument("--structure", choices=("units", "hidden"), help="heads and MLP channels, or hidden channels")
+    cut.add_argument("--steps", type=int, metavar="N", help="measure anew in so many steps")
+    cut.add_argument("--keep-first", type=int, metavar="N", help="layers at the start that stay whole")
+    cut.add_argument("--keep-last", type=int, metavar="N", help="layers at the end that stay whole")
+    cut.add_argument("--multiple-of", type=int, metavar="N", help="of MLP widths (default: 32)")
+    cut.add_argument("--n-samples", type=int, metavar="N", help="calibration windows")
+    cut.add_argument("--sample-length", type=int, metavar="N", help="tokens of each")
+    cut.add_argument("--seed", type=int, metavar="S", help="of the choice of windows (default: 0)")
+    cut.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the checkpoint's"
+    )
+
     board = commands.add_parser("dashboard", help="browse studies in optuna-dashboard")
     board.add_argument("--storage", required=True, metavar="URL", help="Optuna storage")
     board.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
@@ -108,6 +139,41 @@ def _quickstart(args: argparse.Namespace) -> None:
     print(f"Browse the trials: rankadaptor dashboard --storage {masked(storage_url(config))}")
 
 
+def _prune(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from rankadaptor_optuna.embedded import load_model, quiet
+    from rankadaptor_optuna.pruning import llm_pruner_preset, prune
+    from rankadaptor_optuna.pruning.checkpoint import check_out, check_prunable
+
+    check_out(args.out)
+    quiet()
+    model, tokenizer = load_model(None if args.model == "embedded" else args.model, args.dtype)
+    check_prunable(model)
+    options = llm_pruner_preset(model.config.num_hidden_layers) if args.preset else {}
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    options |= {k: v for k, v in given.items() if k not in ("command", "model", "out", "preset", "dtype")}
+    with tqdm(desc="calibration", leave=False, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        pruned = prune(model, tokenizer, progress=progress, **options)
+    pruned.save(args.out, tokenizer)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, pruned.model))
+    print("layer  removed: heads  channels  parameters  importance")
+    for layer in pruned.profile:
+        shares = (layer.heads_removed, layer.channels_removed, layer.parameters_removed, layer.importance_removed)
+        cells = (f"{share:>{width}.1%}" for share, width in zip(shares, (14, 8, 10, 10), strict=True))
+        print(f"{layer.layer:5}  " + "  ".join(cells))
+    print(
+        f"Removed {pruned.parameters_removed:.2%} of the blocks' parameters ({options.get('ratio', 0.25):.2%} asked), "
+        f"{pruned.total_parameters_removed:.2%} of all: {before:,} -> {after:,}."
+    )
+    print(f"Saved to {args.out} as {type(pruned.model).__name__}.")
+
+
 def _dashboard(args: argparse.Namespace) -> None:
     from rankadaptor_optuna.dashboard import serve
 
@@ -120,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # on a machine with other work, threads that spin long while they wait make everything several times slower
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
-        {"quickstart": _quickstart, "dashboard": _dashboard}[args.command](args)
+        {"quickstart": _quickstart, "prune": _prune, "dashboard": _dashboard}[args.command](args)
     except (ValueError, ImportError) as error:
         print(f"rankadaptor {args.command}: error: {error}", file=sys.stderr)
         return 2

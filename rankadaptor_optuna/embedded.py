@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -107,14 +108,15 @@ def _convert(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def load_model(path: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
-    """Loads a causal language model and its tokenizer for recovery.
+def load_model(path: str | os.PathLike[str] | None = None, dtype: Any = None) -> tuple[Any, Any]:  # noqa: ANN401
+    """Loads a causal language model and its tokenizer.
 
     Args:
         path: A model folder or Hub name. Default: the embedded model.
+        dtype: A torch dtype, its name, or "auto", the checkpoint's own. Default: ``search_dtype()``.
 
     Returns:
-        (model, tokenizer); the model on the GPU where there is one, in ``search_dtype()``.
+        (model, tokenizer); the model on the GPU where there is one.
 
     Raises:
         ValueError: There is no such model.
@@ -128,12 +130,22 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[Any, Any]:
     source = os.fspath(model_dir() if path is None else path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=search_dtype())
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or search_dtype())
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot load a model from {source!r}: {' '.join(str(error).split())}") from error
     if torch.cuda.is_available():
         model.cuda()
     return model, tokenizer
+
+
+def quiet() -> None:
+    """Leaves the screen to our own progress bars: transformers shows none, and errors only."""
+    import transformers
+
+    logging = transformers.utils.logging
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
 def search_dtype() -> Any:  # noqa: ANN401

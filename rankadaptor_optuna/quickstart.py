@@ -19,7 +19,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from rankadaptor_optuna.embedded import load_model, search_dtype
+from rankadaptor_optuna.embedded import load_model, quiet, search_dtype
 from rankadaptor_optuna.history import verification_seed
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.pruning import prune
@@ -218,13 +218,8 @@ def run(config: Quickstart, say: Callable[[str], None] = print) -> Outcome:
 
 def _quiet() -> None:
     """Leaves the screen to our own progress bars."""
-    import transformers
-
+    quiet()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging = transformers.utils.logging
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 

@@ -158,6 +158,16 @@ def _empty_model(
     return empty
 
 
+def check_out(path: Path) -> None:
+    """Check that a checkpoint can be written to a path.
+
+    Raises:
+        ValueError: It exists and is not an empty directory.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"cannot save to {path}: it exists and is not empty; remove it or choose another path")
+
+
 def save_pruned(model: PreTrainedModel, path: str | PathLike[str], tokenizer: Any = None) -> None:  # noqa: ANN401
     """Write a checkpoint: all of it or, on any failure, nothing.
 
@@ -172,8 +182,7 @@ def save_pruned(model: PreTrainedModel, path: str | PathLike[str], tokenizer: An
         ValueError: `path` exists and is not an empty directory.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"cannot save to {path}: it exists and is not empty; remove it or choose another path")
+    check_out(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

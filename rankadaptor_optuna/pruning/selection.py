@@ -132,7 +132,7 @@ def _drop_portions(
             portions.append((start / len(values) if local else 0.0, mean, layer, size))
             start += size
     portions.sort(key=lambda portion: portion[:3])
-    n_portions = _nearest([size for *_, size in portions], n_gone)
+    n_portions = nearest([size for *_, size in portions], n_gone)
 
     gone = dict.fromkeys(importance, 0)
     for *_, layer, size in portions[:n_portions]:
@@ -140,7 +140,7 @@ def _drop_portions(
     return {layer: sorted(order[layer][gone[layer] :].tolist()) for layer in importance}
 
 
-def _nearest(sizes: Sequence[int], target: float) -> int:
+def nearest(sizes: Sequence[int], target: float) -> int:
     """How many of the first sizes add up to nearest the target."""
     sums = list(accumulate(sizes, initial=0))
     return min(range(len(sums)), key=lambda n: abs(sums[n] - target))

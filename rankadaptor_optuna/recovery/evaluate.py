@@ -153,7 +153,9 @@ def evaluate_tasks(
     from lm_eval.tasks import TaskManager
 
     named = [task for task in tasks if isinstance(task, str)]
-    manager = TaskManager(include_defaults=bool(named), include_path=include_path)
+    manager = TaskManager(include_defaults=False, include_path=include_path)
+    if set(named) - set(manager.all_tasks):  # the index of lm-eval's own takes seconds
+        manager = TaskManager(include_path=include_path)
     unknown = sorted(set(named) - set(manager.all_tasks))
     if unknown:
         raise ValueError(f"lm-eval knows no task named {', '.join(unknown)}; see `lm_eval ls tasks`.")

@@ -1,0 +1,222 @@
+"""SlimGPT: layer by layer, with what is left making up for what goes (arXiv 2412.18110).
+
+A layer's heads are pruned where o_proj reads them, its MLP channels where down_proj does, by the Optimal Brain
+Surgeon: with W the projection's weight and H = X X^T of its inputs X, removing the columns g and correcting the others
+leaves the squared output error tr(W_g [(H^-1)_gg]^-1 W_g^T), the least possible. Heads go one by one, the cheapest
+first; channels in batches, by the error of each alone (W_c^2 / [H^-1]_cc), large batches first and then smaller ones.
+After every removal weights and H^-1 are brought up to date. Layers are visited in order, each on the hidden states of
+the model pruned so far, attention before MLP.
+
+What the paper leaves open is settled so: H is damped by 1% of its mean diagonal; with grouped-query attention a head is
+a key-value head and its group the columns of all its query heads; a batch is a quarter of the channels still to go;
+heads and channels of a layer each lose the layer's ratio, and as heads are coarse, what rounding leaves is handed on to
+the channels and to the next layers; a layer that can lose no more stays at its limit and the others lose more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankadaptor_optuna.pruning.gradients import Progress, evaluation_mode
+from rankadaptor_optuna.pruning.importance import Importance
+from rankadaptor_optuna.pruning.selection import Costs, chunk_sizes, largest_removable, nearest
+from rankadaptor_optuna.pruning.streaming import BlockStream
+from rankadaptor_optuna.pruning.structure import KINDS, Kind, keep_units, layer_shape, unit_size
+
+_GROWTH = 4.0  # the last layer's ratio over the first's (the paper's 0.0625 to 0.25)
+_OUTPUTS: dict[Kind, str] = {"heads": "self_attn.o_proj", "channels": "mlp.down_proj"}
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """What SlimGPT decided.
+
+    Attributes:
+        kept: Units kept, by kind and layer, in rising order.
+        importance: By kind and layer, the output error that each unit alone would leave, in the layer before it is
+            pruned: (units,), float32 on the CPU.
+        weights: o_proj and down_proj weights, cut and corrected, by name; in the model's dtype, on the CPU.
+    """
+
+    kept: dict[Kind, dict[int, list[int]]]
+    importance: Importance
+    weights: dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def slimgpt(
+    model: nn.Module,
+    samples: torch.Tensor,
+    layers: Sequence[int],
+    *,
+    ratio: float,
+    multiple_of: int,
+    damping: float = 0.01,
+    progress: Progress | None = None,
+) -> Compensated:
+    """Prunes heads and MLP channels layer by layer; see the module.
+
+    Beside the model, hidden states of all samples (on the CPU) and one layer's copy and Hessian are held.
+
+    Args:
+        model: A LLaMA-like causal language model; it is left as it was.
+        samples: Token ids, (samples, tokens). More tokens than MLP channels are needed for a Hessian of full rank.
+        layers: Layers to prune, by index, in rising order.
+        ratio: Share of all block parameters to remove.
+        multiple_of: MLP widths stay multiples of this (`chunk_sizes`).
+        damping: Added to the Hessian's diagonal, in parts of its mean.
+        progress: Called with (layers done, layers in all).
+
+    Raises:
+        ValueError: The ratio cannot be reached, or a Hessian is not finite.
+    """
+    kept: dict[Kind, dict[int, list[int]]] = {kind: {} for kind in KINDS}
+    importance: Importance = {kind: {} for kind in KINDS}
+    weights: dict[str, torch.Tensor] = {}
+    with evaluation_mode(model), torch.no_grad():
+        stream = BlockStream(model, samples)
+        plan = _Plan(stream.layers, layers, ratio, multiple_of)
+        hidden = stream.embed()
+        for index in range(max(layers) + 1):
+            block = stream.layers[index]
+            outputs = {kind: block.get_parameter(f"{name}.weight") for kind, name in _OUTPUTS.items()}
+            before = {kind: weight.clone() for kind, weight in outputs.items()}
+            try:
+                for kind in KINDS if index in layers else ():
+                    surgeon = _Surgeon(outputs[kind], _hessian(stream, index, kind, hidden), damping)
+                    units = getattr(layer_shape(block), kind)
+                    width = outputs[kind].shape[1] // units
+                    importance[kind][index] = surgeon.errors(range(units), width).float().cpu()
+                    kept[kind][index] = surgeon.prune(units, plan.n_gone(index, kind), width)
+                    outputs[kind].copy_(surgeon.weight)  # zeros where units went: the block computes as if pruned
+                    cut = keep_units(block, kind, kept[kind][index])[f"{_OUTPUTS[kind]}.weight"]
+                    weights[f"model.layers.{index}.{_OUTPUTS[kind]}.weight"] = cut.cpu()
+                hidden = stream.advance(index, hidden)
+            finally:
+                for kind, weight in outputs.items():
+                    weight.copy_(before[kind])
+            if progress is not None and index in layers:
+                progress(len(kept["channels"]), len(layers))
+    return Compensated(kept, importance, weights)
+
+
+def layer_ratios(n_layers: int) -> list[float]:
+    """The paper's incremental pruning ratio, relative to the first layer's: 1 to 4, with the logarithm of the depth."""
+    if n_layers == 1:
+        return [1.0]
+    return [1 + (_GROWTH - 1) * math.log(i + 1) / math.log(n_layers) for i in range(n_layers)]
+
+
+class _Plan:
+    """How many units go from each layer, so that all of it adds up to the ratio."""
+
+    def __init__(self, blocks: Sequence[nn.Module], layers: Sequence[int], ratio: float, multiple_of: int) -> None:
+        self._costs = Costs(
+            head=unit_size(blocks[0], "heads"),
+            channel=unit_size(blocks[0], "channels"),
+            total=sum(p.numel() for block in blocks for p in block.parameters()),
+        )
+        self._shapes = {index: layer_shape(blocks[index]) for index in layers}
+        self._multiple_of = multiple_of
+        most = [largest_removable(shape, self._costs, multiple_of) for shape in self._shapes.values()]
+        target = ratio * self._costs.total
+        if target > sum(most):
+            largest = math.floor(sum(most) / self._costs.total * 1e4) / 1e4
+            raise ValueError(
+                f"ratio={ratio} cannot be reached: with {len(layers)} prunable layers the largest possible ratio "
+                f"is {largest}; lower ratio, keep_first, keep_last or multiple_of"
+            )
+        sizes = [s.heads * self._costs.head + s.channels * self._costs.channel for s in self._shapes.values()]
+        relative = layer_ratios(len(layers))
+        low, high = 0.0, 1.0  # of the first layer's ratio; layers that can lose no more stay at their limit
+        for _ in range(60):
+            first = (low + high) / 2
+            wanted = [min(first * r * size, limit) for r, size, limit in zip(relative, sizes, most, strict=True)]
+            low, high = (first, high) if sum(wanted) < target else (low, first)
+        self._wanted = dict(zip(layers, zip(wanted, sizes, strict=True), strict=True))
+        self._owed_heads = self._owed = 0.0  # heads, parameters: what rounding has left so far
+
+    def n_gone(self, index: int, kind: Kind) -> int:
+        """Units of a kind to remove from a layer; asked in order, heads before channels."""
+        shape, (wanted, size) = self._shapes[index], self._wanted[index]
+        if kind == "heads":
+            self._owed += wanted
+            self._owed_heads += shape.heads * wanted / size
+            gone = max(0, min(shape.heads - 1, round(self._owed_heads), math.floor(self._owed / self._costs.head)))
+            self._owed_heads -= gone
+            self._owed -= gone * self._costs.head
+            return gone
+        sizes = chunk_sizes(shape.channels, self._multiple_of)
+        gone = sum(sizes[: nearest(sizes, self._owed / self._costs.channel)])
+        self._owed -= gone * self._costs.channel
+        return gone
+
+
+def _hessian(stream: BlockStream, index: int, kind: Kind, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+    """X X^T over the inputs of a projection, (in, in) in float64."""
+    projection: Any = stream.layers[index].get_submodule(_OUTPUTS[kind])
+    size = projection.in_features
+    total = torch.zeros(size, size, dtype=torch.float64, device=projection.weight.device)
+
+    def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].flatten(0, 1).float()
+        total.add_(x.T @ x)
+
+    hook = projection.register_forward_pre_hook(add)
+    try:
+        for h in hidden:
+            stream.run(index, h)
+    finally:
+        hook.remove()
+    if not total.isfinite().all():
+        raise ValueError(
+            f"the inputs of {_OUTPUTS[kind]} in layer {index} are not finite in {hidden[0].dtype}: "
+            "load the model with dtype=torch.bfloat16 or torch.float32"
+        )
+    return total
+
+
+class _Surgeon:
+    """One projection under pruning: its weight, (out, in), and the inverse of the damped Hessian, both float64."""
+
+    def __init__(self, weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> None:
+        self.weight = weight.double()
+        diagonal = hessian.diagonal()
+        diagonal += damping * diagonal.mean() + torch.finfo(torch.float32).tiny
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+
+    def errors(self, units: Sequence[int], width: int) -> torch.Tensor:
+        """Squared output error that removing each of some units alone would leave, (units,)."""
+        if width == 1:
+            return self.weight[:, units].square().sum(0) / self._inverse.diagonal()[units]
+        found = []
+        for unit in units:
+            own = slice(unit * width, (unit + 1) * width)
+            solved = torch.linalg.solve(self._inverse[own, own], self.weight[:, own].T)
+            found.append((self.weight[:, own].T * solved).sum())
+        return torch.stack(found)
+
+    def prune(self, units: int, n_gone: int, width: int) -> list[int]:
+        """Removes the cheapest units and corrects the others; groups of columns one by one, single ones in batches."""
+        left = list(range(units))
+        while (missing := n_gone - units + len(left)) > 0:
+            batch = math.ceil(missing / 4) if width == 1 else 1
+            order = self.errors(left, width).argsort(stable=True)
+            gone = {left[i] for i in order[:batch].tolist()}
+            self._remove([unit * width + i for unit in sorted(gone) for i in range(width)])
+            left = [unit for unit in left if unit not in gone]
+        return left
+
+    def _remove(self, columns: list[int]) -> None:
+        """The OBS update for a group of columns."""
+        rows = self._inverse[columns]
+        solved = torch.linalg.solve(rows[:, columns], rows)  # [(H^-1)_gg]^-1 (H^-1)_g:
+        self.weight -= self.weight[:, columns] @ solved
+        self._inverse -= rows.T @ solved
+        self.weight[:, columns] = 0
