@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Prunes a model, searches a LoRA rank per layer, recovers it and reports. Run it again with the "
         "same --out to go on where it stopped.",
     )
+    quick.set_defaults(run=_quickstart)
     quick.add_argument("--trials", type=int, default=10, metavar="N", help="trials to reach (default: %(default)s)")
     quick.add_argument("--out", type=Path, default=Path("rankadaptor-out"), metavar="DIR", help="default: %(default)s")
     quick.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Prunes a LLaMA-like model and writes a checkpoint of safetensors and JSON. Options that are not "
         "given take the method's own values.",
     )
+    cut.set_defaults(run=_prune)
     cut.add_argument("model", metavar="MODEL", help="model folder or Hub name, or 'embedded': SmolLM2-135M-Instruct")
     cut.add_argument("out", type=Path, metavar="OUT", help="folder to create")
     cut.add_argument("--method", choices=("llm-pruner", "shortened", "slimgpt"), help="default: llm-pruner")
@@ -107,7 +109,18 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the checkpoint's"
     )
 
+    convert = commands.add_parser(
+        "import-checkpoint",
+        help="convert a pickled checkpoint of LLM-Pruner",
+        description="Converts LLM-Pruner's pytorch_model.bin to safetensors and JSON without running anything in it.",
+    )
+    convert.set_defaults(run=_import)
+    convert.add_argument("file", type=Path, metavar="FILE", help="pytorch_model.bin as LLM-Pruner writes it")
+    convert.add_argument("out", type=Path, metavar="OUT", help="folder to create")
+    convert.add_argument("--tokenizer", metavar="NAME", help="folder or Hub name (default: the one in FILE)")
+
     board = commands.add_parser("dashboard", help="browse studies in optuna-dashboard")
+    board.set_defaults(run=_dashboard)
     board.add_argument("--storage", required=True, metavar="URL", help="Optuna storage")
     board.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     board.add_argument("--port", type=int, default=8080, help="default: %(default)s")
@@ -152,7 +165,7 @@ def _prune(args: argparse.Namespace) -> None:
     check_prunable(model)
     options = llm_pruner_preset(model.config.num_hidden_layers) if args.preset else {}
     given = {k: v for k, v in vars(args).items() if v is not None}
-    options |= {k: v for k, v in given.items() if k not in ("command", "model", "out", "preset", "dtype")}
+    options |= {k: v for k, v in given.items() if k not in ("command", "run", "model", "out", "preset", "dtype")}
     with tqdm(desc="calibration", leave=False, dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -174,6 +187,22 @@ def _prune(args: argparse.Namespace) -> None:
     print(f"Saved to {args.out} as {type(pruned.model).__name__}.")
 
 
+def _import(args: argparse.Namespace) -> None:
+    from rankadaptor_optuna.embedded import quiet
+    from rankadaptor_optuna.pruning.importing import import_checkpoint
+
+    quiet()
+    found = import_checkpoint(args.file, args.out, args.tokenizer)
+    parameters = sum(p.numel() for p in found.model.parameters())
+    print(
+        f"{args.file}: {len(found.profile)} layers, {parameters:,} parameters, {found.parameters_removed:.2%} of the "
+        "blocks' parameters pruned."
+    )
+    print(f"Saved to {args.out} as {type(found.model).__name__}.")
+    if not found.has_tokenizer:
+        print("The file's tokenizer could not be read: none was saved. Name one with --tokenizer.")
+
+
 def _dashboard(args: argparse.Namespace) -> None:
     from rankadaptor_optuna.dashboard import serve
 
@@ -186,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # on a machine with other work, threads that spin long while they wait make everything several times slower
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
-        {"quickstart": _quickstart, "prune": _prune, "dashboard": _dashboard}[args.command](args)
+        args.run(args)
     except (ValueError, ImportError) as error:
         print(f"rankadaptor {args.command}: error: {error}", file=sys.stderr)
         return 2

@@ -161,3 +161,71 @@ def test_help_is_told_without_loading_torch():
     code += "finally: assert 'torch' not in sys.modules"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "--candidates" in told
+
+
+@pytest.fixture
+def dense_folder(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+TINY = ["--n-samples", "4", "--sample-length", "32", "--multiple-of", "8"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gone"),
+    [
+        (["--ratio", "0.3"], "30.00% asked"),
+        (["--method", "shortened", "--ratio", "0.25"], "25.00% of the blocks' parameters (25.00% asked)"),
+        (["--method", "slimgpt", "--ratio", "0.2"], "20.00% asked"),
+        (["--preset", "llm-pruner"], "12.50% asked"),
+        (["--structure", "hidden", "--ratio", "0.25"], "25.00% of the blocks'"),
+    ],
+)
+def test_prune_writes_a_checkpoint_that_opens_and_says_what_went(dense_folder, tmp_path, capsys, arguments, gone):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main(["prune", str(dense_folder), str(tmp_path / "out"), *arguments, *TINY]) == 0
+    out = capsys.readouterr().out
+    assert gone in out
+    assert len(re.findall(r"^ +\d+ ( +\d+\.\d%){4}$", out, flags=re.M)) == 4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert f"-> {sum(p.numel() for p in model.parameters()):,}." in out
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ratio", "0.99"], "largest possible ratio is 0."),
+        (["--ratio", "2"], "ratio must lie in (0, 1), not 2.0"),
+        (["--criterion", "ppl"], "unknown criterion of llm-pruner 'ppl'"),
+        (["--calibration", "nowhere.txt"], "nowhere.txt is no file"),
+    ],
+)
+def test_prune_refuses_in_one_line_and_writes_nothing(dense_folder, tmp_path, capsys, arguments, says):
+    assert main(["prune", str(dense_folder), str(tmp_path / "out"), *arguments, *TINY]) == 2
+    errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert errors[0].startswith("rankadaptor prune: error: ")
+    assert says in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_prune_does_not_write_over_something(dense_folder, capsys):
+    assert main(["prune", str(dense_folder), str(dense_folder)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_import_checkpoint_converts_or_refuses_in_one_line(model, tokenizer, tmp_path, capsys):
+    import torch
+
+    torch.save({"model": model, "tokenizer": tokenizer}, tmp_path / "model.bin")
+    torch.save({"model": print}, tmp_path / "bad.bin")
+    assert main(["import-checkpoint", str(tmp_path / "model.bin"), str(tmp_path / "out")]) == 0
+    assert "4 layers" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert main(["import-checkpoint", str(tmp_path / "bad.bin"), str(tmp_path / "other")]) == 2
+    assert "print" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -49,3 +49,21 @@ def test_every_public_name_resolves(name):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'rankadaptor_optuna' has no attribute 'Nonsense'"):
         rankadaptor_optuna.Nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import rankadaptor_optuna\nfrom transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM\nimport rankadaptor_optuna",
+    ],
+)
+def test_after_the_import_pruned_checkpoints_open_in_either_order(model, tokenizer, texts, tmp_path, imports):
+    from rankadaptor_optuna.pruning import prune
+
+    prune(model, tokenizer, ratio=0.15, calibration=texts, multiple_of=8, n_samples=4, sample_length=32).save(
+        tmp_path / "model"
+    )
+    code = f"{imports}\nprint(type(AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "PrunedLlamaForCausalLM"

@@ -107,55 +107,65 @@ def build_pruned(
             state[name.replace(block, renamed.get(block, block), 1)] = (
                 new.cpu() if new is not tensor else tensor.detach().to("cpu", copy=True)
             )
-    pruned = _empty_model(model, state, kept, pruning)
-    pruned.load_state_dict(state, assign=True)
-    # Its buffers are not in the state and are still on the meta device.
-    rotary: Any = copy.deepcopy(model.get_submodule("model.rotary_emb")).cpu()
-    rotary.config = pruned.config
-    pruned.set_submodule("model.rotary_emb", rotary)
-    pruned.tie_weights()
+    config = model.config
+    if getattr(config, "layer_types", None) is not None:
+        config = copy.deepcopy(config)
+        config.layer_types = [config.layer_types[index] for index in kept]
+    pruned = model_from_state(config, state, pruning)
     pruned.generation_config = copy.deepcopy(model.generation_config)
-    pruned.train(False)
     return pruned
 
 
-def _empty_model(
-    model: PreTrainedModel, state: Mapping[str, torch.Tensor], kept: Sequence[int], pruning: Mapping[str, Any]
-) -> PreTrainedModel:
-    """A model on the meta device that a state fits into."""
-    head_dim = int(model.get_submodule("model.layers.0.self_attn").head_dim)  # type: ignore[arg-type]
-    shapes = [
-        {
-            "num_attention_heads": state[f"{prefix}.self_attn.q_proj.weight"].shape[0] // head_dim,
-            "num_key_value_heads": state[f"{prefix}.self_attn.k_proj.weight"].shape[0] // head_dim,
-            "intermediate_size": state[f"{prefix}.mlp.gate_proj.weight"].shape[0],
-        }
-        for prefix in (f"model.layers.{index}" for index in range(len(kept)))
-    ]
-    settings = model.config.to_dict()
+def model_from_state(config: Any, state: Mapping[str, torch.Tensor], pruning: Mapping[str, Any]) -> PreTrainedModel:  # noqa: ANN401
+    """Make a model out of the weights of a pruned one.
+
+    Args:
+        config: The dense model's, of a family known here; `layer_types`, where it has them, of the blocks that stay.
+        state: The pruned model's tensors, on the CPU; taken over.
+        pruning: See `build_pruned`.
+
+    Returns:
+        The model, in evaluation mode; see `build_pruned` for its class.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shapes: list[dict[str, int]] = []
+    while (prefix := f"model.layers.{len(shapes)}") + ".mlp.gate_proj.weight" in state:
+        names = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+        query, key, gate = (state[f"{prefix}.{name}.weight"].shape[0] for name in names)
+        shapes.append(
+            {
+                "num_attention_heads": query // head_dim,
+                "num_key_value_heads": key // head_dim,
+                "intermediate_size": gate,
+            }
+        )
+    settings = config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         settings.pop(name, None)
     settings |= {
-        "num_hidden_layers": len(kept),
+        "num_hidden_layers": len(shapes),
         "hidden_size": state["model.embed_tokens.weight"].shape[1],
         "head_dim": head_dim,
         "pruning": dict(pruning),
     }
-    if settings.get("layer_types") is not None:
-        settings["layer_types"] = [settings["layer_types"][index] for index in kept]
-    config_class, model_class = _CLASSES[model.config.model_type]
+    config_class, model_class = _CLASSES[config.model_type]
+    new = config_class(**settings, layer_shapes=shapes)
     if all(shape == shapes[0] for shape in shapes):
         try:
-            config: Any = type(model.config)(**(settings | shapes[0]))
-            model_class = type(model)
+            new = type(config)(**(settings | shapes[0]))
+            model_class = model_class.__base__
         except StrictDataclassError:
-            config = config_class(**settings, layer_shapes=shapes)
-    else:
-        config = config_class(**settings, layer_shapes=shapes)
-    config._attn_implementation = model.config._attn_implementation
+            pass
+    new._attn_implementation = config._attn_implementation
     with torch.device("meta"):
-        empty: PreTrainedModel = model_class(config)
-    return empty
+        model: PreTrainedModel = model_class(new)
+    model.load_state_dict(dict(state), assign=True)
+    # its buffers are not in the state and are still on the meta device
+    rotary: Any = model.get_submodule("model.rotary_emb")
+    model.set_submodule("model.rotary_emb", type(rotary)(new))
+    model.tie_weights()
+    model.train(False)
+    return model
 
 
 def check_out(path: Path) -> None:

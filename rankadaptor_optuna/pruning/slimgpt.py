@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +159,10 @@ class _Plan:
         return gone
 
 
+class _Reached(Exception):
+    """A projection has its inputs: the rest of the block need not run."""
+
+
 def _hessian(stream: BlockStream, index: int, kind: Kind, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
     """X X^T over the inputs of a projection, (in, in) in float64."""
     projection: Any = stream.layers[index].get_submodule(_OUTPUTS[kind])
@@ -167,11 +172,13 @@ def _hessian(stream: BlockStream, index: int, kind: Kind, hidden: Sequence[torch
     def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0].flatten(0, 1).float()
         total.add_(x.T @ x)
+        raise _Reached
 
     hook = projection.register_forward_pre_hook(add)
     try:
         for h in hidden:
-            stream.run(index, h)
+            with suppress(_Reached):
+                stream.run(index, h)
     finally:
         hook.remove()
     if not total.isfinite().all():

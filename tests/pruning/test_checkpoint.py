@@ -219,3 +219,19 @@ def test_loading_an_ordinary_model_is_refused(model, tmp_path):
 def test_the_tokenizer_opens_from_the_checkpoint(pruned, tokenizer, tmp_path):
     pruned.save(tmp_path / "model", tokenizer)
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("head")["input_ids"] == tokenizer("head")["input_ids"]
+
+
+def test_trainer_device_map_and_lm_eval_take_it_from_disk(pruned, tokenizer, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+    from transformers import Trainer, TrainingArguments
+
+    pruned.save(tmp_path / "model", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="auto")
+    assert torch.equal(model(torch.arange(12)[None]).logits, pruned.model(torch.arange(12)[None]).logits)
+    lm = HFLM(pretrained=str(tmp_path / "model"), tokenizer=str(tmp_path / "model"), batch_size=2, device="cpu")
+    assert type(lm.model) is PrunedLlamaForCausalLM
+    before = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+    rows = [{"input_ids": list(range(12)), "labels": list(range(12))} for _ in range(4)]
+    arguments = TrainingArguments(tmp_path / "trainer", max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert not torch.equal(model.model.layers[1].mlp.up_proj.weight, before)

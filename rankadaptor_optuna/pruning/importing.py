@@ -1,0 +1,247 @@
+"""LLM-Pruner's pickled checkpoints, converted to safetensors without running anything that is in them.
+
+LLM-Pruner saves whole pickled objects: ``torch.save({"model": ..., "tokenizer": ...}, file)``. Unpickling such a file
+the ordinary way runs whatever it says. Here torch's restricted unpickler (``weights_only=True``) reads it: it knows a
+fixed list of harmless constructors for tensors and containers and refuses every other name. The names of model and
+tokenizer classes, of a few packages alone, are given to it as stubs that store what they are handed and do nothing; no
+module is imported and no function called by a file's word. Any other name is an error before a single object is made.
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from rankadaptor_optuna.pruning.checkpoint import (
+    LayerProfile,
+    check_out,
+    model_from_state,
+    profile_to_json,
+    save_pruned,
+)
+from rankadaptor_optuna.pruning.structure import KINDS, PROJECTIONS
+
+_PACKAGES = ("transformers", "LLMPruner", "tokenizers", "sentencepiece", "accelerate", "torch.nn", "collections")
+_NAMES = ("functools.partial", "builtins.object")
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class _Stub:
+    """Stands for an object of a class that is named in a file: it keeps its arguments and its state."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Stub:  # noqa: ANN401
+        stub = object.__new__(cls)
+        stub.__dict__["_arguments"] = args
+        return stub
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Nothing to do: ``__new__`` keeps the arguments."""
+
+    def __setstate__(self, state: Any) -> None:  # noqa: ANN401
+        self.__dict__["_state"] = state
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                self.__dict__.update({key: value for key, value in part.items() if isinstance(key, str)})
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A converted checkpoint.
+
+    Attributes:
+        model: The pruned model, as it was saved.
+        profile: What each layer had lost, against the dense shapes in the file's config; the file does not say which
+            importance went, so that is 0.
+        parameters_removed: Share of the parameters of all transformer blocks that is gone.
+        has_tokenizer: Whether a tokenizer was saved along.
+    """
+
+    model: PreTrainedModel
+    profile: list[LayerProfile]
+    parameters_removed: float
+    has_tokenizer: bool
+
+
+def import_checkpoint(
+    file: str | PathLike[str], out: str | PathLike[str], tokenizer: str | PathLike[str] | None = None
+) -> Imported:
+    """Converts a checkpoint of LLM-Pruner to safetensors and JSON.
+
+    Args:
+        file: Its ``pytorch_model.bin``, in the zip format that torch.save writes since torch 1.6.
+        out: Folder to create.
+        tokenizer: Folder or Hub name to take the tokenizer from. Default: the file's, if it can be read: fast ones hold
+            their JSON, slow LLaMA ones their sentencepiece model.
+
+    Raises:
+        ValueError: There is no such file, it names something that has no place in such a file, or it holds no LLaMA.
+    """
+    file, out = Path(file), Path(out)
+    check_out(out)
+    content = _read(file)
+    model = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(model, _Stub):
+        raise ValueError(f"{file} is no checkpoint of LLM-Pruner: it holds no model object under 'model'")
+    state = dict(_tensors(model))
+    config = _config(getattr(model, "config", None), state, file)
+    profile, removed = _profile(config, state)
+    record = {"method": "llm-pruner (imported)", "ratio": removed, "profile": profile_to_json(profile)}
+    pruned = model_from_state(config, state, record)
+    with tempfile.TemporaryDirectory() as scratch:
+        if tokenizer is not None:
+            found = AutoTokenizer.from_pretrained(tokenizer)
+        else:
+            found = _tokenizer(content.get("tokenizer"), Path(scratch))
+        save_pruned(pruned, out, found)
+    return Imported(pruned, profile, removed, found is not None)
+
+
+def _read(file: Path) -> Any:  # noqa: ANN401
+    """The file's content, with stubs for objects of the packages that such files name."""
+    if not file.is_file() or not zipfile.is_zipfile(file):
+        raise ValueError(f"{file} is no file of torch.save's zip format; give the pytorch_model.bin of LLM-Pruner")
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        if refused := [name for name in names if not _harmless(name)]:
+            raise ValueError(
+                f"it names {', '.join(refused)}, which has no place in a model's checkpoint and may be meant to run "
+                "code on your machine. Nothing of it was run; do not load the file in any other way"
+            )
+        stubs: list[Any] = [(type("Stub", (_Stub,), {}), name) for name in names]
+        with torch.serialization.safe_globals(stubs):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines()[0]
+        raise ValueError(f"{file} cannot be read: {reason}") from error
+    except Exception as error:  # a damaged file can make the unpickler fail in any way
+        raise ValueError(f"{file} cannot be read: {(str(error).splitlines() or [repr(error)])[0]}") from error
+
+
+def _harmless(name: str) -> bool:
+    return name in _NAMES or any(name.startswith(f"{package}.") for package in _PACKAGES)
+
+
+def _tensors(stub: _Stub, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters of a pickled module and of all modules in it, by name."""
+    for name, tensor in _dict(stub, "_parameters").items():
+        if isinstance(tensor, torch.Tensor):
+            yield f"{prefix}{name}", tensor.detach()
+    for name, module in _dict(stub, "_modules").items():
+        if isinstance(module, _Stub):
+            yield from _tensors(module, f"{prefix}{name}.")
+
+
+def _dict(stub: _Stub, name: str) -> Mapping[str, Any]:
+    found = stub.__dict__.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _config(stub: Any, state: Mapping[str, torch.Tensor], file: Path) -> LlamaConfig:  # noqa: ANN401
+    """The dense model's config, as the file has it, in today's terms."""
+    plain = {key: value for key, value in getattr(stub, "__dict__", {}).items() if _is_plain(value)}
+    known = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
+    settings = {key: plain[key] for key in known & plain.keys() if key not in ("model_type", "architectures")}
+    needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size")
+    missing = [key for key in needed if key not in settings]
+    missing += [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name not in state]
+    projections = [f"{name}.weight" for kind in KINDS for name in PROJECTIONS[kind]]
+    for index in range(settings.get("num_hidden_layers") or 0):
+        missing += [n for name in projections if (n := f"model.layers.{index}.{name}") not in state]
+    if missing:
+        raise ValueError(f"{file} holds no LLaMA: it lacks {', '.join(missing[:3])}")
+    settings["head_dim"] = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    _check_widths(settings, state, file)
+    return LlamaConfig(**settings)
+
+
+def _is_plain(value: Any) -> bool:  # noqa: ANN401
+    if isinstance(value, Mapping):
+        return all(_is_plain(v) for v in value.values())
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _check_widths(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor], file: Path) -> None:
+    head_dim, hidden = settings["head_dim"], state["model.embed_tokens.weight"].shape[1]
+    for index in range(settings["num_hidden_layers"]):
+        shape = {
+            name: tuple(state[f"model.layers.{index}.{name}.weight"].shape)
+            for kind in KINDS
+            for name in PROJECTIONS[kind]
+        }
+        query, key = shape["self_attn.q_proj"][0], shape["self_attn.k_proj"][0]
+        channels = shape["mlp.gate_proj"][0]
+        expected = {
+            "self_attn.q_proj": (query, hidden),
+            "self_attn.k_proj": (key, hidden),
+            "self_attn.v_proj": (key, hidden),
+            "self_attn.o_proj": (hidden, query),
+            "mlp.gate_proj": (channels, hidden),
+            "mlp.up_proj": (channels, hidden),
+            "mlp.down_proj": (hidden, channels),
+        }
+        for name in shape:
+            if shape[name] != expected[name] or query % head_dim or key % head_dim or query % key:
+                raise ValueError(
+                    f"{file}: model.layers.{index}.{name} has shape {shape[name]}, which does not fit {expected[name]} "
+                    f"with heads of {head_dim}"
+                )
+
+
+def _profile(config: LlamaConfig, state: Mapping[str, torch.Tensor]) -> tuple[list[LayerProfile], float]:
+    profile, left, whole = [], 0, 0
+    key_heads, head_dim = int(config.num_key_value_heads or 1), int(config.head_dim or 1)  # LlamaConfig has set both
+    rows = (config.num_attention_heads + key_heads) * 2 * head_dim + 3 * config.intermediate_size
+    for index in range(config.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        size = sum(tensor.numel() for name, tensor in state.items() if name.startswith(prefix))
+        dense = config.hidden_size * (rows + 2) + sum(
+            tensor.shape[0] for name, tensor in state.items() if name.startswith(prefix) and name.endswith("bias")
+        )
+        heads = state[f"{prefix}self_attn.k_proj.weight"].shape[0] // head_dim
+        channels = state[f"{prefix}mlp.gate_proj.weight"].shape[0]
+        profile.append(
+            LayerProfile(index, 1 - heads / key_heads, 1 - channels / config.intermediate_size, 1 - size / dense, 0.0)
+        )
+        left, whole = left + size, whole + dense
+    return profile, 1 - left / whole
+
+
+def _tokenizer(stub: Any, scratch: Path) -> Any:  # noqa: ANN401
+    """The tokenizer that a pickled one was; None if it cannot be told."""
+    attributes = getattr(stub, "__dict__", {})
+    special = {name: token for name in _SPECIAL if (token := _token(attributes, name)) is not None}
+    if isinstance(backend := attributes.get("_tokenizer"), _Stub):
+        from tokenizers import Tokenizer
+
+        serialized = backend.__dict__.get("_state")
+        if isinstance(serialized, bytes):
+            fast = Tokenizer.from_str(serialized.decode())
+            return PreTrainedTokenizerFast(tokenizer_object=fast, **special)  # type: ignore[no-untyped-call]
+    proto = attributes.get("sp_model_proto")
+    if isinstance(proto, bytes):
+        from transformers import LlamaTokenizer
+
+        (scratch / "tokenizer.model").write_bytes(proto)
+        adds = {
+            name: bool(attributes.get(name, name == "add_bos_token")) for name in ("add_bos_token", "add_eos_token")
+        }
+        return LlamaTokenizer.from_pretrained(scratch, **special, **adds)  # type: ignore[arg-type]
+    return None
+
+
+def _token(attributes: Mapping[str, Any], name: str) -> str | None:
+    token = attributes.get(f"_{name}")
+    if token is None and isinstance(attributes.get("_special_tokens_map"), Mapping):
+        token = attributes["_special_tokens_map"].get(name)
+    if isinstance(token, _Stub):
+        token = token.__dict__.get("content")
+    return token if isinstance(token, str) else None
