@@ -15,8 +15,9 @@ from rankadaptor_optuna.texts import load_texts
 model, tokenizer = load_model()  # or load_model("any/llama-like-model")
 texts = load_texts()
 pruned = prune(model, tokenizer, ratio=0.25, calibration=texts.train)
-space = RankSpace.from_model(pruned.model, candidates=(2, 4, 6, 8, 10, 12), budget="uniform:8")
-objective = RecoveryObjective(pruned.model, tokenizer, space, train=texts.train, validation=texts.validation)
+model = pruned.model.to(model.device)  # put together in main memory
+space = RankSpace.from_model(model, candidates=(2, 4, 6, 8, 10, 12), budget="uniform:8")
+objective = RecoveryObjective(model, tokenizer, space, train=texts.train, validation=texts.validation)
 study = optuna.create_study(
     storage="sqlite:///quickstart.db",
     study_name="quickstart",

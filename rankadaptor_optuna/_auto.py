@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -24,7 +25,8 @@ class _ThenRegister(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        import_module(_REGISTERS)
+        with suppress(ImportError):  # a transformers too old for pruning still has to import
+            import_module(_REGISTERS)
 
 
 class _WhenImported(MetaPathFinder):

@@ -125,8 +125,6 @@ def load_model(path: str | os.PathLike[str] | None = None, dtype: Any = None) ->
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import rankadaptor_optuna.pruning.checkpoint  # noqa: F401 - registers the pruned architectures
-
     source = os.fspath(model_dir() if path is None else path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -179,7 +179,7 @@ def write_report(outcome: Outcome, out: Path) -> None:
         "## Use it",
         "",
         "```python",
-        "import rankadaptor_optuna.pruning.checkpoint  # registers the pruned architecture",
+        "import rankadaptor_optuna  # makes the pruned architecture known",
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",

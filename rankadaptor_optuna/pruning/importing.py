@@ -97,10 +97,7 @@ def import_checkpoint(
     record = {"method": "llm-pruner (imported)", "ratio": removed, "profile": profile_to_json(profile)}
     pruned = model_from_state(config, state, record)
     with tempfile.TemporaryDirectory() as scratch:
-        if tokenizer is not None:
-            found = AutoTokenizer.from_pretrained(tokenizer)
-        else:
-            found = _tokenizer(content.get("tokenizer"), Path(scratch))
+        found = _named_tokenizer(tokenizer) if tokenizer else _tokenizer(content.get("tokenizer"), Path(scratch))
         save_pruned(pruned, out, found)
     return Imported(pruned, profile, removed, found is not None)
 
@@ -215,26 +212,36 @@ def _profile(config: LlamaConfig, state: Mapping[str, torch.Tensor]) -> tuple[li
     return profile, 1 - left / whole
 
 
+def _named_tokenizer(name: str | PathLike[str]) -> Any:  # noqa: ANN401
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load a tokenizer from {name}: {' '.join(str(error).split())}") from error
+
+
 def _tokenizer(stub: Any, scratch: Path) -> Any:  # noqa: ANN401
     """The tokenizer that a pickled one was; None if it cannot be told."""
     attributes = getattr(stub, "__dict__", {})
     special = {name: token for name in _SPECIAL if (token := _token(attributes, name)) is not None}
-    if isinstance(backend := attributes.get("_tokenizer"), _Stub):
-        from tokenizers import Tokenizer
+    try:
+        if isinstance(backend := attributes.get("_tokenizer"), _Stub):
+            from tokenizers import Tokenizer
 
-        serialized = backend.__dict__.get("_state")
-        if isinstance(serialized, bytes):
-            fast = Tokenizer.from_str(serialized.decode())
-            return PreTrainedTokenizerFast(tokenizer_object=fast, **special)  # type: ignore[no-untyped-call]
-    proto = attributes.get("sp_model_proto")
-    if isinstance(proto, bytes):
-        from transformers import LlamaTokenizer
+            serialized = backend.__dict__.get("_state")
+            if isinstance(serialized, bytes):
+                fast = Tokenizer.from_str(serialized.decode())
+                return PreTrainedTokenizerFast(tokenizer_object=fast, **special)  # type: ignore[no-untyped-call]
+        proto = attributes.get("sp_model_proto")
+        if isinstance(proto, bytes):
+            from transformers import LlamaTokenizer
 
-        (scratch / "tokenizer.model").write_bytes(proto)
-        adds = {
-            name: bool(attributes.get(name, name == "add_bos_token")) for name in ("add_bos_token", "add_eos_token")
-        }
-        return LlamaTokenizer.from_pretrained(scratch, **special, **adds)  # type: ignore[arg-type]
+            (scratch / "tokenizer.model").write_bytes(proto)
+            adds = {
+                name: bool(attributes.get(name, name == "add_bos_token")) for name in ("add_bos_token", "add_eos_token")
+            }
+            return LlamaTokenizer.from_pretrained(scratch, **special, **adds)  # type: ignore[arg-type]
+    except Exception:  # parsers of damaged content raise anything; a model without its tokenizer is still of use
+        return None
     return None
 
 

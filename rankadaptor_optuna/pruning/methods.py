@@ -17,6 +17,7 @@ from rankadaptor_optuna.pruning.hidden import coupled_size, hidden_importance, k
 from rankadaptor_optuna.pruning.importance import CRITERIA, Importance, Reduction, unit_importance
 from rankadaptor_optuna.pruning.selection import Costs, select_kept
 from rankadaptor_optuna.pruning.shortened import BLOCK_CRITERIA, block_importance, select_blocks
+from rankadaptor_optuna.pruning.slimgpt import slimgpt
 from rankadaptor_optuna.pruning.structure import (
     KINDS,
     Kind,
@@ -146,13 +147,7 @@ def _llm_pruner(model: PreTrainedModel, samples: torch.Tensor, options: Options)
             local=options.ranking == "local",
         )
         kept = {"heads": heads, "channels": channels}
-    cut = {
-        f"model.layers.{index}.{name}": tensor
-        for kind in KINDS
-        for index, units in kept[kind].items()
-        for name, tensor in keep_units(layers[index], kind, units).items()
-    }
-    return Plan(cut, _unit_profile(layers, kept, first), list(range(len(layers))))
+    return Plan(_cut_units(layers, kept), _unit_profile(layers, kept, first), list(range(len(layers))))
 
 
 @contextmanager
@@ -215,8 +210,6 @@ def _shortened(model: PreTrainedModel, samples: torch.Tensor, options: Options) 
 
 
 def _slimgpt(model: PreTrainedModel, samples: torch.Tensor, options: Options) -> Plan:
-    from rankadaptor_optuna.pruning.slimgpt import slimgpt
-
     found = slimgpt(
         model,
         samples,
@@ -226,14 +219,17 @@ def _slimgpt(model: PreTrainedModel, samples: torch.Tensor, options: Options) ->
         progress=options.progress,
     )
     layers = transformer_layers(model)
-    cut = {
+    profile = _unit_profile(layers, found.kept, found.importance)
+    return Plan(_cut_units(layers, found.kept) | found.weights, profile, list(range(len(layers))))
+
+
+def _cut_units(layers: list[nn.Module], kept: Units) -> dict[str, torch.Tensor]:
+    return {
         f"model.layers.{index}.{name}": tensor
         for kind in KINDS
-        for index, units in found.kept[kind].items()
+        for index, units in kept[kind].items()
         for name, tensor in keep_units(layers[index], kind, units).items()
     }
-    profile = _unit_profile(layers, found.kept, found.importance)
-    return Plan(cut | found.weights, profile, list(range(len(layers))))
 
 
 def _unit_profile(layers: list[nn.Module], kept: Units, importance: Importance) -> list[LayerProfile]:

@@ -50,6 +50,26 @@ def largest_removable(shape: LayerShape, costs: Costs, multiple_of: int) -> int:
     return (shape.heads - 1) * costs.head + channels * costs.channel
 
 
+def check_reachable(ratio: float, removable: int, costs: Costs, n_layers: int) -> None:
+    """Check that a ratio can be reached.
+
+    Args:
+        ratio: Share of `costs.total` to remove.
+        removable: Parameters that can go (`largest_removable` of all layers).
+        costs: What there is.
+        n_layers: How many layers may be pruned, for the message.
+
+    Raises:
+        ValueError: It cannot; the message says which can.
+    """
+    if ratio * costs.total > removable:
+        largest = math.floor(removable / costs.total * 1e4) / 1e4
+        raise ValueError(
+            f"ratio={ratio} cannot be reached: with {n_layers} prunable layers the largest possible ratio "
+            f"is {largest}; lower ratio, keep_first, keep_last or multiple_of"
+        )
+
+
 def select_kept(
     heads: Mapping[int, torch.Tensor],
     channels: Mapping[int, torch.Tensor],
@@ -82,14 +102,8 @@ def select_kept(
     """
     shapes = [LayerShape(len(heads[layer]), len(channels[layer])) for layer in heads]
     removable = sum(largest_removable(shape, costs, multiple_of) for shape in shapes)
+    check_reachable(ratio, removable, costs, len(heads))
     target = ratio * costs.total
-    if target > removable:
-        largest = math.floor(removable / costs.total * 1e4) / 1e4
-        raise ValueError(
-            f"ratio={ratio} cannot be reached: with {len(heads)} prunable layers the largest possible ratio "
-            f"is {largest}; lower ratio, keep_first, keep_last or multiple_of"
-        )
-
     n_heads = sum(shape.heads for shape in shapes)
     spare_heads = sum(shape.heads - 1 for shape in shapes)
     all_units = sum(shape.heads * costs.head + shape.channels * costs.channel for shape in shapes)

@@ -26,7 +26,7 @@ from torch import nn
 
 from rankadaptor_optuna.pruning.gradients import Progress, evaluation_mode
 from rankadaptor_optuna.pruning.importance import Importance
-from rankadaptor_optuna.pruning.selection import Costs, chunk_sizes, largest_removable, nearest
+from rankadaptor_optuna.pruning.selection import Costs, check_reachable, chunk_sizes, largest_removable, nearest
 from rankadaptor_optuna.pruning.streaming import BlockStream
 from rankadaptor_optuna.pruning.structure import KINDS, Kind, keep_units, layer_shape, unit_size
 
@@ -127,12 +127,7 @@ class _Plan:
         self._multiple_of = multiple_of
         most = [largest_removable(shape, self._costs, multiple_of) for shape in self._shapes.values()]
         target = ratio * self._costs.total
-        if target > sum(most):
-            largest = math.floor(sum(most) / self._costs.total * 1e4) / 1e4
-            raise ValueError(
-                f"ratio={ratio} cannot be reached: with {len(layers)} prunable layers the largest possible ratio "
-                f"is {largest}; lower ratio, keep_first, keep_last or multiple_of"
-            )
+        check_reachable(ratio, sum(most), self._costs, len(layers))
         sizes = [s.heads * self._costs.head + s.channels * self._costs.channel for s in self._shapes.values()]
         relative = layer_ratios(len(layers))
         low, high = 0.0, 1.0  # of the first layer's ratio; layers that can lose no more stay at their limit

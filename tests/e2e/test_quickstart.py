@@ -58,7 +58,7 @@ def test_the_adapter_loads_on_the_pruned_model_in_a_new_process(first: tuple[Pat
     out, _ = first
     code = f"""
 import torch
-import rankadaptor_optuna.pruning.checkpoint
+import rankadaptor_optuna
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 base = AutoModelForCausalLM.from_pretrained({str(out / "pruned")!r})
