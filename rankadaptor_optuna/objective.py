@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
 from rankadaptor_optuna.history import verification_seed
-from rankadaptor_optuna.recovery.data import token_blocks
+from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, attached, lora_config
-from rankadaptor_optuna.recovery.train import TrainingConfig, train
+from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
 from rankadaptor_optuna.space import RankSpace
 
 
@@ -27,22 +29,31 @@ class RecoveryObjective:
     A trial that fails (loss not finite, out of memory) becomes a FAIL trial with its reason in the user attribute
     ``fail_reason``, and the study goes on.
 
+    With ``report_every`` a trial reports its loss on the first held-out blocks along the way, and stops where the
+    study's pruner says so. Trials that verify a recommendation never do. A finished trial has the user attributes
+    ``trainable_parameters``, ``seconds``, ``tokens_per_second`` (of training) and on a GPU ``peak_gpu_mib``.
+
     Args:
         model: The pruned model, or anything with such a ``.model``. Its weights are not changed.
         tokenizer: Its tokenizer.
         space: The rank space.
-        train: Texts to train on.
-        validation: Texts to score on.
+        train: Texts to train on, packed into blocks; or records with ``instruction``, ``output`` and perhaps ``input``,
+            an example each, of whose tokens the response's count (``instruction_examples``).
+        validation: Texts or records to score on.
         training: Settings of the training loop.
-        block_length: Tokens per block.
-        validation_blocks: Blocks to score on, at most.
+        block_length: Tokens per block; of a record at most.
+        validation_blocks: Blocks or records to score on, at most.
+        mask_prompt: Whether of records the response alone counts.
         targets: Names of the adapted modules.
         alpha_ratio: LoRA's alpha as a multiple of the rank.
+        dropout: LoRA's dropout.
+        report_every: Steps between reports to Optuna's pruner. Default: none.
+        report_blocks: Held-out blocks or records that a report is made on, the first ones.
         seed: Seed of data order and initialisation, common to all trials but those that verify, which bring their own.
         on_step: Called with (step, loss) during training.
 
     Raises:
-        ValueError: A text is too short for one block.
+        ValueError: A text is too short for one block, a record lacks a field, or a setting is not positive.
     """
 
     def __init__(
@@ -51,16 +62,23 @@ class RecoveryObjective:
         tokenizer: Any,  # noqa: ANN401
         space: RankSpace,
         *,
-        train: Sequence[str],
-        validation: Sequence[str],
+        train: Sequence[str] | Sequence[Mapping[str, Any]],
+        validation: Sequence[str] | Sequence[Mapping[str, Any]],
         training: TrainingConfig | None = None,
         block_length: int = 256,
         validation_blocks: int = 12,
+        mask_prompt: bool = True,
         targets: Sequence[str] = TARGETS,
         alpha_ratio: float = ALPHA_RATIO,
+        dropout: float = 0.0,
+        report_every: int | None = None,
+        report_blocks: int = 4,
         seed: int = 0,
         on_step: Callable[[int, float], None] | None = None,
     ) -> None:
+        for name, value in (("report_every", report_every), ("report_blocks", report_blocks)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         self.model = model if hasattr(model, "named_modules") else model.model
         self.tokenizer = tokenizer
         self.space = space
@@ -69,16 +87,29 @@ class RecoveryObjective:
         self.on_step = on_step
         self._targets = tuple(targets)
         self._alpha_ratio = alpha_ratio
-        self._train_blocks = token_blocks(tokenizer, train, block_length)
-        self._validation_blocks = token_blocks(tokenizer, validation, block_length, limit=validation_blocks)
+        self._dropout = dropout
+        self._report_every = report_every
+        read = partial(_examples, tokenizer, length=block_length, mask_prompt=mask_prompt)
+        self._train = read(train)
+        self._validation = read(validation, limit=validation_blocks)
+        self._report = self._validation.first(report_blocks)
 
     @contextmanager
-    def recovered(self, ranks: Mapping[Any, int], *, seed: int | None = None) -> Iterator[Any]:
+    def recovered(
+        self,
+        ranks: Mapping[Any, int],
+        *,
+        seed: int | None = None,
+        on_step: Callable[[Any, int], None] | None = None,
+        on_trained: Callable[[TrainingResult], None] | None = None,
+    ) -> Iterator[Any]:
         """The model recovered with ``ranks`` (of the searched layers), as a context: the adapter is gone after it.
 
         Args:
             ranks: As the space's ``suggest`` returns them.
             seed: Another seed of data order and initialisation than the study's.
+            on_step: Called with the model and the number of steps done after each.
+            on_trained: Called with what the training did.
 
         Raises:
             ValueError: A searched layer, or sublayer, has no rank.
@@ -89,21 +120,78 @@ class RecoveryObjective:
         if not any(adapted.values()):  # nothing to train: the pruned model as it is
             yield self.model
             return
-        config = lora_config(adapted, targets=self._targets, alpha_ratio=self._alpha_ratio)
+        config = lora_config(adapted, targets=self._targets, alpha_ratio=self._alpha_ratio, dropout=self._dropout)
         with attached(self.model, config, seed=seed) as model:
-            train(model, self._train_blocks, self.training, seed=seed, on_step=self.on_step)
+
+            def after(step: int, loss: float) -> None:
+                if self.on_step is not None:
+                    self.on_step(step, loss)
+                if on_step is not None:
+                    on_step(model, step + 1)
+
+            result = train(model, self._train, self.training, seed=seed, on_step=after)
+            if on_trained is not None:
+                on_trained(result)
             yield model
 
     def __call__(self, trial: Trial) -> float:
-        """Held-out loss in nats per token; NaN, which Optuna records as FAIL, where the recovery failed."""
+        """Held-out loss in nats per token; NaN, which Optuna records as FAIL, where the recovery failed.
+
+        Raises:
+            optuna.TrialPruned: The study's pruner stopped the trial.
+        """
         ranks = self.space.suggest(trial)
         trial.set_user_attr("trainable_parameters", int(self.space.cost(ranks)))
+        seed = verification_seed(trial)
+
+        def report(model: Any, done: int) -> None:  # noqa: ANN401
+            if self._report_every and done % self._report_every == 0 and done < self.training.steps:
+                trial.report(float(block_losses(model, self._report).mean()), done)
+                if trial.should_prune():
+                    raise TrialPruned(f"stopped after {done} of {self.training.steps} steps")
+
+        def note(result: TrainingResult) -> None:
+            trial.set_user_attr("tokens_per_second", round(result.tokens / result.seconds, 1))
+
         start = time.perf_counter()
         try:
-            with self.recovered(ranks, seed=verification_seed(trial)) as model:
-                loss = float(block_losses(model, self._validation_blocks).mean())
+            with (
+                _gpu_peak(trial),
+                self.recovered(ranks, seed=seed, on_step=report if seed is None else None, on_trained=note) as model,
+            ):
+                loss = float(block_losses(model, self._validation).mean())
         except (RuntimeError, FloatingPointError, MemoryError) as error:  # out of memory is torch's RuntimeError
             trial.set_user_attr("fail_reason", f"{type(error).__name__}: {error}"[:500])
             return float("nan")
         trial.set_user_attr("seconds", round(time.perf_counter() - start, 2))
         return loss
+
+
+def _examples(
+    tokenizer: Any,  # noqa: ANN401
+    data: Sequence[str] | Sequence[Mapping[str, Any]],
+    *,
+    length: int,
+    mask_prompt: bool,
+    limit: int | None = None,
+) -> Examples:
+    records = [item for item in data if isinstance(item, Mapping)]
+    if not records:
+        texts = [item for item in data if isinstance(item, str)]
+        return Examples.of_blocks(token_blocks(tokenizer, texts, length, limit))
+    if len(records) < len(data):
+        raise ValueError("data must be texts or records, not some of each.")
+    return instruction_examples(tokenizer, records, length, mask_prompt=mask_prompt, limit=limit)
+
+
+@contextmanager
+def _gpu_peak(trial: Trial) -> Iterator[None]:
+    """Notes the most GPU memory that was allocated meanwhile, in MiB, where there is a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    trial.set_user_attr("peak_gpu_mib", round(torch.cuda.max_memory_allocated() / 2**20))

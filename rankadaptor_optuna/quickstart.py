@@ -97,7 +97,8 @@ class Quickstart:
             "pruning": {"method": "llm-pruner", "ratio": self.ratio},
             "candidates": list(self.candidates),
             "budget": self.budget,
-            "training": asdict(self.training()),
+            # what is off is not said, as it is not in earlier runs' recipes
+            "training": {k: v for k, v in asdict(self.training()).items() if v is not None and v is not False},
             "data": {
                 "text": "Python language reference",
                 "block": _BLOCK,

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 import rankadaptor_optuna.objective
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective, create_study
 from rankadaptor_optuna.history import VERIFY_ATTR
-from rankadaptor_optuna.recovery.data import token_blocks
+from rankadaptor_optuna.recovery.data import instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
@@ -164,3 +164,69 @@ def test_too_little_text_is_refused_at_once(make_job, tokenizer):
 
 def test_perplexity_is_finite(job):
     assert math.isfinite(math.exp(job(fixed(job, 2, 2, 2, 2))))
+
+
+def test_reports_are_the_loss_on_the_first_held_out_blocks_at_each_interval(make_job, tokenizer, model, texts):
+    job = make_job(tokenizer, report_every=1, report_blocks=2)
+    trial = run(job, 1).trials[0]
+    assert list(trial.intermediate_values) == [1, 2]  # the last step's is the score
+    first = token_blocks(tokenizer, texts[8:], 32)[:2]
+    with job.recovered(dict.fromkeys(range(4), 4)) as adapted:
+        final = block_losses(adapted, first).mean()
+    assert trial.intermediate_values[2] == pytest.approx(final, abs=0.3)
+    assert trial.intermediate_values[1] > trial.intermediate_values[2]
+    plain = run(make_job(tokenizer), 1).trials[0]
+    assert trial.value == plain.value
+    assert not plain.intermediate_values
+
+
+def test_a_pruner_stops_a_trial_which_leaves_the_model_as_it_was(make_job, tokenizer, model):
+    job = make_job(tokenizer, report_every=1)
+    study = create_study(direction="minimize", sampler=RankAdaptorSampler(job.space, prior=None, seed=0))
+    study.pruner = optuna.pruners.ThresholdPruner(upper=0.0)
+    study.optimize(job, n_trials=2)
+    assert [t.state for t in study.trials] == [TrialState.PRUNED] * 2
+    assert [list(t.intermediate_values) for t in study.trials] == [[1]] * 2
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_a_trial_that_verifies_is_never_pruned(make_job, tokenizer):
+    job = make_job(tokenizer, report_every=1)
+    study = create_study(direction="minimize", sampler=RankAdaptorSampler(job.space, prior=None, seed=0))
+    study.pruner = optuna.pruners.ThresholdPruner(upper=0.0)
+    study.enqueue_trial({name: 4 for name in job.space.distributions()}, user_attrs={VERIFY_ATTR: 5})
+    study.optimize(job, n_trials=1)
+    assert study.trials[0].state is TrialState.COMPLETE
+
+
+def test_a_finished_trial_says_how_fast_it_trained(job):
+    attributes = run(job, 1).trials[0].user_attrs
+    assert attributes["tokens_per_second"] > 0
+    assert attributes["tokens_per_second"] >= 3 * 2 * 32 / attributes["seconds"] * 0.9
+
+
+RECORDS = [{"instruction": f"Say {i}.", "input": "", "output": f"{i} is what I say."} for i in range(12)]
+
+
+def test_records_are_recovered_on_and_scored_by_their_responses(make_job, tokenizer):
+    settings = {"train": RECORDS[:8], "validation": RECORDS[8:], "block_length": 400}
+    job = make_job(tokenizer, **settings)
+    score = job(fixed(job, 4, 4, 4, 4))
+    with job.recovered(dict.fromkeys(range(4), 4)) as adapted:
+        examples = instruction_examples(tokenizer, RECORDS[8:], 400)
+        assert score == pytest.approx(block_losses(adapted, examples).mean(), abs=1e-6)
+    unmasked = make_job(tokenizer, mask_prompt=False, **settings)
+    assert unmasked(fixed(unmasked, 4, 4, 4, 4)) != score
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"report_every": 0}, "report_every must be at least 1, got 0"),
+        ({"report_blocks": 0}, "report_blocks must be at least 1, got 0"),
+        ({"train": ["text", RECORDS[0]]}, "texts or records, not some of each"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(make_job, tokenizer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_job(tokenizer, **settings)

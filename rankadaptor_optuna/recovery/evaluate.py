@@ -12,39 +12,46 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rankadaptor_optuna.recovery.data import IGNORED, Examples
+
 if TYPE_CHECKING:
     import torch
 
 
 def block_losses(
     model: Any,  # noqa: ANN401
-    blocks: torch.Tensor,
+    data: torch.Tensor | Examples,
     batch_size: int = 4,
     on_batch: Callable[[int], None] | None = None,
 ) -> NDArray[np.float64]:
-    """Mean next-token loss of each block in nats per token; perplexity is the exponential of their mean.
+    """Mean next-token loss of each block, or example, in nats per target; perplexity is the exponential of their mean.
 
     Args:
         model: A causal language model.
-        blocks: Token ids, (n, length).
-        batch_size: Blocks per forward pass.
-        on_batch: Called with the number of blocks done after each.
+        data: Blocks of token ids, (n, length), or examples, whose prompts may be masked.
+        batch_size: Blocks or examples per forward pass.
+        on_batch: Called with the number of them that are done, after each pass.
 
     Returns:
         (n,), computed in float32 whatever the model's dtype.
     """
     import torch
 
+    examples = data if isinstance(data, Examples) else Examples.of_blocks(data)
     was_training = model.training
     model.eval()
     losses: list[float] = []
     try:
         with torch.inference_mode():
-            for start in range(0, len(blocks), batch_size):
-                batch = blocks[start : start + batch_size].to(next(model.parameters()).device)
-                logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-                losses += loss.view(len(batch), -1).mean(1).tolist()
+            for start in range(0, len(examples), batch_size):
+                batch = examples.batch(range(start, min(start + batch_size, len(examples))))
+                inputs = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
+                targets = inputs.pop("labels")[:, 1:]
+                logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+                loss = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
+                )
+                losses += (loss.view(len(targets), -1).sum(1) / (targets != IGNORED).sum(1)).tolist()
                 if on_batch is not None:
                     on_batch(len(losses))
     finally:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankadaptor_optuna.recovery.data import Examples
+
 if TYPE_CHECKING:
     import torch
 
@@ -20,11 +22,13 @@ class TrainingConfig:
 
     Attributes:
         steps: Optimiser steps.
-        batch_size: Blocks per step.
+        batch_size: Examples per step.
         learning_rate: Peak of AdamW's learning rate; linear warm-up, then cosine decay to 0.
         warmup: Share of the steps that warm up.
         weight_decay: AdamW's weight decay.
         max_grad_norm: Gradient clipping.
+        micro_batch_size: Examples per forward pass; their gradients add up to those of the whole batch. Default: all.
+        gradient_checkpointing: Compute activations anew in the backward pass: less memory, more time.
     """
 
     steps: int = 8
@@ -33,16 +37,19 @@ class TrainingConfig:
     warmup: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    micro_batch_size: int | None = None
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("steps", "batch_size", "learning_rate", "max_grad_norm", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a recovery did: mean loss of its last quarter of steps (nats), tokens seen, seconds taken."""
+    """What a recovery did: mean loss of its last quarter of steps (nats), tokens seen (no padding), seconds taken."""
 
     loss: float
     tokens: int
@@ -67,7 +74,7 @@ def _learning_rate(step: int, config: TrainingConfig) -> float:
 
 def train(
     model: Any,  # noqa: ANN401
-    blocks: torch.Tensor,
+    data: torch.Tensor | Examples,
     config: TrainingConfig,
     *,
     seed: int,
@@ -77,7 +84,7 @@ def train(
 
     Args:
         model: A causal language model with an adapter attached.
-        blocks: Token ids, (n, length); every token is a target.
+        data: Examples, or blocks of token ids, (n, length), of which every token is a target.
         config: Settings.
         seed: Order of the data and state of dropout.
         on_step: Called with (step, loss) after each step, steps from 0.
@@ -87,26 +94,36 @@ def train(
     """
     import torch
 
+    examples = data if isinstance(data, Examples) else Examples.of_blocks(data)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
     first = next(model.parameters())  # the base model's: the adapter itself is float32
     device, dtype = first.device, first.dtype
     losses: list[float] = []
+    tokens = 0
     start = time.perf_counter()
     was_training = model.training
     model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            for step, rows in enumerate(batches(len(blocks), config, seed)):
-                batch = blocks[rows].to(device)
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-                    loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-                losses.append(float(loss.detach()))
-                if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(f"training loss is {losses[-1]} at step {step}; lower the learning rate.")
-                loss.backward()
+            for step, rows in enumerate(batches(len(examples), config, seed)):
+                losses.append(0.0)
+                n_targets = examples.n_targets(rows)
+                for micro in examples.by_length(rows, config.micro_batch_size or len(rows)):
+                    batch = {name: tensor.to(device) for name, tensor in examples.batch(micro).items()}
+                    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+                        loss = model(**batch, use_cache=False).loss * (examples.n_targets(micro) / n_targets)
+                    losses[-1] += float(loss.detach())
+                    if not math.isfinite(losses[-1]):
+                        raise FloatingPointError(
+                            f"training loss is {losses[-1]} at step {step}; lower the learning rate."
+                        )
+                    loss.backward()
+                tokens += sum(len(examples.ids[row]) for row in rows)
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
                 schedule.step()
@@ -114,8 +131,8 @@ def train(
                 if on_step is not None:
                     on_step(step, losses[-1])
     finally:
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
         model.train(was_training)
     tail = losses[-max(1, len(losses) // 4) :]
-    return TrainingResult(
-        float(np.mean(tail)), blocks.shape[1] * config.batch_size * config.steps, time.perf_counter() - start
-    )
+    return TrainingResult(float(np.mean(tail)), tokens, time.perf_counter() - start)

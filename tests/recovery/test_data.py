@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from rankadaptor_optuna.recovery.data import token_blocks
+from rankadaptor_optuna.recovery.data import IGNORED, Examples, alpaca_prompt, instruction_examples, token_blocks
 
 
 def test_texts_are_packed_end_to_end_each_ended_by_the_end_token(tokenizer):
@@ -42,3 +42,53 @@ def test_a_tokenizer_without_an_end_token_only_joins(tokenizer):
 def test_too_little_text_is_refused_with_the_numbers(tokenizer, texts):
     with pytest.raises(ValueError, match=r"the text has \d tokens, too few for one block of 100; give more text"):
         token_blocks(tokenizer, texts, 100)
+
+
+END = "\0"  # what the end token's byte reads as
+
+
+def test_a_record_becomes_alpacas_prompt_and_its_response_ended_by_the_end_token(tokenizer):
+    record = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    examples = instruction_examples(tokenizer, [record], 1000)
+    text = tokenizer.decode(examples.ids[0])
+    assert text.startswith("Below is an instruction that describes a task, paired with an input that provides")
+    assert text.endswith(f"### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3{END}")
+    targets = examples.labels[0] != IGNORED
+    assert tokenizer.decode(examples.ids[0][targets]) == f"3{END}"
+    assert torch.equal(examples.labels[0][targets], examples.ids[0][targets])
+    without = alpaca_prompt({"instruction": "Add.", "input": ""})
+    assert "Input" not in without
+    assert without.startswith("Below is an instruction that describes a task. Write")
+
+
+def test_without_a_mask_every_token_is_a_target(tokenizer):
+    examples = instruction_examples(tokenizer, [{"instruction": "A", "output": "B"}], 1000, mask_prompt=False)
+    assert torch.equal(examples.labels[0], examples.ids[0])
+
+
+def test_examples_are_cut_off_and_those_without_a_target_are_dropped(tokenizer):
+    short, long = {"instruction": "A", "output": "B" * 50}, {"instruction": "A" * 300, "output": "B"}
+    examples = instruction_examples(tokenizer, [short, long, short], 200)
+    assert [len(ids) for ids in examples.ids] == [len(alpaca_prompt(short)) + 51] * 2
+    assert len(instruction_examples(tokenizer, [short] * 9, 200, limit=4)) == 4
+    with pytest.raises(ValueError, match="no record has a response within 200 tokens"):
+        instruction_examples(tokenizer, [long], 200)
+
+
+def test_a_record_without_a_field_is_refused_by_name(tokenizer):
+    with pytest.raises(ValueError, match="a record has no output, but instruction, answer"):
+        instruction_examples(tokenizer, [{"instruction": "A", "answer": "B"}], 100)
+
+
+def test_a_batch_is_padded_with_ignored_labels_and_masked_only_where_needed():
+    a, b = torch.arange(5), torch.arange(3)
+    batch = Examples([a, b], [a, b]).batch([0, 1])
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]
+    assert batch["labels"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+    assert "attention_mask" not in Examples([a, a], [a, a]).batch([0, 1])
+
+
+def test_micro_batches_hold_examples_of_like_length():
+    ids = [torch.zeros(n) for n in (3, 9, 4, 8, 1)]
+    assert Examples(ids, ids).by_length(range(5), 2) == [[1, 3], [2, 0], [4]]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rankadaptor_optuna.recovery.data import IGNORED, Examples
 from rankadaptor_optuna.recovery.evaluate import block_losses, continuation_items, continuation_task, evaluate_tasks
 
 
@@ -112,3 +113,11 @@ def test_an_unknown_task_is_named(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
     with pytest.raises(ValueError, match="lm-eval knows no task named nonsense_task; see `lm_eval ls tasks`"):
         evaluate_tasks(model, tokenizer, ["nonsense_task"])
+
+
+def test_the_loss_of_an_example_counts_its_targets_alone(model):
+    ids = [torch.arange(n) * 5 % 256 for n in (9, 4)]
+    labels = [torch.cat([torch.full((2,), IGNORED), row[2:]]) for row in ids]
+    with torch.no_grad():
+        expected = [float(model(input_ids=i[None], labels=t[None]).loss) for i, t in zip(ids, labels, strict=True)]
+    assert block_losses(model, Examples(ids, labels)) == pytest.approx(expected, rel=1e-5)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from rankadaptor_optuna.recovery.data import IGNORED, Examples
 from rankadaptor_optuna.recovery.lora import attached, lora_config
 from rankadaptor_optuna.recovery.train import TrainingConfig, batches, train
 
@@ -137,8 +139,46 @@ def test_training_in_half_precision_keeps_the_adapter_in_float32(model, blocks):
     assert weights.dtype is torch.float32
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "learning_rate", "max_grad_norm"])
+@pytest.mark.parametrize("name", ["steps", "batch_size", "learning_rate", "max_grad_norm", "micro_batch_size"])
 def test_a_setting_that_is_not_positive_is_named(name):
     for value in (0, -1, float("nan")):
         with pytest.raises(ValueError, match=f"{name} must be positive, got {value}"):
             TrainingConfig(**{name: value})
+
+
+@pytest.fixture
+def uneven():
+    """Examples of differing length, of which some tokens count."""
+    ids = [torch.arange(n) * 7 % 256 for n in (24, 9, 17, 5, 12)]
+    labels = [torch.cat([torch.full((3,), IGNORED), row[3:]]) for row in ids]
+    return Examples(ids, labels)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_micro_batches_add_up_to_the_step_of_the_whole_batch(model, uneven, micro):
+    config = TrainingConfig(steps=4, batch_size=4, learning_rate=0.01)
+    whole, weights = trained(model, uneven, config=config)
+    parts, same = trained(model, uneven, config=replace(config, micro_batch_size=micro))
+    torch.testing.assert_close(same, weights, rtol=1e-3, atol=1e-5)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert parts.tokens == whole.tokens == sum(len(uneven.ids[i]) for rows in batches(5, config, 0) for i in rows)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_the_targets_of_its_batch(model, uneven):
+    losses = []
+    config = TrainingConfig(steps=1, batch_size=5, learning_rate=0.01)
+    trained(model, uneven, config=config, on_step=lambda step, loss: losses.append(loss))
+    total = n = 0
+    with torch.no_grad():
+        for ids, labels in zip(uneven.ids, uneven.labels, strict=True):
+            targets = labels[1:] != IGNORED
+            each = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+            total, n = total + float(each[targets].sum()), n + int(targets.sum())
+    assert losses == [pytest.approx(total / n, rel=1e-5)]
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(model, blocks):
+    _, weights = trained(model, blocks)
+    _, same = trained(model, blocks, config=replace(CONFIG, gradient_checkpointing=True))
+    torch.testing.assert_close(same, weights)
+    assert not model.is_gradient_checkpointing
