@@ -77,6 +77,19 @@ def _parser() -> argparse.ArgumentParser:
     quick.add_argument("--storage", metavar="URL", help="Optuna storage (default: SQLite in --out)")
     quick.add_argument("--study", default="quickstart", metavar="NAME", help="study name (default: %(default)s)")
 
+    look = commands.add_parser(
+        "search",
+        help="search ranks for your model as a recipe says",
+        description="Prunes the model of a recipe (TOML), searches a LoRA rank per layer and recommends. Run it again "
+        "with the same --out to go on; start it anywhere with the same --storage and --study to help.",
+    )
+    look.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="TOML file (default: the study's own)")
+    look.add_argument("--trials", type=int, default=25, metavar="N", help="trials to reach (default: %(default)s)")
+    look.add_argument("--out", type=Path, default=Path("rankadaptor-out"), metavar="DIR", help="default: %(default)s")
+    look.add_argument("--storage", metavar="URL", help="Optuna storage (default: SQLite in --out)")
+    look.add_argument("--study", default="search", metavar="NAME", help="study name (default: %(default)s)")
+    look.set_defaults(run=_search)
+
     cut = commands.add_parser(
         "prune",
         help="remove the least important parts of a model",
@@ -150,6 +163,29 @@ def _quickstart(args: argparse.Namespace) -> None:
     print(f"\n{as_text(table(outcome))}\n\n{verdict(outcome)}\n")
     print(f"Done in {outcome.seconds / 60:.1f} minutes. Report: {args.out / 'report.md'}")
     print(f"Browse the trials: rankadaptor dashboard --storage {masked(storage_url(config))}")
+
+
+def _search(args: argparse.Namespace) -> None:
+    import optuna
+
+    from rankadaptor_optuna.embedded import quiet
+    from rankadaptor_optuna.recipe import Recipe
+    from rankadaptor_optuna.worker import search, stored_recipe
+
+    quiet()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if args.recipe is None and args.storage is None:
+        raise ValueError("give a recipe, or the --storage and --study of one that runs already.")
+    recipe = stored_recipe(args.storage, args.study) if args.recipe is None else Recipe.load(args.recipe)
+    search(
+        recipe,
+        args.out,
+        trials=args.trials,
+        storage=args.storage,
+        study_name=args.study,
+        say=lambda line: print(line, flush=True),
+    )
+    print(f"Ranks, rank_pattern and alpha_pattern: {args.out / 'recommendation.json'}")
 
 
 def _prune(args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import warnings
@@ -14,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
-from tqdm import tqdm
 
 from rankadaptor_optuna.embedded import load_model, quiet, search_dtype
-from rankadaptor_optuna.history import verification_seed
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.pruning.checkpoint import check_prunable
@@ -35,8 +30,9 @@ from rankadaptor_optuna.recovery.evaluate import (
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
-from rankadaptor_optuna.study import check_recipe, create_study, differences, masked, open_storage
+from rankadaptor_optuna.study import create_study, masked
 from rankadaptor_optuna.texts import Texts, load_texts
+from rankadaptor_optuna.worker import bar, check_out, open_shared, run_trials, write_text
 
 N_REPORT_SEEDS = 3
 _BLOCK = 256
@@ -133,13 +129,6 @@ def storage_url(config: Quickstart) -> str:
     return config.storage or f"sqlite:///{(config.out / 'study.db').as_posix()}"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(text)
-    os.replace(scratch, path)
-
-
 @dataclass
 class Outcome:
     """What a quickstart found.
@@ -180,8 +169,8 @@ def run(config: Quickstart, say: Callable[[str], None] = print) -> Outcome:
     start = time.perf_counter()
     _quiet()
     recipe = config.recipe()
-    _check_out(config.out, recipe)
-    shared = _open(config, recipe)
+    check_out(config.out, recipe)
+    shared = open_shared(config.storage, config.study_name, recipe)
     texts = load_texts()
 
     say("[1/6] Model: load, prune, measure")
@@ -201,7 +190,7 @@ def run(config: Quickstart, say: Callable[[str], None] = print) -> Outcome:
     )
     study.set_metric_names(["loss (nats/token)"])
     say(f"[3/6] Search: {config.trials} recoveries of {config.steps} steps, uniform first, all within the budget")
-    _search(study, job, config)
+    run_trials(study, job, config.trials, shared=config.storage is not None)
     recommendation = recommend(study)
     say(f"[4/6] Recommend: {recommendation.evidence.statement}")
 
@@ -224,29 +213,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-def _check_out(out: Path, recipe: dict[str, Any]) -> None:
-    settings = out / "settings.json"
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not settings.exists():
-        raise ValueError(f"--out {out} is not empty and not of an earlier run; choose an empty or a new folder.")
-    changed = differences(json.loads(settings.read_text()), recipe)
-    if changed:
-        raise ValueError(
-            f"--out {out} belongs to other settings: {'; '.join(changed)}. Use those again, or another --out."
-        )
-
-
-def _open(config: Quickstart, recipe: dict[str, Any]) -> BaseStorage | None:
-    """The shared storage, where one is given, checked before any work is done."""
-    if config.storage is None:
-        return None
-    storage = open_storage(config.storage)
-    if config.study_name in optuna.get_all_study_names(storage):
-        check_recipe(optuna.load_study(study_name=config.study_name, storage=storage), recipe)
-    return storage
-
-
 def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[_Results, RecoveryObjective, _Meter]:
     """The pruned model, ready for trials, and the measurements of dense and pruned."""
     folder = config.out / "pruned"
@@ -256,7 +222,7 @@ def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[
     else:
         dense, tokenizer = load_model(config.model)
         check_prunable(dense)  # before a progress bar is on the screen
-        with _bar("prune: importance on samples", 10) as bar:
+        with bar("prune: importance on samples", 10) as shown:
             fresh = prune(
                 dense,
                 tokenizer,
@@ -264,7 +230,7 @@ def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[
                 calibration=texts.train,
                 n_samples=10,
                 seed=config.seed,
-                progress=lambda done, total: bar.update(1),
+                progress=lambda done, total: shown.update(1),
             )
         model = fresh.model.to(dense.device)
     job = RecoveryObjective(
@@ -289,10 +255,6 @@ def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[
     return results, job, meter
 
 
-def _bar(what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=f"      {what}", leave=False, dynamic_ncols=True, smoothing=0.1)
-
-
 class _Meter:
     """Measures models on the report's text, which neither training nor search has seen."""
 
@@ -302,12 +264,12 @@ class _Meter:
         self._task = continuation_task(continuation_items(texts.report, _ITEMS))
 
     def loss(self, name: str, model: Any) -> float:  # noqa: ANN401
-        with _bar(f"{name}: held-out loss", len(self._blocks)) as bar:
-            return float(block_losses(model, self._blocks, on_batch=lambda done: bar.update(done - bar.n)).mean())
+        with bar(f"{name}: held-out loss", len(self._blocks)) as shown:
+            return float(block_losses(model, self._blocks, on_batch=lambda done: shown.update(done - shown.n)).mean())
 
     def accuracy(self, name: str, model: Any) -> list[float]:  # noqa: ANN401
-        with _bar(f"{name}: lm-eval continuation", 4 * _ITEMS) as bar:
-            score = evaluate_tasks(model, self._tokenizer, [self._task], on_requests=lambda n: bar.update(n))[0]
+        with bar(f"{name}: lm-eval continuation", 4 * _ITEMS) as shown:
+            score = evaluate_tasks(model, self._tokenizer, [self._task], on_requests=lambda n: shown.update(n))[0]
         return [score.accuracy, score.stderr]
 
     def measure(self, name: str, model: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -317,51 +279,6 @@ class _Meter:
             "accuracy": self.accuracy(name, model),
             "parameters": parameters,
         }
-
-
-def _search(study: Study, job: RecoveryObjective, config: Quickstart) -> None:
-    """Trials up to the wanted number, which all workers on a shared storage reach together."""
-
-    def trials(state: TrialState) -> list[FrozenTrial]:
-        return [t for t in study.get_trials(deepcopy=False, states=(state,)) if verification_seed(t) is None]
-
-    missing = config.trials - len(trials(TrialState.COMPLETE))
-    if missing <= 0:
-        return
-    with _bar("search", missing * config.steps) as bar:
-
-        def describe(doing: str = "search") -> None:
-            done = trials(TrialState.COMPLETE)
-            best = f", best {min(t.value for t in done if t.value is not None):.4f}" if done else ""
-            bar.total = bar.n + max(0, config.trials - len(done)) * config.steps  # others take some of them
-            bar.set_description(f"      {doing}, {len(done)} of {config.trials} trials{best}")
-
-        def await_others() -> None:
-            """Until what now runs elsewhere has ended, so that all workers recommend from the same trials."""
-            if config.storage is None:
-                return
-            theirs = {trial.number for trial in trials(TrialState.RUNNING)}
-            longest = max((t.duration.total_seconds() for t in trials(TrialState.COMPLETE) if t.duration), default=60)
-            end = time.monotonic() + max(600, 10 * longest)  # one killed before its first heartbeat runs for ever
-            while theirs & {trial.number for trial in trials(TrialState.RUNNING)} and time.monotonic() < end:
-                describe("waiting for other workers")
-                time.sleep(1)
-                optuna.storages.fail_stale_trials(study)
-
-        job.on_step = lambda step, loss: bar.update(1)
-        for _ in range(missing):  # at most so many of our own, also where they fail
-            describe()
-            running = trials(TrialState.RUNNING) if config.storage else []
-            if len(trials(TrialState.COMPLETE)) + len(running) >= config.trials:
-                await_others()
-            if len(trials(TrialState.COMPLETE)) >= config.trials:
-                break
-            study.optimize(job, n_trials=1)
-        await_others()
-        job.on_step = None
-    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        reason = study.trials[-1].user_attrs.get("fail_reason", "no reason recorded")
-        raise ValueError(f"no trial finished; the last one failed with {reason}")
 
 
 def _confirm(
@@ -380,10 +297,10 @@ def _confirm(
         results.values.pop(keys[0], None)
 
     def recover(i: int) -> dict[str, Any]:
-        with _bar(f"{name}: recovery {i + 1} of {N_REPORT_SEEDS}", config.steps) as bar:
-            job.on_step = lambda step, loss: bar.update(1)
+        with bar(f"{name}: recovery {i + 1} of {N_REPORT_SEEDS}", config.steps) as shown:
+            job.on_step = lambda step, loss: shown.update(1)
             with job.recovered(ranks, seed=int(keys[i].split()[-1])) as model:
-                bar.close()
+                shown.close()
                 measured: dict[str, Any] = {"loss": meter.loss(name, model)}
                 if i == 0:
                     measured["accuracy"] = meter.accuracy(name, model)

@@ -11,8 +11,9 @@ import numpy as np
 
 from rankadaptor_optuna.dashboard import publish_dashboard
 from rankadaptor_optuna.figures import History, history
-from rankadaptor_optuna.quickstart import N_REPORT_SEEDS, Outcome, write_text
+from rankadaptor_optuna.quickstart import N_REPORT_SEEDS, Outcome
 from rankadaptor_optuna.verification import t_interval
+from rankadaptor_optuna.worker import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

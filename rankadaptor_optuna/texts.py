@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike, fspath
@@ -81,7 +81,7 @@ def read_texts(
         return list(source)
     name, path = fspath(source), Path(source)
     if not path.is_file():
-        texts = _of_hub(name, field, limit)
+        texts = _of_records(_stream(name), field, limit, name)
     elif path.suffix in (".jsonl", ".json"):
         texts = _of_records(_lines(path), field, limit, name)
     else:
@@ -91,7 +91,41 @@ def read_texts(
     return texts
 
 
-def _lines(path: Path) -> Iterable[Any]:
+def read_records(source: str | PathLike[str], *, limit: int = 50_000) -> list[Any]:
+    """Reads texts or instruction records from where a user has them.
+
+    Args:
+        source: As for ``read_texts``. Of a text file, each paragraph (parted by blank lines) is a text.
+        limit: At most so many.
+
+    Returns:
+        Records with ``instruction`` and ``output`` as they are; others' ``text``; of a text file its paragraphs.
+
+    Raises:
+        ValueError: There is no such file or data set, it holds nothing, or a record has neither.
+    """
+    name, path = fspath(source), Path(source)
+    if path.is_file() and path.suffix not in (".jsonl", ".json"):
+        texts = re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
+        found: list[Any] = [text for text in texts if text.strip()][:limit]
+    else:
+        records = _lines(path) if path.is_file() else _stream(name)
+        found = [_instruction_or_text(record, name) for record in islice(records, limit)]
+    if not found:
+        raise ValueError(f"{name} holds no text.")
+    return found
+
+
+def _instruction_or_text(record: Any, name: str) -> Any:  # noqa: ANN401
+    if isinstance(record, Mapping) and {"instruction", "output"} <= record.keys():
+        return record
+    if isinstance(record, Mapping) and "text" in record:
+        return str(record["text"])
+    what = ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
+    raise ValueError(f"{name}: a record has neither text nor instruction and output, but {what}.")
+
+
+def _lines(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -113,13 +147,13 @@ def _of_records(records: Iterable[Any], field: str | None, limit: int, name: str
     return texts
 
 
-def _of_hub(name: str, field: str | None, limit: int) -> list[str]:
+def _stream(name: str) -> Iterator[Any]:
+    """Records of a Hub data set's train split, fetched as they are asked for."""
     import datasets
 
     path, _, config = name.partition(":")
     try:
-        records = datasets.load_dataset(path, config or None, split="train", streaming=True)
-        return _of_records(records, field, limit, name)
+        yield from datasets.load_dataset(path, config or None, split="train", streaming=True)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{name} is no file, nor a data set that can be reached on the Hub ({reason}).") from error

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from rankadaptor_optuna.texts import load_texts, read_texts
+from rankadaptor_optuna.texts import load_texts, read_records, read_texts
 
 
 def paragraphs(texts):
@@ -74,3 +74,15 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path, content, message):
 def test_what_is_neither_a_file_nor_a_reachable_data_set_is_refused_by_name():
     with pytest.raises(ValueError, match="no-one/no-such-data is no file, nor a data set"):
         read_texts("no-one/no-such-data")
+
+
+def test_records_are_instructions_texts_or_the_paragraphs_of_a_text_file(tmp_path):
+    record = {"instruction": "Add.", "output": "3"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({"text": "one"}))
+    assert read_records(tmp_path / "a.jsonl") == [record, "one"]
+    assert read_records(tmp_path / "a.jsonl", limit=1) == [record]
+    (tmp_path / "b.txt").write_text("one\ntwo\n\n\nthree\n")
+    assert read_records(str(tmp_path / "b.txt")) == ["one\ntwo", "three\n"]
+    (tmp_path / "c.jsonl").write_text('{"question": "?"}')
+    with pytest.raises(ValueError, match="neither text nor instruction and output, but question"):
+        read_records(tmp_path / "c.jsonl")

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rankadaptor_optuna.recipe import PRESETS, Recipe
+
+FULL = """
+model = "some/model"
+seed = 3
+report_every = 2
+[pruning]
+method = "slimgpt"
+ratio = 0.3
+[space]
+candidates = [0, 4, 8]
+budget = 100000
+granularity = "sublayer"
+[data]
+train = "alpaca.jsonl"
+mask_prompt = false
+[training]
+steps = 20
+learning_rate = 1
+micro_batch_size = 2
+[lora]
+dropout = 0.1
+targets = ["q_proj", "v_proj"]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        (tmp_path / "recipe.toml").write_text(text)
+        return tmp_path / "recipe.toml"
+
+    return write
+
+
+def test_a_file_changes_what_it_names_and_leaves_the_rest(write):
+    recipe = Recipe.load(write(FULL))
+    assert (recipe.model, recipe.seed, recipe.report_every) == ("some/model", 3, 2)
+    assert (recipe.pruning.method, recipe.pruning.ratio, recipe.pruning.n_samples) == ("slimgpt", 0.3, None)
+    assert (recipe.space.candidates, recipe.space.budget) == ((0, 4, 8), 100000)
+    assert recipe.training.learning_rate == 1
+    assert recipe.training.batch_size == PRESETS["quick"].training.batch_size
+    assert recipe.lora.targets == ("q_proj", "v_proj")
+    assert Recipe.load(write("")) == Recipe() == PRESETS["quick"]
+
+
+def test_a_preset_is_what_the_other_keys_change(write):
+    recipe = Recipe.load(write('preset = "paper"\n[training]\nsteps = 10'))
+    assert recipe.training.steps == 10
+    assert recipe.training.batch_size == 64
+    assert recipe.lora.dropout == 0.05
+
+
+@pytest.mark.parametrize("text", ["", FULL, 'preset = "paper"'])
+def test_json_and_back_is_the_same(write, text):
+    recipe = Recipe.load(write(text))
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz = 1", "stepz: no such setting; there are model, dtype, seed, pruning"),
+        ("[training]\nstepz = 1", "training.stepz: no such setting; there are steps, batch_size"),
+        ("[training]\nsteps = 0", "training.steps must be positive, got 0"),
+        ("[training]\nsteps = 1.5", "training.steps: expected int, got 1.5"),
+        ("[training]\nsteps = true", "training.steps: expected int, got True"),
+        ('[training]\nlearning_rate = "high"', "training.learning_rate: expected float, got 'high'"),
+        ("training = 3", "training: expected a table of settings, got 3"),
+        ("[pruning]\nratio = 1.0", "pruning.ratio must lie between 0 and 1, got 1.0"),
+        ('[pruning]\ncalibration = ["a"]', "pruning.calibration: expected str | None"),
+        ("[space]\ncandidates = [8, 4]", "strictly increasing"),
+        ('[space]\nbudget = "much"', "'much'"),
+        ('[space]\ngranularity = "head"', "space.granularity: expected Literal"),
+        ("[data]\nblock_length = 0", "data.block_length must be at least 1, got 0"),
+        ("[lora]\ndropout = 1.0", r"lora.dropout must lie in \[0, 1\), got 1.0"),
+        ("seed = -1", "seed must be at least 0, got -1"),
+        ('dtype = "int8"', "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
+        ('preset = "slow"', "preset: no recipe named 'slow'; there are quick, paper"),
+        ("model = ", "cannot read the recipe .*recipe.toml"),
+    ],
+)
+def test_a_key_that_is_unknown_or_impossible_is_named(write, text, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.load(write(text))
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read the recipe .*nothing\.toml"):
+        Recipe.load(tmp_path / "nothing.toml")
+
+
+def test_every_tenth_record_is_kept_for_the_score_unless_other_data_is_named(tmp_path):
+    train, other = tmp_path / "train.jsonl", tmp_path / "other.txt"
+    train.write_text("".join(json.dumps({"instruction": str(i), "output": "x"}) + "\n" for i in range(25)))
+    other.write_text("one\n\ntwo\n")
+    recipe = Recipe.from_dict({"data": {"train": str(train)}})
+    first, second = recipe.read_data()
+    assert [r["instruction"] for r in second] == ["9", "19"]
+    assert len(first) == 23
+    recipe = Recipe.from_dict({"data": {"train": str(train), "validation": str(other)}})
+    assert [len(part) for part in recipe.read_data()] == [25, 2]
+    with pytest.raises(ValueError, match=r"data\.validation: too few records"):
+        Recipe.from_dict({"data": {"train": str(train), "limit": 5}}).read_data()
+
+
+def test_the_objective_has_the_recipes_settings(model, tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"text number {i} " * 9 for i in range(30)))
+    recipe = Recipe.from_dict(
+        {
+            "seed": 7,
+            "data": {"train": str(tmp_path / "text.txt"), "block_length": 32},
+            "space": {"candidates": [2, 4], "budget": "uniform:4", "unpruned_rank": -1},
+            "lora": {"targets": ["q_proj"]},
+            "training": {"steps": 2},
+        }
+    )
+    job = recipe.objective(model, tokenizer)
+    assert (job.seed, job.training.steps) == (7, 2)
+    assert job.space.costs == (64,) * 4
+    with job.recovered(job.space.uniform()) as adapted:
+        adapters = {name.split(".")[6] for name, p in adapted.named_parameters() if "lora_A" in name}
+    assert adapters == {"q_proj"}
+
+
+def test_the_example_is_the_default_in_full():
+    example = Path(__file__).parents[1] / "examples" / "recipe.toml"
+    assert Recipe.load(example) == Recipe()

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from rankadaptor_optuna.cli import main
+from rankadaptor_optuna.pruning import load_pruned, prune
+from rankadaptor_optuna.recipe import Recipe
+from rankadaptor_optuna.worker import search, stored_recipe
+
+
+@pytest.fixture
+def values(model, tokenizer, texts, tmp_path):
+    """A recipe for the tiny model, as TOML would give it."""
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("\n\n".join(texts * 3))
+    return {
+        "model": str(tmp_path / "dense"),
+        "pruning": {"ratio": 0.2, "multiple_of": 8, "n_samples": 4, "sample_length": 32},
+        "space": {"candidates": [2, 4, 8], "budget": "uniform:4"},
+        "data": {"train": str(tmp_path / "text.txt"), "block_length": 32},
+        "training": {"steps": 2},
+    }
+
+
+@pytest.fixture
+def recipe(values):
+    return Recipe.from_dict(values)
+
+
+def complete(url, name="search"):
+    study = optuna.load_study(study_name=name, storage=url)
+    return [t for t in study.trials if t.state is TrialState.COMPLETE]
+
+
+def test_search_prunes_searches_and_writes_the_answer_then_goes_on(recipe, tmp_path):
+    out, said = tmp_path / "out", []
+    found = search(recipe, out, trials=3, say=said.append)
+    answer = json.loads((out / "recommendation.json").read_text())
+    assert answer["ranks"] == {str(layer): rank for layer, rank in found.ranks.items()}
+    assert answer["rank_pattern"] == found.rank_pattern
+    assert load_pruned(out / "pruned").config.pruning["ratio"] == 0.2
+    url = f"sqlite:///{out / 'study.db'}"
+    assert len(complete(url)) == 3
+    assert set(complete(url)[0].params.values()) == {4}
+    search(recipe, out, trials=4, say=said.append)
+    assert len(complete(url)) == 4
+    assert said[-1] == recommendation_statement(out)
+
+
+def recommendation_statement(out):
+    return json.loads((out / "recommendation.json").read_text())["evidence"]
+
+
+def test_another_worker_needs_the_storage_and_the_name_alone(recipe, tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    search(recipe, tmp_path / "one", trials=2, storage=url, study_name="s", say=lambda line: None)
+    assert stored_recipe(url, "s") == recipe
+    assert main(["search", "--storage", url, "--study", "s", "--out", str(tmp_path / "two"), "--trials", "3"]) == 0
+    assert len(complete(url, "s")) == 3
+    assert (tmp_path / "two" / "recommendation.json").exists()
+
+
+def test_a_model_that_is_pruned_already_is_searched_as_it_is(values, model, tokenizer, texts, tmp_path):
+    pruned = prune(model, tokenizer, ratio=0.1, calibration=texts, multiple_of=8, n_samples=4, sample_length=32)
+    pruned.save(tmp_path / "pruned", tokenizer)
+    search(Recipe.from_dict(values | {"model": str(tmp_path / "pruned")}), tmp_path / "out", trials=1)
+    assert load_pruned(tmp_path / "out" / "pruned").config.pruning["ratio"] == 0.1
+
+
+def test_other_settings_in_the_same_folder_or_study_are_refused_by_name(values, recipe, tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    search(recipe, tmp_path / "one", trials=1, storage=url, say=lambda line: None)
+    other = Recipe.from_dict(values | {"seed": 5})
+    for out in ("one", "two"):
+        with pytest.raises(ValueError, match="belongs to other settings: seed was 0, now 5"):
+            search(other, tmp_path / out, trials=1, storage=url)
+    assert not (tmp_path / "two").exists()
+
+
+def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_written(values, tmp_path, capsys):
+    (tmp_path / "recipe.toml").write_text("[training]\nstepz = 1")
+    for arguments, says in (
+        ([str(tmp_path / "recipe.toml")], "training.stepz: no such setting"),
+        ([], "give a recipe"),
+        (["--storage", f"sqlite:///{tmp_path / 'empty.db'}"], "has no study named 'search'"),
+    ):
+        assert main(["search", *arguments, "--out", str(tmp_path / "out")]) == 2
+        assert says in capsys.readouterr().err
+    with pytest.raises(ValueError, match="trials must be at least 1, got 0"):
+        search(Recipe.from_dict(values), tmp_path / "out", trials=0)
+    with pytest.raises(ValueError, match="too few for one block of 100000"):
+        search(
+            Recipe.from_dict(values | {"data": {**values["data"], "block_length": 100_000}}), tmp_path / "out", trials=1
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_without_a_recipe_cannot_be_joined_without_one(tmp_path):
+    url = f"sqlite:///{tmp_path / 'plain.db'}"
+    optuna.create_study(storage=url, study_name="plain")
+    with pytest.raises(ValueError, match="'plain' was made without a recipe; give one"):
+        stored_recipe(url, "plain")
