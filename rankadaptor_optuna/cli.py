@@ -90,6 +90,20 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--study", default="search", metavar="NAME", help="study name (default: %(default)s)")
     look.set_defaults(run=_search)
 
+    give = commands.add_parser(
+        "export",
+        help="train the recommended ranks of a study and write them for others",
+        description="Trains the recommended ranks and writes a PEFT adapter, rank_pattern.json and a model card.",
+    )
+    give.add_argument("out", type=Path, metavar="OUT", help="folder to create")
+    give.add_argument("--storage", required=True, metavar="URL", help="Optuna storage")
+    give.add_argument("--study", default="search", metavar="NAME", help="study name (default: %(default)s)")
+    give.add_argument("--pruned", type=Path, metavar="DIR", help="the pruned model (default: made as the recipe says)")
+    give.add_argument("--steps", type=int, metavar="N", help="training steps (default: the recipe's)")
+    give.add_argument("--seed", type=int, metavar="S", help="of data order and initialisation (default: the recipe's)")
+    give.add_argument("--merge", action="store_true", help="write the merged model too")
+    give.set_defaults(run=_export)
+
     cut = commands.add_parser(
         "prune",
         help="remove the least important parts of a model",
@@ -186,6 +200,19 @@ def _search(args: argparse.Namespace) -> None:
         say=lambda line: print(line, flush=True),
     )
     print(f"Ranks, rank_pattern and alpha_pattern: {args.out / 'recommendation.json'}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    import optuna
+
+    from rankadaptor_optuna.embedded import quiet
+    from rankadaptor_optuna.export import export
+
+    quiet()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    options = {"pruned": args.pruned, "steps": args.steps, "seed": args.seed, "merge": args.merge}
+    export(args.storage, args.study, args.out, **options, say=lambda line: print(line, flush=True))
+    print(f"Adapter, rank_pattern.json and model card: {args.out}")
 
 
 def _prune(args: argparse.Namespace) -> None:

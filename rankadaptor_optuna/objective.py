@@ -91,8 +91,8 @@ class RecoveryObjective:
         self._report_every = report_every
         read = partial(_examples, tokenizer, length=block_length, mask_prompt=mask_prompt)
         self._train = read(train)
-        self._validation = read(validation, limit=validation_blocks)
-        self._report = self._validation.first(report_blocks)
+        self.held_out = read(validation, limit=validation_blocks)
+        self._report = self.held_out.first(report_blocks)
 
     @contextmanager
     def recovered(
@@ -159,7 +159,7 @@ class RecoveryObjective:
                 _gpu_peak(trial),
                 self.recovered(ranks, seed=seed, on_step=report if seed is None else None, on_trained=note) as model,
             ):
-                loss = float(block_losses(model, self._validation).mean())
+                loss = float(block_losses(model, self.held_out).mean())
         except (RuntimeError, FloatingPointError, MemoryError) as error:  # out of memory is torch's RuntimeError
             trial.set_user_attr("fail_reason", f"{type(error).__name__}: {error}"[:500])
             return float("nan")

@@ -70,6 +70,13 @@ def model():
     return _make_model()
 
 
+@pytest.fixture
+def ids():
+    import torch
+
+    return torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
 @pytest.fixture(scope="session")
 def make_model():
     return _make_model

@@ -69,8 +69,3 @@ def test_any_architecture_comes_out_whole(seed, make_model, tokenizer, texts, id
         lost = sum(entry.parameters_removed * each for entry in result.profile)
         assert math.isclose(lost, before - after, rel_tol=1e-6, abs_tol=0.5)
     assert done
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -1,12 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
