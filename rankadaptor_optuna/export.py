@@ -47,7 +47,7 @@ def export(
     """Trains the recommended configuration of a study and writes it.
 
     In ``out``: ``adapter/`` (PEFT), ``rank_pattern.json`` (arguments of ``peft.LoraConfig``), ``README.md`` (a model
-    card with study, ranks, budget and scores) and, if asked for, ``merged/``, the model with the adapter in its weights.
+    card with study, ranks, budget and scores) and, if asked for, ``merged/``, the model with the adapter merged in.
 
     Args:
         storage: Optuna storage URL.
