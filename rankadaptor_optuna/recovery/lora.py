@@ -88,14 +88,25 @@ def attached(model: Any, config: LoraConfig, *, seed: int) -> Iterator[PeftModel
     """
     from peft import get_peft_model
 
-    was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-    with _fixed_rng(seed):
-        adapted = get_peft_model(model, config)
-    try:
+    with detached(model):
+        with fixed_rng(seed):
+            adapted = get_peft_model(model, config)
         _initialise(adapted, seed)
         yield adapted
+
+
+@contextmanager
+def detached(model: Any) -> Iterator[None]:  # noqa: ANN401
+    """Takes off, at its end, any PEFT adapter that was attached to a model within, whatever happened."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    try:
+        yield
     finally:
-        adapted.unload()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                model.set_submodule(name, module.get_base_layer())
         if hasattr(model, "peft_config"):
             del model.peft_config
         model.train(was_training)
@@ -104,7 +115,8 @@ def attached(model: Any, config: LoraConfig, *, seed: int) -> Iterator[PeftModel
 
 
 @contextmanager
-def _fixed_rng(seed: int) -> Iterator[None]:
+def fixed_rng(seed: int) -> Iterator[None]:
+    """Torch's random state set to a seed within, and afterwards as it was."""
     import torch
 
     with torch.random.fork_rng():

@@ -79,6 +79,7 @@ def train(
     *,
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
+    before_zero_grad: Callable[[int], Any] | None = None,
 ) -> TrainingResult:
     """Trains the parameters of ``model`` that require gradients on next-token prediction.
 
@@ -88,6 +89,7 @@ def train(
         config: Settings.
         seed: Order of the data and state of dropout.
         on_step: Called with (step, loss) after each step, steps from 0.
+        before_zero_grad: Called with the step while its gradients are still there (AdaLoRA needs them).
 
     Raises:
         FloatingPointError: The loss is not finite; the message names the step.
@@ -127,6 +129,8 @@ def train(
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
                 schedule.step()
+                if before_zero_grad is not None:
+                    before_zero_grad(step)
                 optimizer.zero_grad()
                 if on_step is not None:
                     on_step(step, losses[-1])

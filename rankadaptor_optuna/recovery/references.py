@@ -1,0 +1,228 @@
+"""Other ways to allocate LoRA ranks, on the same recovery: what a recommendation is measured against.
+
+AdaLoRA (arXiv 2303.10512) and EVA (arXiv 2410.07170) are PEFT's; ranks in proportion to the Fisher information are the
+plain idea that needs no search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rankadaptor_optuna.recovery.data import Examples
+from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, detached, fixed_rng
+from rankadaptor_optuna.recovery.train import TrainingConfig, batches, train
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_INITIAL = 1.5  # AdaLoRA starts from so many times the ranks that it ends with (PEFT's defaults: 12 and 8)
+_EVA_BATCHES = 8
+
+
+def adapter_parameters(model: Any) -> int:  # noqa: ANN401
+    """Parameters of an adapter that are in use: rank x (in + out) of each module; AdaLoRA's masked ranks are not."""
+    total = 0
+    for module in model.modules():
+        ranks = getattr(module, "lora_E", None) or getattr(module, "lora_A", None)
+        if not ranks:
+            continue
+        for name, weight in ranks.items():
+            rank = int((weight != 0).sum()) if getattr(module, "lora_E", None) else weight.out_features
+            shape = module.get_base_layer().weight.shape
+            total += rank * (shape[0] + shape[1]) if name in module.active_adapters else 0
+    return total
+
+
+@contextmanager
+def adalora(
+    model: Any,  # noqa: ANN401
+    data: Examples,
+    training: TrainingConfig,
+    *,
+    rank: int,
+    seed: int,
+    targets: Sequence[str] = TARGETS,
+    alpha_ratio: float = ALPHA_RATIO,
+    dropout: float = 0.0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Iterator[Any]:
+    """A model recovered by AdaLoRA, which takes ranks away while it trains; the adapter is gone after the context.
+
+    It starts from 1.5 times the final ranks, as PEFT's defaults do. Ranks are held for the first tenth of the steps and
+    settle before the last third.
+
+    Args:
+        model: The pruned model.
+        data: What to train on.
+        training: Settings of the training loop.
+        rank: Mean final rank of all adapted modules.
+        seed: Of initialisation and data order.
+        targets: Names of the adapted modules.
+        alpha_ratio: Alpha as a multiple of ``rank``.
+        dropout: LoRA's dropout.
+        on_step: Called with (step, loss) after each step.
+
+    Raises:
+        ValueError: The training has under 4 steps, too few for AdaLoRA's three phases.
+        FloatingPointError: The loss is not finite.
+    """
+    from peft import AdaLoraConfig, get_peft_model
+
+    steps = training.steps
+    if steps < 4:
+        raise ValueError(f"AdaLoRA needs at least 4 training steps, got {steps}.")
+    config = AdaLoraConfig(
+        target_r=rank,
+        init_r=max(rank + 1, round(_INITIAL * rank)),
+        tinit=steps // 10,
+        tfinal=max(1, steps // 3),
+        deltaT=max(1, steps // 100),
+        total_step=steps,
+        lora_alpha=round(alpha_ratio * rank),
+        target_modules=list(targets),
+        lora_dropout=dropout,
+        task_type="CAUSAL_LM",
+    )
+    with detached(model):
+        with fixed_rng(seed):
+            adapted: Any = get_peft_model(model, config)
+        allocate = adapted.base_model.update_and_allocate
+        train(adapted, data, training, seed=seed, on_step=on_step, before_zero_grad=allocate)
+        yield adapted
+
+
+@contextmanager
+def eva(
+    model: Any,  # noqa: ANN401
+    data: Examples,
+    training: TrainingConfig,
+    *,
+    rank: int,
+    seed: int,
+    targets: Sequence[str] = TARGETS,
+    alpha_ratio: float = ALPHA_RATIO,
+    dropout: float = 0.0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Iterator[Any]:
+    """A model recovered by EVA, which allocates ranks by the variance of each module's inputs before it trains.
+
+    Its singular vectors are also the initialisation, as in PEFT (rho = 2). They are taken from the first batches of the
+    training data.
+
+    Args:
+        model: The pruned model.
+        data: What to train on.
+        training: Settings of the training loop.
+        rank: Mean rank of all adapted modules.
+        seed: Of data order, and of what else is drawn.
+        targets: Names of the adapted modules.
+        alpha_ratio: Alpha as a multiple of the rank.
+        dropout: LoRA's dropout.
+        on_step: Called with (step, loss) after each step.
+
+    Raises:
+        FloatingPointError: The loss is not finite.
+    """
+    from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=round(alpha_ratio * rank),
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=2),
+        target_modules=list(targets),
+        lora_dropout=dropout,
+        task_type="CAUSAL_LM",
+    )
+    device = next(model.parameters()).device
+    rows = batches(len(data), training, seed)[:_EVA_BATCHES]
+    inputs = [{name: t.to(device) for name, t in data.batch(row).items() if name != "labels"} for row in rows]
+    with detached(model):
+        with fixed_rng(seed):
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+            initialize_lora_eva_weights(adapted, inputs, show_progress_bar=False)
+        train(adapted, data, training, seed=seed, on_step=on_step)
+        yield adapted
+
+
+def fisher_information(
+    model: Any,  # noqa: ANN401
+    data: Examples,
+    *,
+    n_examples: int = 16,
+    targets: Sequence[str] = TARGETS,
+) -> dict[int, float]:
+    """Fisher information of each layer's adapted weights: the sum of the squared gradients of an example's loss.
+
+    Args:
+        model: The pruned model; it is left as it was.
+        data: Examples; the first ones are used, one at a time.
+        n_examples: How many.
+        targets: Names of the adapted modules.
+
+    Returns:
+        ``{layer index: mean over examples of the sum of squared gradients}``.
+    """
+    import torch
+
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training, device = model.training, next(model.parameters()).device
+    weights: dict[int, list[Any]] = {}
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if parts[-1] in targets and "layers" in parts:
+            weights.setdefault(int(parts[parts.index("layers") + 1]), []).append(module.weight)
+    found = dict.fromkeys(weights, 0.0)
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        for group in weights.values():
+            for weight in group:
+                weight.requires_grad_(True)
+        n = min(n_examples, len(data))
+        for row in range(n):
+            batch = {name: tensor.to(device) for name, tensor in data.batch([row]).items()}
+            with torch.enable_grad():
+                loss = model(**batch, use_cache=False).loss
+                grads = iter(torch.autograd.grad(loss, [w for group in weights.values() for w in group]))
+            for layer, group in weights.items():
+                found[layer] += sum(float(next(grads).float().square().sum()) for _ in group) / n
+    finally:
+        model.train(training)
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+    return found
+
+
+def proportional_ranks(
+    shares: Mapping[int, float], costs: Mapping[int, float], candidates: Sequence[int], budget: float
+) -> dict[int, int]:
+    """Ranks in proportion to what each layer is worth, within a budget: all scaled alike, then rounded to candidates.
+
+    Args:
+        shares: Worth by layer, not negative.
+        costs: Parameters per rank, by layer.
+        candidates: Ranks that a layer may take, in rising order.
+        budget: Most parameters in all.
+
+    Returns:
+        The ranks of the largest scale that keeps within the budget; the smallest candidates where none does.
+    """
+    layers = list(shares)
+    worth = np.asarray([max(float(shares[layer]), 1e-30) for layer in layers])
+    cost = np.asarray([costs[layer] for layer in layers])
+    choices = np.asarray(candidates, dtype=np.float64)
+
+    def at(log_scale: float) -> NDArray[np.float64]:
+        wanted = np.minimum(np.exp(log_scale) * worth / worth.max(), choices[-1])  # beyond, all choices look alike
+        return np.asarray(choices[np.abs(choices - wanted[:, None]).argmin(1)])
+
+    low, high = -30.0, 30.0 + float(np.log(worth.max() / worth.min()))
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle) @ cost <= budget else (low, middle)
+    return {layer: int(rank) for layer, rank in zip(layers, at(low), strict=True)}

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rankadaptor_optuna.recovery.data import Examples
+from rankadaptor_optuna.recovery.evaluate import block_losses
+from rankadaptor_optuna.recovery.lora import attached, lora_config
+from rankadaptor_optuna.recovery.references import (
+    adalora,
+    adapter_parameters,
+    eva,
+    fisher_information,
+    proportional_ranks,
+)
+from rankadaptor_optuna.recovery.train import TrainingConfig
+
+CONFIG = TrainingConfig(steps=16, batch_size=2, learning_rate=0.02)
+COST = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64)  # parameters per rank of all modules of a layer
+
+
+@pytest.fixture
+def data(blocks):
+    return Examples.of_blocks(blocks)
+
+
+@pytest.mark.parametrize("method", [adalora, eva])
+def test_it_recovers_and_leaves_the_model_as_it_was(model, data, blocks, method):
+    before = block_losses(model, blocks)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with method(model, data, CONFIG, rank=4, seed=0) as adapted:
+        assert block_losses(adapted, blocks).mean() < before.mean() - 0.5
+    assert {name for name, _ in model.named_parameters()} == set(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert (block_losses(model, blocks) == before).all()
+
+
+@pytest.mark.parametrize("method", [adalora, eva])
+def test_the_same_seed_gives_the_same_recovery(model, data, blocks, method):
+    losses = []
+    for seed in (0, 0, 1):
+        with method(model, data, CONFIG, rank=4, seed=seed) as adapted:
+            losses.append(block_losses(adapted, blocks).mean())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def ranks_in_use(adapted):
+    found = []
+    for module in adapted.modules():
+        if getattr(module, "lora_E", None):
+            found.append(int((module.lora_E["default"] != 0).sum()))
+        elif getattr(module, "lora_A", None):
+            found.append(module.r["default"])
+    return found
+
+
+@pytest.mark.parametrize("method", [adalora, eva])
+def test_the_ranks_have_the_mean_asked_for_and_differ(model, data, method):
+    with method(model, data, CONFIG, rank=4, seed=0) as adapted:
+        ranks = ranks_in_use(adapted)
+    assert sum(ranks) == 4 * 28
+    assert len(set(ranks)) > 1
+
+
+def test_parameters_in_use_are_rank_times_in_plus_out(model, data):
+    with attached(model, lora_config({0: 2, 3: 8}), seed=0) as adapted:
+        assert adapter_parameters(adapted) == 10 * COST
+        assert adapter_parameters(adapted) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    with adalora(model, data, CONFIG, rank=4, seed=0, targets=["q_proj"]) as adapted:
+        assert adapter_parameters(adapted) == sum(ranks_in_use(adapted)) * 64 == 4 * 4 * 64
+    assert adapter_parameters(model) == 0
+
+
+def test_adalora_needs_steps_for_its_phases(model, data):
+    with (
+        pytest.raises(ValueError, match="at least 4 training steps, got 3"),
+        adalora(model, data, TrainingConfig(steps=3), rank=4, seed=0),
+    ):
+        pass
+
+
+def test_fisher_information_is_the_mean_of_the_squared_gradients_of_each_example(any_model, data):
+    any_model.train()
+    found = fisher_information(any_model, data, n_examples=3)
+    assert any_model.training
+    assert all(p.requires_grad and p.grad is None for p in any_model.parameters())
+    any_model.eval()
+    expected = dict.fromkeys(range(4), 0.0)
+    for ids in data.ids[:3]:
+        any_model.zero_grad()
+        any_model(input_ids=ids[None], labels=ids[None]).loss.backward()
+        for name, parameter in any_model.named_parameters():
+            if "proj.weight" in name:
+                expected[int(name.split(".")[2])] += float(parameter.grad.square().sum()) / 3
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_ranks_follow_the_shares_and_use_the_budget():
+    shares, costs = {0: 1.0, 1: 2.0, 2: 4.0, 3: 1.0}, dict.fromkeys(range(4), 10)
+    assert proportional_ranks(shares, costs, range(1, 65), 8 * 4 * 10) == {0: 4, 1: 8, 2: 16, 3: 4}
+    found = proportional_ranks(shares, costs, (2, 4, 6, 8, 10, 12), 8 * 4 * 10)
+    assert found[2] >= found[1] >= found[0] == found[3]
+    assert 260 <= sum(10 * rank for rank in found.values()) <= 320
+
+
+def test_where_no_scale_fits_the_smallest_candidates_are_taken():
+    assert proportional_ranks({0: 1.0, 1: 1.0}, {0: 10, 1: 10}, (2, 4), 5) == {0: 2, 1: 2}
+    assert proportional_ranks({0: 0.0, 1: 1.0}, {0: 10, 1: 10}, (0, 4), 45) == {0: 0, 1: 4}
