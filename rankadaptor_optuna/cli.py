@@ -104,6 +104,26 @@ def _parser() -> argparse.ArgumentParser:
     give.add_argument("--merge", action="store_true", help="write the merged model too")
     give.set_defaults(run=_export)
 
+    versus = commands.add_parser(
+        "compare",
+        help="the recommended ranks beside uniform LoRA, AdaLoRA, EVA and Fisher-proportional ranks",
+        description="Recovers with each, on the same data and fresh seeds, within the same parameters, and prints a "
+        "table. Run it again with the same --out to go on where it stopped.",
+    )
+    versus.add_argument("--storage", required=True, metavar="URL", help="Optuna storage")
+    versus.add_argument("--study", default="search", metavar="NAME", help="study name (default: %(default)s)")
+    versus.add_argument(
+        "--out", type=Path, default=Path("rankadaptor-compare"), metavar="DIR", help="default: %(default)s"
+    )
+    versus.add_argument(
+        "--pruned", type=Path, metavar="DIR", help="the pruned model (default: made as the recipe says)"
+    )
+    versus.add_argument("--seeds", type=int, default=3, metavar="N", help="fresh seeds (default: %(default)s)")
+    versus.add_argument("--tasks", metavar="T,T,...", help="lm-eval tasks (default: held-out loss alone)")
+    versus.add_argument("--include-path", metavar="DIR", help="folder of further lm-eval tasks")
+    versus.add_argument("--limit", type=int, metavar="N", help="items per task (default: all)")
+    versus.set_defaults(run=_compare)
+
     cut = commands.add_parser(
         "prune",
         help="remove the least important parts of a model",
@@ -213,6 +233,29 @@ def _export(args: argparse.Namespace) -> None:
     options = {"pruned": args.pruned, "steps": args.steps, "seed": args.seed, "merge": args.merge}
     export(args.storage, args.study, args.out, **options, say=lambda line: print(line, flush=True))
     print(f"Adapter, rank_pattern.json and model card: {args.out}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    import optuna
+
+    from rankadaptor_optuna.compare import compare, table
+    from rankadaptor_optuna.embedded import quiet
+    from rankadaptor_optuna.report import as_text
+
+    quiet()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rows = compare(
+        args.storage,
+        args.study,
+        args.out,
+        pruned=args.pruned,
+        seeds=args.seeds,
+        tasks=[name for name in (args.tasks or "").split(",") if name],
+        include_path=args.include_path,
+        limit=args.limit,
+        say=lambda line: print(line, flush=True),
+    )
+    print(f"\n{as_text(table(rows))}\n\nMarkdown, JSON and picture: {args.out}")
 
 
 def _prune(args: argparse.Namespace) -> None:

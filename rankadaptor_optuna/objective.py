@@ -85,12 +85,10 @@ class RecoveryObjective:
         self.training = training or TrainingConfig()
         self.seed = seed
         self.on_step = on_step
-        self._targets = tuple(targets)
-        self._alpha_ratio = alpha_ratio
-        self._dropout = dropout
+        self.lora: dict[str, Any] = {"targets": tuple(targets), "alpha_ratio": alpha_ratio, "dropout": dropout}
         self._report_every = report_every
-        read = partial(_examples, tokenizer, length=block_length, mask_prompt=mask_prompt)
-        self._train = read(train)
+        read = partial(examples_of, tokenizer, length=block_length, mask_prompt=mask_prompt)
+        self.train = read(train)
         self.held_out = read(validation, limit=validation_blocks)
         self._report = self.held_out.first(report_blocks)
 
@@ -120,7 +118,7 @@ class RecoveryObjective:
         if not any(adapted.values()):  # nothing to train: the pruned model as it is
             yield self.model
             return
-        config = lora_config(adapted, targets=self._targets, alpha_ratio=self._alpha_ratio, dropout=self._dropout)
+        config = lora_config(adapted, **self.lora)
         with attached(self.model, config, seed=seed) as model:
 
             def after(step: int, loss: float) -> None:
@@ -129,7 +127,7 @@ class RecoveryObjective:
                 if on_step is not None:
                     on_step(model, step + 1)
 
-            result = train(model, self._train, self.training, seed=seed, on_step=after)
+            result = train(model, self.train, self.training, seed=seed, on_step=after)
             if on_trained is not None:
                 on_trained(result)
             yield model
@@ -167,7 +165,7 @@ class RecoveryObjective:
         return loss
 
 
-def _examples(
+def examples_of(
     tokenizer: Any,  # noqa: ANN401
     data: Sequence[str] | Sequence[Mapping[str, Any]],
     *,
@@ -175,6 +173,18 @@ def _examples(
     mask_prompt: bool,
     limit: int | None = None,
 ) -> Examples:
+    """Examples of texts, packed into blocks, or of instruction records.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        data: Texts or records.
+        length: Tokens of a block; of a record at most.
+        mask_prompt: Whether of records the response alone counts.
+        limit: At most so many blocks or records. Default: all.
+
+    Raises:
+        ValueError: There is too little text, a record lacks a field, or there are some of each.
+    """
     records = [item for item in data if isinstance(item, Mapping)]
     if not records:
         texts = [item for item in data if isinstance(item, str)]

@@ -32,7 +32,7 @@ from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
 from rankadaptor_optuna.study import create_study, masked
 from rankadaptor_optuna.texts import Texts, load_texts
-from rankadaptor_optuna.worker import bar, check_out, open_shared, run_trials, write_text
+from rankadaptor_optuna.worker import Results, bar, check_out, open_shared, run_trials, write_text
 
 N_REPORT_SEEDS = 3
 _BLOCK = 256
@@ -108,20 +108,6 @@ class Quickstart:
     def training(self) -> TrainingConfig:
         """Settings of one recovery."""
         return TrainingConfig(steps=self.steps)
-
-
-class _Results:
-    """What was measured so far, as JSON in ``out``; each value is computed once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def get(self, key: str, compute: Callable[[], Any]) -> Any:  # noqa: ANN401
-        if key not in self.values:
-            self.values[key] = compute()
-            write_text(self._path, json.dumps(self.values, indent=1))
-        return self.values[key]
 
 
 def storage_url(config: Quickstart) -> str:
@@ -213,7 +199,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[_Results, RecoveryObjective, _Meter]:
+def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[Results, RecoveryObjective, _Meter]:
     """The pruned model, ready for trials, and the measurements of dense and pruned."""
     folder = config.out / "pruned"
     dense = fresh = None
@@ -248,7 +234,7 @@ def _prepare(config: Quickstart, recipe: dict[str, Any], texts: Texts) -> tuple[
         config.out.mkdir(parents=True, exist_ok=True)
         write_text(config.out / "settings.json", json.dumps(recipe, indent=1))
         fresh.save(folder, tokenizer)
-    results = _Results(config.out / "results.json")
+    results = Results(config.out / "results.json")
     meter = _Meter(texts, tokenizer)
     results.get("dense", lambda: meter.measure("dense", dense or load_model(config.model)[0]))
     results.get("pruned", lambda: meter.measure("pruned", model))
@@ -287,7 +273,7 @@ def _confirm(
     job: RecoveryObjective,
     meter: _Meter,
     config: Quickstart,
-    results: _Results,
+    results: Results,
 ) -> dict[str, Any]:
     """Losses of a configuration on fresh seeds and unseen text; the first recommended recovery is saved."""
     key = f"ranks {','.join(str(rank) for rank in ranks.values())}"

@@ -92,6 +92,7 @@ class Data:
         train: Text file, JSONL file or Hub data set (``texts.read_records``). Default: the embedded text.
         validation: The same, for the score; must not share records with ``train``. Default: of the embedded text its
             validation part, of anything else every tenth record.
+        report: The same, for comparisons after the search, which must see neither. Default: likewise.
         block_length: Tokens of a block of text; of an instruction record at most.
         validation_blocks: Blocks or records that a trial is scored on.
         mask_prompt: Whether of instruction records the response alone counts.
@@ -100,6 +101,7 @@ class Data:
 
     train: str | None = None
     validation: str | None = None
+    report: str | None = None
     block_length: int = 256
     validation_blocks: int = 12
     mask_prompt: bool = True
@@ -109,6 +111,21 @@ class Data:
         for name in ("block_length", "validation_blocks", "limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Texts or instruction records, none of which is in two parts.
+
+    Attributes:
+        train: To train on.
+        validation: To score trials on.
+        report: To report on, which no search sees.
+    """
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    report: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -226,7 +243,7 @@ class Recipe:
         """
         from rankadaptor_optuna.objective import RecoveryObjective
 
-        train, validation = self.read_data()
+        parts = self.read_data()
         space = RankSpace.from_model(
             model,
             self.space.candidates,
@@ -239,8 +256,8 @@ class Recipe:
             model,
             tokenizer,
             space,
-            train=train,
-            validation=validation,
+            train=parts.train,
+            validation=parts.validation,
             training=self.training,
             block_length=self.data.block_length,
             validation_blocks=self.data.validation_blocks,
@@ -253,8 +270,8 @@ class Recipe:
             **settings,
         )
 
-    def read_data(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Texts or instruction records to train and to score on.
+    def read_data(self) -> Parts:
+        """Texts or instruction records to train on, to score trials on, and to report on.
 
         Raises:
             ValueError: They cannot be read.
@@ -263,19 +280,19 @@ class Recipe:
 
         if self.data.train is None:
             texts = load_texts()
-            train: Sequence[Any] = texts.train
-            validation: Sequence[Any] = texts.validation
+            parts = Parts(texts.train, texts.validation, texts.report)
         else:
-            everything = read_records(self.data.train, limit=self.data.limit)
-            train = [record for i, record in enumerate(everything) if i % 10 != 9]
-            validation = everything[9::10]
-            if self.data.validation is not None:
-                train = everything
-        if self.data.validation is not None:
-            validation = read_records(self.data.validation, limit=self.data.limit)
-        if not validation:
-            raise ValueError("data.validation: too few records to keep every tenth for the score; name other data.")
-        return train, validation
+            records = read_records(self.data.train, limit=self.data.limit)
+            named = {8: self.data.report, 9: self.data.validation}
+            held = {tenth for tenth, name in named.items() if name is None}
+            train = [record for i, record in enumerate(records) if i % 10 not in held]
+            parts = Parts(train, records[9::10], records[8::10])
+        for name in ("validation", "report"):
+            if (source := getattr(self.data, name)) is not None:
+                parts = replace(parts, **{name: read_records(source, limit=self.data.limit)})
+            if not getattr(parts, name):
+                raise ValueError(f"data.{name}: too few records to keep every tenth for it; name other data.")
+        return parts
 
 
 PRESETS = {

@@ -30,6 +30,21 @@ def write_text(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
+class Results:
+    """What was measured so far, as JSON in a file; each value is computed once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:  # noqa: ANN401
+        """The value of a key, computed and written where it is not there yet."""
+        if key not in self.values:
+            self.values[key] = compute()
+            write_text(self._path, json.dumps(self.values, indent=1))
+        return self.values[key]
+
+
 def check_out(out: Path, recipe: dict[str, Any]) -> None:
     """Checks that a folder is new, empty, or of an earlier run with the same settings.
 

@@ -102,11 +102,13 @@ def test_every_tenth_record_is_kept_for_the_score_unless_other_data_is_named(tmp
     train.write_text("".join(json.dumps({"instruction": str(i), "output": "x"}) + "\n" for i in range(25)))
     other.write_text("one\n\ntwo\n")
     recipe = Recipe.from_dict({"data": {"train": str(train)}})
-    first, second = recipe.read_data()
-    assert [r["instruction"] for r in second] == ["9", "19"]
-    assert len(first) == 23
+    parts = recipe.read_data()
+    assert [r["instruction"] for r in parts.validation] == ["9", "19"]
+    assert [r["instruction"] for r in parts.report] == ["8", "18"]
+    assert len(parts.train) == 21
     recipe = Recipe.from_dict({"data": {"train": str(train), "validation": str(other)}})
-    assert [len(part) for part in recipe.read_data()] == [25, 2]
+    parts = recipe.read_data()
+    assert [len(part) for part in (parts.train, parts.validation, parts.report)] == [23, 2, 2]
     with pytest.raises(ValueError, match=r"data\.validation: too few records"):
         Recipe.from_dict({"data": {"train": str(train), "limit": 5}}).read_data()
 
