@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -35,8 +34,10 @@ from rankadaptor_optuna.embedded import cache_dir, load_model, quiet
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.pruning.calibration import draw_samples
 from rankadaptor_optuna.pruning.importance import CRITERIA, unit_importance
-from rankadaptor_optuna.pruning.methods import METHODS, Options, plan_pruning, silenced
-from rankadaptor_optuna.pruning.structure import layer_shape, transformer_layers
+from rankadaptor_optuna.pruning.methods import METHODS, silenced
+from rankadaptor_optuna.pruning.shortened import block_importance
+from rankadaptor_optuna.pruning.slimgpt import slimgpt
+from rankadaptor_optuna.pruning.structure import Kind, layer_shape, transformer_layers
 from rankadaptor_optuna.recovery.data import token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses, evaluate_tasks
 
@@ -131,23 +132,29 @@ def table(kept: Kept, n_tokens: int, n_items: int, ratios: tuple[float, ...]) ->
 
 
 def predicted_order(kept: Kept, n_layers: int) -> list[dict[str, Any]]:
-    """Rank correlation of the importance of heads and portions of channels with what their removal does to the loss."""
+    """Rank correlation of the importance of heads and groups of channels with what their removal does to the loss.
+
+    A group is an eighth of a layer's channels, those of like importance by ``param_first``.
+    """
     model, tokenizer = load_model(dtype=torch.float32)
     text = (data_folder() / "wikitext2" / "validation.txt").read_text(encoding="utf-8")
     samples = draw_samples(tokenizer, [text], n_samples=10, sample_length=128, seed=0)
     layers = transformer_layers(model)
-    chosen = list(np.linspace(1, len(layers) - 2, n_layers).round().astype(int))
-    n_portions = 8
+    chosen = np.linspace(1, len(layers) - 2, n_layers).round().astype(int).tolist()
+    first = unit_importance(model, samples, chosen)["channels"]
+    groups: dict[Kind, dict[int, list[list[int]]]] = {
+        "heads": {layer: [[unit] for unit in range(layer_shape(layers[layer]).heads)] for layer in chosen},
+        "channels": {layer: [part.tolist() for part in first[layer].argsort().chunk(8)] for layer in chosen},
+    }
 
     def losses() -> dict[str, list[float]]:
         whole = block_losses(model, samples).mean()
-        found: dict[str, list[float]] = {"heads": [], "channels": []}
-        for layer in chosen:
-            shape = layer_shape(layers[layer])
-            for kind, n, size in (("heads", shape.heads, 1), ("channels", n_portions, shape.channels // n_portions)):
-                for i in range(n):
-                    left = sorted(set(range(n * size)) - set(range(i * size, (i + 1) * size)))
-                    with silenced(model, {kind: {layer: left}}):  # type: ignore[dict-item]
+        found: dict[str, list[float]] = {kind: [] for kind in groups}
+        for kind, by_layer in groups.items():
+            for layer, parts in by_layer.items():
+                units = range(getattr(layer_shape(layers[layer]), kind))
+                for part in parts:
+                    with silenced(model, {kind: {layer: sorted(set(units) - set(part))}}):
                         found[kind].append(float(block_losses(model, samples).mean() - whole))
         return found
 
@@ -156,18 +163,22 @@ def predicted_order(kept: Kept, n_layers: int) -> list[dict[str, Any]]:
     for criterion in CRITERIA:
         importance = unit_importance(model, samples, chosen, criterion=criterion)
         row: dict[str, Any] = {"criterion": criterion}
-        for kind in ("heads", "channels"):
-            values = [importance[kind][layer] for layer in chosen]  # type: ignore[index]
-            if kind == "channels":
-                values = [v.view(n_portions, -1).sum(1) for v in values]
-            result = stats.spearmanr(torch.cat(values).numpy(), measured[kind])
-            row |= {kind: f"{result.statistic:.2f}", f"{kind} p": f"{result.pvalue:.1g}"}
+        for kind, by_layer in groups.items():
+            values = [float(importance[kind][layer][part].sum()) for layer in by_layer for part in by_layer[layer]]
+            result = stats.spearmanr(values, measured[kind])
+            row |= {f"{kind}, rank correlation": f"{result.statistic:.2f}", f"{kind} p": f"{result.pvalue:.1g}"}
         rows.append(row)
     return rows
 
 
+def resident(field: str) -> int:
+    """This process's memory now ("VmRSS") or at most so far ("VmHWM"), in KiB; Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
 def peak(method: str, hidden: int, n_layers: int) -> dict[str, float]:
-    """Megabytes of a random LLaMA, of one block of it, and that a method takes beside it; for a process of its own."""
+    """MiB of a random LLaMA, of one block of it, and that a method takes beside it; for a process of its own."""
     torch.set_num_threads(1)
     config = LlamaConfig(
         vocab_size=2048,
@@ -177,15 +188,25 @@ def peak(method: str, hidden: int, n_layers: int) -> dict[str, float]:
         num_attention_heads=hidden // 64,
     )
     model = LlamaForCausalLM(config).eval()
-    facts = METHODS[method]
     samples = torch.randint(0, 2048, (10, 128), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         model(samples[:1])  # what a forward pass takes anyway
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    plan_pruning(method, model, samples, Options(0.25, range(n_layers), facts.criteria[0]))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here: building the model had its own
+    before = resident("VmRSS")
+    states, waiting = 2, 0  # what waits in main memory when the model is on an accelerator
+    if method == "llm-pruner":
+        unit_importance(model, samples, range(n_layers))
+        states = n_layers + 1
+    elif method == "shortened":
+        block_importance(model, samples, range(n_layers))
+    else:
+        found = slimgpt(model, samples, range(n_layers), ratio=0.25, multiple_of=32)
+        waiting = sum(weight.numel() for weight in found.weights.values())
+    after = resident("VmHWM")
+    waiting += states * samples.numel() * hidden
     size = [sum(p.numel() for p in m.parameters()) * 4 / 2**20 for m in (model, transformer_layers(model)[0])]
-    return {"model": size[0], "block": size[1], "beside": (after - before) / 1024}
+    beside = (after - before) / 1024
+    return {"model": size[0], "block": size[1], "beside": beside, "on the device": beside - waiting * 4 / 2**20}
 
 
 def memory(kept: Kept, quick: bool) -> tuple[list[Any], dict[str, Any]]:
@@ -199,7 +220,9 @@ def memory(kept: Kept, quick: bool) -> tuple[list[Any], dict[str, Any]]:
 
             def measured(arguments: tuple[Any, ...] = (method, hidden, n_layers)) -> Any:  # noqa: ANN401
                 command = [sys.executable, __file__, "--peak", ",".join(map(str, arguments))]
-                return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                own = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # what is freed goes back
+                done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | own)
+                return json.loads(done.stdout)
 
             found.append(kept(f"peak-{method}-{hidden}-{n_layers}", measured))
             sizes = {key: f"{value:.0f} MiB" for key, value in found[-1].items()}
@@ -209,10 +232,10 @@ def memory(kept: Kept, quick: bool) -> tuple[list[Any], dict[str, Any]]:
                     "hidden": hidden,
                     "layers": n_layers,
                     **sizes,
-                    "in blocks": f"{found[-1]['beside'] / found[-1]['block']:.1f}",
+                    "in blocks": f"{found[-1]['on the device'] / found[-1]['block']:.1f}",
                 }
             )
-        in_blocks = max(f["beside"] / f["block"] for f in found)
+        in_blocks = max(f["on the device"] / f["block"] for f in found)
         needed = 2 * 6.74e9 / 2**30 + in_blocks * block
         rows.append(
             {
@@ -221,7 +244,7 @@ def memory(kept: Kept, quick: bool) -> tuple[list[Any], dict[str, Any]]:
                 "layers": 32,
                 "model": f"{2 * 6.74e9 / 2**30:.1f} GiB in 16 bit",
                 "block": f"{block:.2f} GiB",
-                "beside": f"{in_blocks * block:.1f} GiB projected",
+                "on the device": f"{in_blocks * block:.1f} GiB projected",
             }
         )
         checks[f"{method}: GiB projected for LLaMA-7B in 16 bit"] = check(needed, "<= 24")

@@ -86,7 +86,7 @@ def build_pruned(
 
     Args:
         model: The dense model; it stays as it is and shares no memory with the new one.
-        cut: The tensors that differ, by their name in the dense model.
+        cut: The tensors that differ, by their name in the dense model; on the CPU.
         pruning: What the config shall say of the pruning, JSON-able.
         layers: The blocks to keep, in rising order. Default: all.
 
@@ -105,7 +105,7 @@ def build_pruned(
         if not name.startswith("model.layers.") or block in renamed:
             new = cut.get(name, tensor)
             state[name.replace(block, renamed.get(block, block), 1)] = (
-                new.cpu() if new is not tensor else tensor.detach().to("cpu", copy=True)
+                tensor.detach().to("cpu", copy=True) if new is tensor else new
             )
     config = model.config
     if getattr(config, "layer_types", None) is not None:

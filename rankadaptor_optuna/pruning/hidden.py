@@ -128,9 +128,9 @@ def select_hidden(importance: torch.Tensor, *, ratio: float, share: float, heads
 
 
 def keep_hidden(model: PreTrainedModel, kept: list[int]) -> dict[str, torch.Tensor]:
-    """Cuts all parameters of a model down to some channels of its hidden state: new tensors by name."""
+    """Cuts all parameters of a model down to some channels of its hidden state: new tensors by name, on the CPU."""
     return {
-        name: tensor.detach().index_select(dim, torch.tensor(kept, device=tensor.device))
+        name: tensor.detach().index_select(dim, torch.tensor(kept, device=tensor.device)).cpu()
         for name, tensor in model.state_dict().items()
         if (dim := _dimension(name)) is not None
     }

@@ -56,7 +56,7 @@ class Plan:
     """What a method decided.
 
     Attributes:
-        cut: Tensors that differ from the dense model's, by name.
+        cut: Tensors that differ from the dense model's, by name; on the CPU.
         profile: What each layer of the dense model loses.
         layers: The blocks that stay, in rising order.
     """
@@ -224,8 +224,9 @@ def _slimgpt(model: PreTrainedModel, samples: torch.Tensor, options: Options) ->
 
 
 def _cut_units(layers: list[nn.Module], kept: Units) -> dict[str, torch.Tensor]:
+    """In main memory: an accelerator need not hold a second model."""
     return {
-        f"model.layers.{index}.{name}": tensor
+        f"model.layers.{index}.{name}": tensor.cpu()
         for kind in KINDS
         for index, units in kept[kind].items()
         for name, tensor in keep_units(layers[index], kind, units).items()

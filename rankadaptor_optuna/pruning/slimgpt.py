@@ -190,8 +190,15 @@ class _Surgeon:
     def __init__(self, weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> None:
         self.weight = weight.double()
         diagonal = hessian.diagonal()
-        diagonal += damping * diagonal.mean() + torch.finfo(torch.float32).tiny
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        mean = float(diagonal.mean()) + torch.finfo(torch.float32).tiny
+        for more in (1, 10, 100):
+            diagonal += more * damping * mean
+            factor, failed = torch.linalg.cholesky_ex(hessian)
+            if not failed:
+                break
+        else:
+            raise ValueError(f"a Hessian has no inverse even with {111 * damping:g} of its mean diagonal added to it")
+        self._inverse = torch.cholesky_inverse(factor)
 
     def errors(self, units: Sequence[int], width: int) -> torch.Tensor:
         """Squared output error that removing each of some units alone would leave, (units,)."""
