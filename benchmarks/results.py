@@ -54,8 +54,12 @@ def write(
         print(f"{'met   ' if found['ok'] else 'MISSED'}  {what}: {found['value']:g}, goal {found['goal']}")
     packages = {package: version(package) for package in ("optuna", "torch", "numpy")}
     environment = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
+    arguments = list(sys.argv[1:])
+    if "--folder" in arguments:  # where the machine that ran it keeps its studies says nothing to others
+        at = arguments.index("--folder")
+        del arguments[at : at + 2]
     report = {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
         "environment": {**environment, **packages},
         "seeds": seeds,
         "rows": list(rows),
