@@ -31,15 +31,16 @@ study.optimize(lambda trial: sum(r * i for i, r in space.suggest(trial).items())
 """
 SEARCH = f"""{OPEN}
 import random, time
-from pathlib import Path
-from rankadaptor_optuna.quickstart import Quickstart, _search
+from types import SimpleNamespace
+from rankadaptor_optuna.worker import run_trials
 class Job:
+    training = SimpleNamespace(steps=1)
     def __call__(self, trial):
         ranks = space.suggest(trial)
         time.sleep(random.uniform(0.1, 1))
         return sum(r * i for i, r in ranks.items())
 sys.stdin.readline()
-_search(study, Job(), Quickstart(Path("unused"), trials=int(sys.argv[2]), storage=sys.argv[1]))
+run_trials(study, Job(), int(sys.argv[2]), shared=True)
 print([t.number for t in study.trials if t.state.name == "COMPLETE"])
 """
 KILLED = f"""
