@@ -21,11 +21,10 @@ import torch
 from peers import OURS, ranks_of
 from race import finished, open_folder, search
 from recovery_tasks import TEST, load_task
-from results import check, interval, show, write
+from results import FOLDER, check, interval, show, write
 from scipy import stats
 
 from rankadaptor_optuna import PerformanceModel, RankSpace
-from rankadaptor_optuna.embedded import cache_dir
 from rankadaptor_optuna.surrogate.features import Array
 
 N_TRIALS = 25
@@ -68,7 +67,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"default: all of {', '.join(specs)}")
     parser.add_argument("--quick", action="store_true", help="two seeds of the first task")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--folder", type=Path, default=cache_dir() / "race", help="studies and losses of race.py")
+    parser.add_argument("--folder", type=Path, default=FOLDER / "race", help="studies and losses of race.py")
     args = parser.parse_args()
     if unknown := set(args.tasks) - specs.keys():
         parser.error(f"no task named {', '.join(sorted(unknown))}; there are {', '.join(specs)}")

@@ -7,142 +7,64 @@ and every trial is within the same budget. What a study found after 10, 25 and 5
 ``recommend`` makes of its trials) is recovered again with fresh seeds and scored on text that no search saw.
 
 Normalised regret (as in HPO-B): 0 is the best configuration that anything found on that task, 1 the mean of random
-allocations that use the budget. The trials are ordinary Optuna studies in ``--folder``: a run that was stopped goes
-on, more seeds or trials add to what is there, and two processes may take different tasks. The tasks and how they are
-trained: ``recovery_tasks.py``.
+allocations that use the budget. The lowest of hundreds of noisy losses is lower than it would be again, so what is best
+is measured anew on seeds that had no part in choosing it.
+
+The trials are ordinary Optuna studies in ``--folder``, the losses a CSV file a task: a run that was stopped goes on,
+more seeds or trials add to what is there, and two processes may take different tasks. The losses that the results rest
+on come with this file, so that the race can be run again without a recovery on a machine that makes the same models of
+the tasks (``recovery_tasks.py``). One that does not is told so, and needs another ``--folder``.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import itertools
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import optuna
 import torch
+from losses import Losses, Ranks, Task
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from peers import OURS, open_study, ranks_of, samplers
 from recovery_tasks import DEVELOPMENT, TEST, load_task, random_ranks
-from results import check, interval, show, write
+from results import FOLDER, check, interval, show, write
 from scipy import stats
+from synthetic_tasks import SYNTHETIC, Synthetic
 
 from rankadaptor_optuna import RankSpace, recommend
-from rankadaptor_optuna.embedded import cache_dir
-from rankadaptor_optuna.surrogate.features import Array, RankGrid
-from rankadaptor_optuna.surrogate.search import Allocations
+from rankadaptor_optuna.surrogate.features import Array
 
 CHECKPOINTS = (10, 25, 50)
 FRESH = (101, 102, 103)
+AGAIN = ((201, 202, 203), (301, 302, 303, 304, 305, 306))  # to choose the best of the few, and to measure it
+N_FEW = 10
 UNIFORM = (2, 4, 6, 8, 10, 12, 16)
 N_RANDOM = 20
 RECOMMEND = f"{OURS}, recommend"
 MODELLED = (OURS, "Random")  # whose trials recommend is tried on: its own sampler's, and those of none
 
-Ranks = Mapping[int, int]
 Studies = Mapping[tuple[str, int], Study]
 
 
-class Task(Protocol):
-    """What a race needs of a task."""
-
-    space: RankSpace
-
-    def losses(self, configurations: Sequence[Ranks], seed: Sequence[int], *, report: bool = False) -> list[float]:
-        """Losses of configurations, each with its seed."""
-
-
-@dataclass
-class Synthetic:
-    """A known function of the ranks plus noise: an additive score, smooth along the depth or without structure.
-
-    Its optimum is known exactly. A design aid beside the real tasks: it says what the samplers do where the noise and
-    the structure are set by hand.
-    """
-
-    name: str
-    smooth: bool
-    noise: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        n, rng = 24, np.random.default_rng(self.seed)
-        self.space = RankSpace(n, budget="uniform:8", costs=rng.uniform(0.7, 1.3, n).tolist())
-        depth = np.linspace(0, 1, n)
-        waves = sum(rng.standard_normal() * np.cos(np.pi * k * depth) / (1 + k) for k in range(5))
-        worth = np.exp(waves if self.smooth else 0.7 * rng.standard_normal(n))
-        ranks = np.asarray(self.space.candidates, dtype=np.float64)
-        self._table = worth[:, None] * -(ranks ** -rng.uniform(0.3, 0.9))[None]
-        allocations = Allocations.of(RankGrid.from_space(self.space), self.space.budget)
-        self.optimum = dict(zip(self.space.layers, allocations.ranks_of(allocations.best(self._table)), strict=True))
-        random = [self._value(random_ranks(self.space, rng)) for _ in range(200)]
-        self._scale = float(np.std(random))
-
-    def _value(self, ranks: Mapping[int, int]) -> float:
-        return float(sum(self._table[i, self.space.candidates.index(r)] for i, r in enumerate(ranks.values())))
-
-    def losses(self, configurations: Sequence[Ranks], seed: Sequence[int], *, report: bool = False) -> list[float]:
-        """Deterministic for a seed; the noise is in standard deviations of random allocations, none in the report."""
-        found = []
-        for ranks, own in zip(configurations, seed, strict=True):
-            key = hashlib.sha256(json.dumps([self.seed, own, *ranks.values()]).encode()).digest()[:8]
-            noise = np.random.default_rng(int.from_bytes(key)).standard_normal() * self.noise * self._scale
-            found.append(-self._value(ranks) + (0.0 if report else noise))
-        return found
-
-
-SYNTHETIC = tuple(
-    Synthetic(f"synthetic {'smooth' if smooth else 'rough'}, noise {noise}", smooth, noise, seed)
-    for seed, (smooth, noise) in enumerate([(True, 0.2), (True, 1.0), (False, 0.2), (False, 1.0)])
-)
-
-
-class Scores:
-    """Losses of a task, each configuration and seed computed once and kept in a file."""
-
-    def __init__(self, task: Task, file: Path) -> None:
-        self._task, self._file = task, file
-        lines = file.read_text().splitlines() if file.exists() else []
-        self._known = {key: loss for line in lines for key, loss in json.loads(line).items()}
-        self.n_computed = 0
-
-    def __call__(self, asked: Sequence[tuple[Ranks, int]], *, report: bool = False) -> list[float]:
-        """Losses of configurations with seeds, in their order."""
-        keys = [json.dumps([seed, report, *ranks.values()]) for ranks, seed in asked]
-        missing = {key: one for key, one in zip(keys, asked, strict=True) if key not in self._known}
-        for start in range(0, len(missing), 64):
-            some = list(missing.items())[start : start + 64]
-            losses = self._task.losses(
-                [ranks for _, (ranks, _) in some], [seed for _, (_, seed) in some], report=report
-            )
-            found = dict(zip((key for key, _ in some), losses, strict=True))
-            with self._file.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-            self._known |= found
-            self.n_computed += len(found)
-        return [self._known[key] for key in keys]
-
-
-def open_folder(folder: Path, name: str, task: Task) -> tuple[Scores, BaseStorage]:
+def open_folder(folder: Path, name: str, task: Task) -> tuple[Losses, BaseStorage]:
     """A task's losses and studies as the folder has them."""
     stem = folder / name.replace(" ", "-").replace(",", "")
-    return Scores(task, stem.with_suffix(".jsonl")), JournalStorage(
-        JournalFileBackend(str(stem.with_suffix(".journal")))
-    )
+    storage = JournalStorage(JournalFileBackend(str(stem.with_suffix(".journal"))))
+    return Losses(task, stem.with_suffix(".csv")), storage
 
 
 def search(
     name: str,
     space: RankSpace,
-    scores: Scores,
+    scores: Losses,
     storage: BaseStorage,
     n_trials: int,
     seeds: int,
@@ -208,20 +130,38 @@ def race(name: str, task: Task, folder: Path, n_trials: int, seeds: int) -> dict
         references = {k: r for k, r in references.items() if set(r.values()) <= set(space.candidates)}
         references["optimum", 0] = task.optimum
     everything: dict[Any, Ranks] = {**chosen, **references}
-    losses = scores([(ranks, seed) for ranks in everything.values() for seed in FRESH], report=True)
-    by_key = dict(zip(everything, np.reshape(losses, (-1, len(FRESH))).mean(1).tolist(), strict=True))
-    within = [loss for key, loss in by_key.items() if key[0] != "uniform" or key[1] == uniform]
+    losses = np.reshape(
+        scores([(r, seed) for r in everything.values() for seed in FRESH], report=True), (-1, len(FRESH))
+    )
+    by_key = dict(zip(everything, losses.mean(1).tolist(), strict=True))
+    within = [key for key in sorted(everything, key=by_key.__getitem__) if key[0] != "uniform" or key[1] == uniform]
+    few = list({tuple(everything[key].values()): everything[key] for key in within}.values())[:N_FEW]
+    gain = _gain_of_best(few, space.uniform(), scores)
+    random = losses[[key[0] == "random" for key in everything]]
+    between = [stats.spearmanr(*pair).statistic for pair in itertools.combinations(random.T, 2)]
     return {
         "task": name,
         "uniform": by_key["uniform", uniform],
-        "random": float(np.mean([by_key["random", i] for i in range(N_RANDOM)])),
-        "best": min(within),
+        "random": float(random.mean()),
+        "random sd": float(random.mean(1).std(ddof=1)),
+        "correlation between seeds": float(np.mean(between)),
+        "best": by_key["uniform", uniform] - gain,
+        "lowest": by_key[within[0]],
         "curve": {key[1]: loss for key, loss in by_key.items() if key[0] == "uniform"},
         "losses": {
             who: {n: [by_key[who, n, seed] for seed in range(seeds)] for n in checkpoints}
             for who in dict.fromkeys(key[0] for key in chosen)
         },
     }
+
+
+def _gain_of_best(few: Sequence[Ranks], uniform: Ranks, scores: Losses) -> float:
+    """By how much the best of a few configurations is better than uniform, as seeds say that did not choose it."""
+    means = []
+    for seeds in AGAIN:
+        losses = scores([(ranks, seed) for ranks in (uniform, *few) for seed in seeds], report=True)
+        means.append(np.reshape(losses, (-1, len(seeds))).mean(1))
+    return float(means[1][0] - means[1][means[0].argmin()])
 
 
 def regret(found: Mapping[str, Any], losses: Sequence[float] | float) -> Array:
@@ -233,6 +173,13 @@ def equivalent_rank(found: Mapping[str, Any], loss: float) -> float:
     """The uniform rank that would reach a loss, read off the measured ones on a log scale."""
     curve = -np.minimum.accumulate(list(found["curve"].values()))
     return float(2 ** np.interp(-loss, curve, np.log2(list(found["curve"]))))
+
+
+def discrimination(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether a task can tell allocations apart: more rank helps, random ones differ, and do so on other seeds, too."""
+    curve = {f"uniform {rank}": f"{loss:.4f}" for rank, loss in found["curve"].items()}
+    names = ("random", "random sd", "correlation between seeds")
+    return {"task": found["task"], **curve, **{name: f"{found[name]:.4f}" for name in names}}
 
 
 def summarise(all_found: Sequence[Mapping[str, Any]], checkpoints: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
@@ -288,7 +235,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds, 10 trials, first task and first world")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=50)
-    parser.add_argument("--folder", type=Path, default=cache_dir() / "race", help="studies and scores")
+    parser.add_argument("--folder", type=Path, default=FOLDER / "race", help="studies and scores")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.trials = 2, 10
@@ -308,6 +255,7 @@ def main() -> None:
             task: Task = worlds[name] if name in worlds else load_task(specs[name])
             found.append(race(name, task, args.folder, args.trials, args.seeds))
         if found:
+            show([discrimination(one) for one in found])
             rows, checks = summarise(found, checkpoints)
             show(rows)
             seeds = {"searches": args.seeds, "fresh": FRESH}

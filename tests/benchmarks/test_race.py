@@ -57,6 +57,7 @@ def test_a_race_that_was_stopped_goes_on_and_computes_nothing_twice(race, task, 
 @pytest.mark.filterwarnings("ignore:AutoSampler is left out")
 def test_regret_is_0_at_the_optimum_and_1_for_random_allocations(race, task, found):
     assert found["best"] == pytest.approx(task.losses([task.optimum], [0], report=True)[0])
+    assert found["correlation between seeds"] == pytest.approx(1)  # a world's report has no noise
     assert race.regret(found, found["best"]) == 0
     assert race.regret(found, found["random"]) == pytest.approx(1)
     rows, checks = race.summarise([found], [10])
@@ -70,6 +71,16 @@ def test_regret_is_0_at_the_optimum_and_1_for_random_allocations(race, task, fou
         if "RankAdaptor" not in who and "recommend" not in who
     ) == pytest.approx(mine, rel=1e-3)
     assert worse["goal"] == "<= 0"
+
+
+def test_losses_of_another_machines_models_are_refused(race, task, tmp_path):
+    losses = race.Losses(task, tmp_path / "losses.csv")
+    asked = [(task.space.uniform(), 3), (task.space.uniform(), 4)]
+    measured = losses(asked)
+    assert race.Losses(task, tmp_path / "losses.csv")(asked) == measured
+    other = race.Synthetic("other", smooth=True, noise=0.5, seed=10)
+    with pytest.raises(ValueError, match="move it away"):
+        race.Losses(other, tmp_path / "losses.csv")
 
 
 def test_the_equivalent_rank_is_read_off_the_uniform_curve(race):

@@ -1,0 +1,73 @@
+"""Losses of a task that a benchmark has measured, kept in a small file so that runs add up."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from rankadaptor_optuna import RankSpace
+
+Ranks = Mapping[int, int]
+_COLUMNS = ("seed", "part", "ranks", "loss")
+_PARTS = ("search", "report")
+_SAME = 1e-4  # rounding differs with what is recovered together, by far less
+
+
+class Task(Protocol):
+    """What a race needs of a task."""
+
+    space: RankSpace
+
+    def losses(self, configurations: Sequence[Ranks], seed: Sequence[int], *, report: bool = False) -> list[float]:
+        """Losses of configurations, each with its seed."""
+
+
+class Losses:
+    """Losses of a task, each configuration and seed computed once and kept in a CSV file.
+
+    Args:
+        task: What computes them.
+        file: Where they are kept; made on the first loss.
+
+    Raises:
+        ValueError: The file's first loss is not what the task gives: another machine trained another model, or the task
+            has changed.
+    """
+
+    def __init__(self, task: Task, file: Path) -> None:
+        self._task, self._file = task, file
+        self._known: dict[tuple[int, str, str], float] = {}
+        self.n_computed = 0
+        if not file.exists():
+            return
+        with file.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                self._known[int(row["seed"]), row["part"], row["ranks"]] = float(row["loss"])
+        for (seed, part, ranks), loss in list(self._known.items())[:1]:
+            configuration = dict(zip(task.space.layers, map(int, ranks.split()), strict=True))
+            now = task.losses([configuration], [seed], report=part == "report")[0]
+            if abs(now - loss) > _SAME:
+                raise ValueError(
+                    f"{file} has the loss {loss} of {ranks} where this machine measures {now}; move it away."
+                )
+
+    def __call__(self, asked: Sequence[tuple[Ranks, int]], *, report: bool = False) -> list[float]:
+        """Losses of configurations with seeds, in their order."""
+        keys = [(seed, _PARTS[report], " ".join(map(str, ranks.values()))) for ranks, seed in asked]
+        missing = {key: one for key, one in zip(keys, asked, strict=True) if key not in self._known}
+        for start in range(0, len(missing), 64):
+            some = list(missing.items())[start : start + 64]
+            losses = self._task.losses(
+                [ranks for _, (ranks, _) in some], [seed for _, (_, seed) in some], report=report
+            )
+            found = dict(zip((key for key, _ in some), losses, strict=True))
+            is_new = not self._file.exists()
+            with self._file.open("a", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerows([_COLUMNS] if is_new else [])
+                writer.writerows([*key, loss] for key, loss in found.items())
+            self._known |= found
+            self.n_computed += len(found)
+        return [self._known[key] for key in keys]
