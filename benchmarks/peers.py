@@ -148,9 +148,11 @@ def ranks_of(name: str, space: RankSpace, trial: BaseTrial) -> dict[int, int]:
 
 
 def projected(space: RankSpace, ranks: Mapping[int, int]) -> dict[int, int]:
-    """The configuration closest in shape to ``ranks`` that uses the budget: all ranks shifted alike, then rounded.
+    """The configuration closest in shape to ``ranks`` that uses the budget.
 
-    The shift is in log rank, where the candidates' ratios matter; it is the largest whose result is within the budget.
+    All ranks are shifted alike, in log rank, where the candidates' ratios matter, by the largest shift whose rounded
+    result is within the budget. What that leaves of the budget raises single layers by a candidate as long as one fits,
+    those first that rounding keeps furthest below what was wanted.
     """
     if space.budget is None:
         return dict(ranks)
@@ -167,4 +169,11 @@ def projected(space: RankSpace, ranks: Mapping[int, int]) -> dict[int, int]:
         middle = (low + high) / 2
         fits = costs[rows, at(middle)].sum() + space.fixed_cost <= space.budget
         low, high = (middle, high) if fits else (low, middle)
-    return {layer: space.candidates[i] for layer, i in zip(space.layers, at(low), strict=True)}
+    chosen = at(low)
+    while True:
+        higher = np.minimum(chosen + 1, len(steps) - 1)
+        left = space.budget - space.fixed_cost - costs[rows, chosen].sum()
+        fitting = np.flatnonzero((higher > chosen) & (costs[rows, higher] - costs[rows, chosen] <= left))
+        if not len(fitting):
+            return {layer: space.candidates[i] for layer, i in zip(space.layers, chosen, strict=True)}
+        chosen[fitting[(wanted + low - steps[chosen])[fitting].argmax()]] += 1

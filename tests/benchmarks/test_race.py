@@ -90,12 +90,16 @@ def test_the_equivalent_rank_is_read_off_the_uniform_curve(race):
     assert race.equivalent_rank(found, 0.0) == 16
 
 
-def test_a_projection_uses_the_budget_and_keeps_the_order(race):
+@pytest.mark.parametrize("costs", [[1] * 6, [1, 2, 1, 3, 1, 1]])
+def test_a_projection_uses_up_the_budget_and_keeps_the_order(race, costs):
     from peers import projected
 
-    space = RankSpace(6, (0, 4, 8, 16, 32), "uniform:8", costs=[1, 2, 1, 3, 1, 1])
+    space = RankSpace(6, (0, 4, 8, 16, 32), "uniform:8", costs=costs)
     for wanted in ([32] * 6, [0] * 6, [0, 4, 8, 16, 32, 32]):
         ranks = projected(space, dict(enumerate(wanted)))
         assert space.is_feasible(ranks)
-        assert space.cost(ranks) > 0.5 * space.budget
-        assert list(ranks.values()) == sorted(ranks.values())
+        for layer, rank in ranks.items():
+            raised = next((c for c in space.candidates if c > rank), None)
+            assert raised is None or not space.is_feasible({**ranks, layer: raised})
+        if len(set(costs)) == 1 and len(set(wanted)) > 1:
+            assert list(ranks.values()) == sorted(ranks.values())
