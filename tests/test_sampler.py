@@ -398,12 +398,15 @@ def test_anyones_ranks_are_learned_along_the_depth_at_once(name):
         }
         return float(sum((1 if layer < 12 else -1) * np.log2(1 + rank) for layer, rank in ranks.items()))
 
-    study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
-    study.optimize(run, n_trials=12)
-    best = study.best_value
-    study.sampler = RankAdaptorSampler(prior=None, seed=0)
-    study.optimize(run, n_trials=2)
-    assert min(t.value for t in study.trials[12:]) > best + 5
+    ahead = []
+    for seed in range(4):
+        study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=seed))
+        study.optimize(run, n_trials=12)
+        best = study.best_value
+        study.sampler = RankAdaptorSampler(prior=None, seed=seed)
+        study.optimize(run, n_trials=2)
+        ahead.append(min(t.value for t in study.trials[12:]) - best)
+    assert np.mean(ahead) > 5
 
 
 def test_values_of_a_study_with_changed_ranges_are_learned_from():
@@ -639,11 +642,14 @@ def test_infeasible_values_of_other_parameters_are_avoided():
         constrain(trial, rate + 3)  # diverges beyond 1e-3
         return objective(trial) + 10 * rate
 
-    study = new_study()
-    study.optimize(run, n_trials=25)
-    rates = np.log10([t.params["rate"] for t in study.trials[10:]])
-    assert np.mean(rates > -3) < 0.3
-    assert rates[rates <= -3].max() > -3.5
+    highest = []
+    for seed in range(3):
+        study = new_study(seed=seed)
+        study.optimize(run, n_trials=25)
+        rates = np.log10([t.params["rate"] for t in study.trials[10:]])
+        assert np.mean(rates > -3) < 0.3
+        highest.append(rates[rates <= -3].max())
+    assert max(highest) > -3.5
 
 
 @pytest.mark.skipif(not HAS_SET_CONSTRAINT, reason="Optuna 4 does not mark trials over the budget")
@@ -659,24 +665,23 @@ def test_trials_of_another_sampler_over_the_budget_do_not_narrow_the_search():
     assert proposed[0] == proposed[1]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_two_objectives_spread_over_the_front_within_the_budget(seed):
-    study = optuna.create_study(
-        directions=["maximize", "minimize"], sampler=RankAdaptorSampler(SPACE, prior=None, seed=seed)
-    )
-
+def test_two_objectives_spread_over_the_front_within_the_budget():
     def both(trial):
         ranks = SPACE.suggest(trial)
         return float(score(ranks)), SPACE.cost(ranks)
 
-    study.optimize(both, n_trials=20)
-    assert all(SPACE.is_feasible(ranks_of(t)) for t in study.trials)
-    costs = [t.values[1] / SPACE.budget for t in study.best_trials]
-    assert len(costs) >= 5
-    assert min(costs) < 0.5 < 0.9 < max(costs)
+    late = []
+    for seed in range(4):
+        sampler = RankAdaptorSampler(SPACE, prior=None, seed=seed)
+        study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        study.optimize(both, n_trials=20)
+        assert all(SPACE.is_feasible(ranks_of(t)) for t in study.trials)
+        costs = [t.values[1] / SPACE.budget for t in study.best_trials]
+        assert len(costs) >= 5
+        assert min(costs) < 0.5 < 0.9 < max(costs)
+        late += [(t.values[0], 8 * t.values[1] / SPACE.budget) for t in study.trials[10:]]
     # about as good as a uniform rank (a fraction, too) of the same cost would be; random ranks are worse by 11
-    late = [t.values[0] - score(dict.fromkeys(range(8), 8 * t.values[1] / SPACE.budget)) for t in study.trials[10:]]
-    assert np.mean(late) > -4
+    assert np.mean([value - score(dict.fromkeys(range(8), rank)) for value, rank in late]) > -4
 
 
 @pytest.mark.parametrize("fixed", [2, 12])

@@ -147,6 +147,7 @@ def groups(n_layers: int, mlp: MLP | None, n_series: int = 1) -> dict[str, slice
         "curvature": N_CURVATURE,
         "profile": N_PROFILE,
         "residual": n_layers,
+        "residual curvature": n_layers,
         "difference": N_FUNCTION * (n_series - 1),
         "mlp": 0 if mlp is None else mlp.n_features,
     }
@@ -189,7 +190,7 @@ def per_layer(grid: RankGrid, ranks: Array, mlp: MLP | None) -> Array:
     cosines = np.cos(np.pi * grid.depth[:, None] * np.arange(N_SMOOTH))
     profile = _profile(grid)[:, None]
     function = np.concatenate([t * cosines, t**2 * cosines[:, :N_CURVATURE], t * profile, t**2 * profile], axis=2)
-    blocks = [function, t * np.eye(n_layers)]
+    blocks = [function, t * np.eye(n_layers), t**2 * np.eye(n_layers)]
     blocks += [function * column[:, None] for column in contrasts(grid.n_series)[grid.series].T]
     if mlp is not None:
         blocks.append(mlp(mlp_inputs(grid, ranks)))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rankadaptor_optuna.space import RankSpace
     from rankadaptor_optuna.surrogate.paper import Network
 
-FORMAT = "performance-model-1"  # of files; they hold features, so it rises where these change, too
+FORMAT = "performance-model-2"  # of files; they hold features, so it rises where these change, too
 _DIFFERENCE = 0.7  # how much series differ, as a share of what they have in common
 _TREND = 2.0  # more rank helps, in units of how much layers vary, until the data says otherwise
 
@@ -93,7 +93,9 @@ class PerformanceModel:
     """Meta-learned MLP features and a closed-form Bayesian head (the role of the paper's section 3.2).
 
     The score is modelled as a sum over layers. Each layer's part has a component that is smooth along the depth, its
-    curvature in rank, one that follows what pruning took, a free residual, and the meta-learned MLP's features.
+    curvature in rank, one that follows what pruning took, a free residual with a curvature of its own, and the
+    meta-learned MLP's features. Beside the sum stands the square of the total (log) rank: the less of it there is, the
+    more each rank is worth.
 
     Args:
         space: The rank space (or a ``RankGrid`` of searched layers).
@@ -154,7 +156,7 @@ class PerformanceModel:
 
     @cached_property
     def _width(self) -> int:
-        return 1 + self._rank_width + ordinary(np.zeros((1, self._n_ordinary))).shape[1]
+        return 2 + self._rank_width + ordinary(np.zeros((1, self._n_ordinary))).shape[1]
 
     def encode(self, ranks: ArrayLike, points: ArrayLike | None = None) -> Array:
         """Features of configurations, (n, F): an intercept (not in paper mode), the ranks' and the other parameters'.
@@ -171,7 +173,7 @@ class PerformanceModel:
 
     def _rows(self, ranks: Array, points: Array) -> Array:
         rank_part = (per_layer(self.grid, ranks, self._mlp) - self._reference).sum(1)
-        return np.concatenate([np.ones((len(ranks), 1)), rank_part, ordinary(points)], axis=1)
+        return np.concatenate([np.ones((len(ranks), 1)), rank_part, rank_part[:, :1] ** 2, ordinary(points)], axis=1)
 
     def update(
         self, ranks: ArrayLike, scores: ArrayLike, points: ArrayLike | None = None, variance: ArrayLike = 0.0
@@ -262,14 +264,16 @@ class PerformanceModel:
         std[columns["curvature"]] = 0.5 * signal
         std[columns["profile"]] = 0.7 * signal
         std[columns["residual"]] = residual * signal
+        std[columns["residual curvature"]] = 0.5 * residual * signal
         std[columns["difference"]] = np.tile(_DIFFERENCE * std[: columns["profile"].stop], self.grid.n_series - 1)
         if self._prior is not None:
             std[columns["mlp"]] = belief * self._prior.std
             mean[columns["mlp"]] = belief * self._prior.mean
-        n_rest = self._width - 1 - self._rank_width
+        n_rest = self._width - 2 - self._rank_width
+        total = signal / np.sqrt(max(1, self.grid.n_layers))  # so that it bends alike at any depth
         return Hyperparameters(
-            mean=np.concatenate([[0.0], mean, np.zeros(n_rest)]),
-            std=np.concatenate([[3.0], std, np.full(n_rest, signal)]),
+            mean=np.concatenate([[0.0], mean, np.zeros(1 + n_rest)]),
+            std=np.concatenate([[3.0], std, [total], np.full(n_rest, signal)]),
             noise=noise,
         )
 
@@ -297,12 +301,20 @@ class PerformanceModel:
         return self.spread * mean, self.spread * std
 
     def _belief(self, weights: Array) -> Belief:
+        """The function of these weights; the square of the total by its tangent where the best trial is."""
+        ranks, square, rest = np.split(weights[1:], [self._rank_width, self._rank_width + 1])
         if self.grid.n_layers == 0:
-            return Belief(np.zeros((0, 1)), weights[1 + self._rank_width :], float(weights[0]))
-        values = self.grid.padded_values()
-        features = per_layer(self.grid, values.T, self._mlp) - self._reference
-        table = (features @ weights[1 : 1 + self._rank_width]).T
-        return Belief(table, weights[1 + self._rank_width :], float(weights[0]))
+            return Belief(np.zeros((0, 1)), rest, float(weights[0]))
+        total = self._total_of_best
+        features = per_layer(self.grid, self.grid.padded_values().T, self._mlp) - self._reference
+        table = (features @ ranks + 2 * square * total * features[:, :, 0]).T
+        return Belief(table, rest, float(weights[0] - square[0] * total**2))
+
+    @property
+    def _total_of_best(self) -> float:
+        """The total (log) rank of the observation with the best score, as far from uniform's as features have it."""
+        whole = np.flatnonzero(self.features[:, 0] > 0.5)
+        return float(self.features[whole[self._scores[whole].argmax()], 1]) if len(whole) else 0.0
 
     def sample(self, rng: np.random.Generator) -> Belief:
         """A Thompson draw from the posterior (from the prior where nothing has finished)."""

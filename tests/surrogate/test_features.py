@@ -113,9 +113,10 @@ def test_contrasts_treat_all_series_alike(n):
     assert len({round(x, 9) for x in similarity[~np.eye(n, dtype=bool)]}) <= 1
 
 
-def test_the_residual_group_tells_the_layers_apart():
-    residual = per_layer(GRID, RANKS, None)[:, :, groups(3, None)["residual"]]
-    assert residual == pytest.approx(GRID.scaled(RANKS)[:, :, None] * np.eye(3) / np.sqrt(3))
+@pytest.mark.parametrize(("group", "power"), [("residual", 1), ("residual curvature", 2)])
+def test_the_residual_groups_tell_the_layers_apart(group, power):
+    residual = per_layer(GRID, RANKS, None)[:, :, groups(3, None)[group]]
+    assert residual == pytest.approx(GRID.scaled(RANKS)[:, :, None] ** power * np.eye(3) / np.sqrt(3))
 
 
 def test_features_at_a_depth_are_the_same_in_models_of_any_number_of_layers(mlp):
@@ -125,7 +126,8 @@ def test_features_at_a_depth_are_the_same_in_models_of_any_number_of_layers(mlp)
 
     def shared(grid):
         features = per_layer(grid, np.full((1, grid.n_layers), 8.0), mlp)[0] * np.sqrt(grid.n_layers)
-        return np.delete(features, np.r_[groups(grid.n_layers, mlp)["residual"]], axis=1)
+        columns = groups(grid.n_layers, mlp)
+        return np.delete(features, np.r_[columns["residual"], columns["residual curvature"]], axis=1)
 
     assert shared(deep)[::2] == pytest.approx(shared(shallow))
 

@@ -138,12 +138,24 @@ def test_the_gain_is_the_difference_of_predictions_and_surer_than_both():
     assert model.predict_gain([8.0] * 10)[1] == pytest.approx(0)
 
 
-def test_the_beliefs_table_ranks_configurations_as_predict_does():
-    model, test = fitted(), configurations(20, seed=1)
+def test_the_beliefs_table_says_what_predict_does_at_the_total_rank_of_the_best_trial():
+    model, tried = fitted(), configurations(40)
+    best = tried[score(tried).argmax()]
+    test = np.stack([np.random.default_rng(i).permutation(best) for i in range(20)])
     columns = np.searchsorted(SPACE.candidates, test)
-    values = model.mean().table[np.arange(10), columns].sum(1)
+    belief = model.mean()
+    values = belief.offset + belief.table[np.arange(10), columns].sum(1)
     mean = model.predict(test)[0]
-    assert np.corrcoef(values, mean)[0, 1] == pytest.approx(1)
+    assert values * model.spread + score(tried).mean() == pytest.approx(mean)
+
+
+def test_what_the_total_rank_alone_decides_is_no_sum_over_layers_and_yet_is_learned():
+    def of_total(ranks):
+        return -((np.log2(1 + ranks).sum(1) - 32) ** 2)
+
+    test = configurations(50, seed=1)
+    mean, _ = fitted(80, scores=of_total(configurations(80))).predict(test)
+    assert np.corrcoef(mean, of_total(test))[0, 1] > 0.98
 
 
 def test_thompson_draws_differ_by_seed_and_centre_on_the_mean():
@@ -347,7 +359,7 @@ def test_a_file_that_holds_no_model_is_refused_by_name(spoil, tmp_path):
 
 def test_a_model_is_no_prior(tmp_path):
     fitted().save(tmp_path / "m")
-    with pytest.raises(ValueError, match="/m' has format 'performance-model-1'; this version reads '1'"):
+    with pytest.raises(ValueError, match="/m' has format 'performance-model-2'; this version reads '1'"):
         PerformanceModel(SPACE, prior=tmp_path / "m")
 
 
