@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import time
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -17,13 +15,14 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from rankadaptor_optuna.database import exclusively, patiently, reason
+from rankadaptor_optuna.database import masked as masked
 from rankadaptor_optuna.history import History, verification_seed
 from rankadaptor_optuna.sampler import SPACE_ATTR, RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.surrogate.encoding import rank_parameters
 
 RECIPE_ATTR = "rankadaptor:recipe"
-_LOCK = 7_236_117_601  # any number, the same in every worker
 _HEARTBEAT_S = 60
 
 
@@ -90,14 +89,6 @@ def differences(stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[st
     return [f"{key} was {was!s:.60}, now {given!s:.60}" for key, (was, given) in pairs.items() if was != given]
 
 
-def masked(url: str) -> str:
-    """A database URL without its password, for messages."""
-    try:
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
-        return "(not a database URL)"
-
-
 def open_storage(url: str) -> RDBStorage:
     """Opens a database, creating Optuna's tables at most once however many workers start together.
 
@@ -106,31 +97,19 @@ def open_storage(url: str) -> RDBStorage:
     """
     try:
         engine = sqlalchemy.create_engine(url)
-        with engine.connect() as connection:
-            if engine.dialect.name == "postgresql":  # released with the connection
-                connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(_LOCK)))
-            elif engine.dialect.name in ("mysql", "mariadb"):
-                connection.execute(sqlalchemy.select(sqlalchemy.func.get_lock("rankadaptor", 60)))
-            storage = _create_tables(url)
+        with exclusively(engine):
+            storage = patiently(lambda: _storage(url), engine)
         engine.dispose()
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise ValueError(f"cannot open the storage {masked(url)}: {reason}") from None
+        raise ValueError(f"cannot open the storage {masked(url)}: {reason(error)}") from None
     return storage
 
 
-def _create_tables(url: str) -> RDBStorage:
-    for attempt in range(10):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat is one
-                retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
-                return RDBStorage(url, heartbeat_interval=_HEARTBEAT_S, heartbeat_stale_trial_callback=retry)
-        except sqlalchemy.exc.DBAPIError:  # SQLite has no advisory lock: another worker was creating the same table
-            if attempt == 9 or not url.startswith("sqlite"):
-                raise
-            time.sleep(random.uniform(0.05, 0.3))  # noqa: S311
-    raise AssertionError("unreachable")
+def _storage(url: str) -> RDBStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat is one
+        retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
+        return RDBStorage(url, heartbeat_interval=_HEARTBEAT_S, heartbeat_stale_trial_callback=retry)
 
 
 def study_space(study: Study) -> RankSpace | None:
