@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -140,13 +141,11 @@ def main() -> None:
     write("pretrain_prior_part" if args.quick else "pretrain_prior", rows, checks, seeds=seeds)
     if args.write:
         PRETRAINED.parent.mkdir(exist_ok=True)
-        prior.save(
-            PRETRAINED,
-            {
-                "learned_from": f"{n_tasks} simulated recoveries (benchmarks/pretrain_prior.py), no real study",
-                "version": rankadaptor_optuna.__version__,
-            },
-        )
+        card = {
+            "learned_from": f"{n_tasks} simulated recoveries (benchmarks/pretrain_prior.py), no real study",
+            "version": rankadaptor_optuna.__version__,
+        }
+        replace(prior, card=card).save(PRETRAINED)
         print(f"wrote {PRETRAINED}")
 
 

@@ -1,43 +1,67 @@
-"""Safetensors files with a format in their metadata: how the performance model and its prior are kept."""
+"""Safetensors with a format in their metadata, in files and elsewhere: how performance model and prior are kept."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from rankadaptor_optuna.surrogate.features import Array
 
 
+def dumps(tensors: Mapping[str, NDArray[np.generic]], metadata: dict[str, str]) -> bytes:
+    """Tensors of any memory layout as the content of a safetensors file."""
+    return save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata)
+
+
+def loads(data: bytes, what: str, version: str) -> tuple[dict[str, Array], dict[str, str]]:
+    """Tensors and metadata of ``data``, whose metadata must have ``version`` as its ``format``.
+
+    Args:
+        data: Content of a safetensors file.
+        what: What it is, for messages.
+        version: The format that is read.
+
+    Raises:
+        ValueError: It is not safetensors, or of another format.
+    """
+    try:
+        tensors = {name: value.copy() for name, value in load(data).items()}
+    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a type of numbers that NumPy has not
+        raise ValueError(f"cannot read the {what}: {error}") from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata = header.get("__metadata__") or {}
+    if (found := metadata.get("format")) != version:
+        raise ValueError(f"{what} has format {found!r}; this version reads {version!r}.")
+    return tensors, metadata
+
+
 def write(path: str | os.PathLike[str], tensors: Mapping[str, NDArray[np.generic]], metadata: dict[str, str]) -> None:
-    """Writes tensors of any memory layout.
+    """Writes a file; see ``dumps``.
 
     Raises:
         ValueError: The file cannot be written.
     """
     try:
-        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        save_file(contiguous, os.fspath(path), metadata=metadata)
-    except (OSError, SafetensorError) as error:
+        Path(path).write_bytes(dumps(tensors, metadata))
+    except OSError as error:
         raise ValueError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
 
 def read(path: str | os.PathLike[str], what: str, version: str) -> tuple[dict[str, Array], dict[str, str]]:
-    """Tensors and metadata of a file whose metadata has ``version`` as its ``format``; ``what`` it holds, for messages.
+    """Reads a file; see ``loads``.
 
     Raises:
         ValueError: The file is missing, not safetensors, or of another format.
     """
     try:
-        with safe_open(os.fspath(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            found = metadata.get("format")
-            if found != version:
-                raise ValueError(f"{what} {os.fspath(path)!r} has format {found!r}; this version reads {version!r}.")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        data = Path(path).read_bytes()
+    except OSError as error:
         raise ValueError(f"cannot read the {what} {os.fspath(path)!r}: {error}") from error
+    return loads(data, f"{what} {os.fspath(path)!r}", version)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from rankadaptor_optuna.surrogate.features import MLP, Array
-from rankadaptor_optuna.surrogate.files import read, write
+from rankadaptor_optuna.surrogate.files import dumps, loads, read, write
 
 FORMAT = "1"
 PRETRAINED = Path(__file__).parent / "pretrained" / "prior.safetensors"
@@ -22,11 +27,13 @@ class Prior:
         mlp: Feature network.
         mean: Expected weight of each of its features, (M,), for standardised scores where higher is better.
         std: How far a new task's weight strays from that, (M,).
+        card: What it was learned from and how well it transfers, JSON-able.
     """
 
     mlp: MLP
     mean: Array
     std: Array
+    card: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, Array]:
@@ -36,8 +43,16 @@ class Prior:
             tensors |= {f"mlp.{i}.weight": weight, f"mlp.{i}.bias": bias}
         return tensors
 
+    @property
+    def checksum(self) -> str:
+        """What tells its weights from others', 12 hexadecimal digits; the card does not count."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.tensors.items()):
+            digest.update(f"{name}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()[:12]
+
     @classmethod
-    def of(cls, tensors: Mapping[str, Array]) -> Prior:
+    def of(cls, tensors: Mapping[str, Array], card: Mapping[str, Any] | None = None) -> Prior:
         """The prior that has these ``tensors``."""
         depth = sum(name.endswith(".weight") for name in tensors)
         return cls(
@@ -47,20 +62,45 @@ class Prior:
             ),
             mean=tensors["mean"],
             std=tensors["std"],
+            card=card or {},
         )
 
-    def save(self, path: str | os.PathLike[str], card: dict[str, str] | None = None) -> None:
-        """Writes safetensors; ``card`` (what it was learned from) goes into the metadata."""
-        write(path, self.tensors, {"format": FORMAT, **(card or {})})
+    def _metadata(self) -> dict[str, str]:
+        return {"format": FORMAT, "card": json.dumps(dict(self.card))}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes safetensors, with the card in the metadata."""
+        write(path, self.tensors, self._metadata())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Prior:
         """Reads what ``save`` wrote.
 
         Raises:
-            ValueError: The file is missing, not safetensors, or of another format.
+            ValueError: The file is missing, not safetensors, not a prior, or of another format.
         """
-        return cls.of(read(path, "prior", FORMAT)[0])
+        return cls._of(*read(path, "prior", FORMAT), f"prior {os.fspath(path)!r}")
+
+    def dumps(self) -> bytes:
+        """The content of the file that ``save`` writes."""
+        return dumps(self.tensors, self._metadata())
+
+    @classmethod
+    def loads(cls, data: bytes, what: str) -> Prior:
+        """Reads what ``dumps`` made; ``what`` it is, for messages.
+
+        Raises:
+            ValueError: It is not safetensors, not a prior, or of another format.
+        """
+        return cls._of(*loads(data, what, FORMAT), what)
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, Array], metadata: dict[str, str], what: str) -> Prior:
+        try:
+            card = {name: text for name, text in metadata.items() if name not in ("format", "card")}  # as it was kept
+            return cls.of(tensors, {**card, **json.loads(metadata.get("card", "{}"))})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"cannot read the {what}: {error!r}") from error
 
 
 def load_prior(prior: str | os.PathLike[str] | None) -> Prior | None:

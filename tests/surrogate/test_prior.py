@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rankadaptor_optuna.surrogate.features import MLP
@@ -30,9 +31,26 @@ def test_a_saved_prior_is_read_back_to_the_bit(prior, tmp_path):
 
 
 def test_the_card_is_kept_beside_the_weights(prior, tmp_path):
-    prior.save(tmp_path / "p.safetensors", {"learned_from": "12 studies"})
-    with safe_open(tmp_path / "p.safetensors", framework="numpy") as file:
-        assert file.metadata() == {"format": "1", "learned_from": "12 studies"}
+    card = {"tasks": ["a", "b"], "gain": 0.25}
+    dataclasses.replace(prior, card=card).save(tmp_path / "p.safetensors")
+    assert Prior.load(tmp_path / "p.safetensors").card == card
+
+
+def test_the_flat_card_of_an_earlier_version_is_read(prior, tmp_path):
+    save_file(prior.tensors, tmp_path / "p.safetensors", metadata={"format": "1", "learned_from": "12 studies"})
+    assert Prior.load(tmp_path / "p.safetensors").card == {"learned_from": "12 studies"}
+
+
+def test_the_checksum_is_that_of_the_weights_alone(prior):
+    assert dataclasses.replace(prior, card={"a": 1}).checksum == prior.checksum
+    assert dataclasses.replace(prior, mean=prior.mean + 1e-12).checksum != prior.checksum
+    assert Prior.loads(prior.dumps(), "prior").checksum == prior.checksum
+
+
+def test_safetensors_of_something_else_are_no_prior(tmp_path):
+    save_file({"std": np.zeros(2)}, tmp_path / "p.safetensors", metadata={"format": "1"})
+    with pytest.raises(ValueError, match=r"cannot read the prior '.*p\.safetensors': KeyError\('mean'\)"):
+        load_prior(tmp_path / "p.safetensors")
 
 
 def test_a_missing_file_is_named(tmp_path):
