@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 
 
 def missing(what: str) -> None:
@@ -62,3 +66,81 @@ def postgres() -> Iterator[str]:
     yield f"postgresql+psycopg://tester:secret@127.0.0.1:{port}"
     run(str(bin_dir / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[str]:
+    """URL of a fresh MariaDB server on a free port; each test makes its own database in it."""
+    server, install = (
+        shutil.which("mariadbd", path="/usr/sbin:/usr/bin:/usr/local/sbin"),
+        shutil.which("mariadb-install-db"),
+    )
+    if server is None or install is None or importlib.util.find_spec("pymysql") is None:
+        missing("MariaDB with pymysql")
+    assert server is not None
+    assert install is not None
+    folder, port = Path(tempfile.mkdtemp(prefix="mariadb-")), free_port()
+    as_user: list[str] = []
+    if os.geteuid() == 0:  # mariadbd refuses to run as root
+        as_user = ["runuser", "-u", "mysql", "--"]
+        os.chown(folder, pwd.getpwnam("mysql").pw_uid, -1)
+    data, first = folder / "data", folder / "first.sql"
+    first.write_text("CREATE USER tester IDENTIFIED BY 'secret';\nGRANT ALL ON *.* TO tester;\n")
+    quiet = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*as_user, install, "--no-defaults", f"--datadir={data}", "--skip-test-db"], check=True, **quiet)
+    options = [f"--datadir={data}", f"--socket={folder / 'socket'}", f"--port={port}", "--bind-address=127.0.0.1"]
+    options += [f"--init-file={first}", "--skip-name-resolve", "--innodb-flush-log-at-trx-commit=0"]
+    process = subprocess.Popen([*as_user, server, "--no-defaults", *options], **quiet)
+    url = f"mysql+pymysql://tester:secret@127.0.0.1:{port}"
+    try:
+        engine = sqlalchemy.create_engine(f"{url}/mysql", poolclass=sqlalchemy.NullPool)
+        for _ in range(300):
+            try:
+                engine.connect().close()
+                break
+            except sqlalchemy.exc.OperationalError:
+                time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh database without tables."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'study.db'}"
+    if request.param == "postgresql":
+        server = request.getfixturevalue("postgres")
+        engine = sqlalchemy.create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
+    else:
+        server = request.getfixturevalue("mariadb")
+        engine = sqlalchemy.create_engine(f"{server}/mysql", isolation_level="AUTOCOMMIT")
+    name = f"test_{abs(hash(tmp_path.name)) % 10**8}"
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return f"{server}/{name}"
+
+
+@pytest.fixture(scope="session")
+def at_once() -> Callable[..., list[str]]:
+    """Starts n processes, lets them pass ``sys.stdin.readline()`` at the same moment, and returns what they print."""
+
+    def run(code: str, arguments: list[str], n: int) -> list[str]:
+        command = [sys.executable, "-c", code, *arguments]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started = [subprocess.Popen(command, **pipes) for _ in range(n)]
+        for process in started:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        printed = []
+        for process in started:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err
+            printed.append(out)
+        return printed
+
+    return run

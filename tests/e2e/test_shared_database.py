@@ -6,11 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import optuna
 import pytest
-import sqlalchemy
 
 from rankadaptor_optuna import RankSpace, create_study, recommend
 from rankadaptor_optuna.study import open_storage
@@ -59,38 +58,14 @@ study.optimize(objective, n_trials=2)
 """
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A fresh database without tables."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'study.db'}"
-    server = request.getfixturevalue("postgres")
-    name = f"test_{abs(hash(tmp_path.name)) % 10**8}"
-    engine = sqlalchemy.create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
-    engine.dispose()
-    return f"{server}/{name}"
+@pytest.fixture
+def workers(url: str, at_once: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Runs n processes that begin their trials at the same moment, and returns what they print."""
+    return lambda n, n_trials, code=WORKER: at_once(code, [url, str(n_trials)], n)
 
 
-def workers(url: str, n: int, n_trials: int, code: str = WORKER) -> list[str]:
-    """Starts n processes at once, lets them all begin their trials at the same moment, and returns what they print."""
-    command = [sys.executable, "-c", code, url, str(n_trials)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, **pipes) for _ in range(n)]
-    for process in started:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    printed = []
-    for process in started:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        printed.append(out)
-    return printed
-
-
-def test_two_workers_share_one_study(url: str) -> None:
-    workers(url, n=2, n_trials=12)
+def test_two_workers_share_one_study(url: str, workers: Callable[..., list[str]]) -> None:
+    workers(n=2, n_trials=12)
     study = optuna.load_study(study_name="shared", storage=url)
     space = eval(SPACE, {"RankSpace": RankSpace})
     configurations = [tuple(t.params[space.name(i)] for i in space.layers) for t in study.trials]
@@ -101,16 +76,18 @@ def test_two_workers_share_one_study(url: str) -> None:
     assert space.is_feasible(recommend(study).ranks), "the space was stored with the study"
 
 
-def test_eight_workers_create_the_tables_of_a_fresh_database(url: str) -> None:
-    workers(url, n=8, n_trials=1)
+def test_eight_workers_create_the_tables_of_a_fresh_database(url: str, workers: Callable[..., list[str]]) -> None:
+    workers(n=8, n_trials=1)
     study = optuna.load_study(study_name="shared", storage=url)
     assert len(study.trials) == 8
     assert study.user_attrs["rankadaptor:recipe"] == {"task": "test"}
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
-def test_quickstarts_on_one_study_share_the_trials_and_end_with_the_same_ones(url: str) -> None:
-    first, second = workers(url, n=2, n_trials=6, code=SEARCH)
+def test_quickstarts_on_one_study_share_the_trials_and_end_with_the_same_ones(
+    url: str, workers: Callable[..., list[str]]
+) -> None:
+    first, second = workers(n=2, n_trials=6, code=SEARCH)
     assert first == second
     n_trials = len(optuna.load_study(study_name="shared", storage=url).trials)
     assert n_trials in (6, 7), "both may ask for the last one at the same moment"

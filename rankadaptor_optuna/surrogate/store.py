@@ -1,0 +1,335 @@
+"""Versions of meta-learned priors in a shared database: append-only, beside Optuna's tables and apart from them.
+
+A prior is named ``db:NAME`` (its newest version) or ``db:NAME@VERSION``. Versions count from 1 and are never changed or
+given twice. Which studies use which version is kept too, without a foreign key: Optuna must be able to delete a study.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, NamedTuple, TypeVar
+
+import sqlalchemy
+from sqlalchemy import (
+    Boolean,
+    Column,
+    DateTime,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    delete,
+    func,
+    insert,
+    select,
+    tuple_,
+)
+from sqlalchemy.dialects.mysql import LONGBLOB, VARCHAR
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+
+from rankadaptor_optuna.database import exclusively, masked, patiently, reason
+from rankadaptor_optuna.surrogate.prior import Prior
+
+T = TypeVar("T")
+_ATTEMPTS = 100
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_REFERENCE = re.compile(rf"db:({_NAME})(?:@([1-9][0-9]{{0,8}}))?")
+
+
+def _text(length: int) -> Any:  # noqa: ANN401
+    """A string whose case matters, which it does not on MySQL and MariaDB by default."""
+    exact = VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin")
+    return String(length).with_variant(exact, "mysql", "mariadb")
+
+
+_metadata = MetaData()
+_priors = Table(
+    "rankadaptor_priors",
+    _metadata,
+    Column("name", _text(64), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("made", DateTime, nullable=False),  # UTC
+    Column("checksum", String(64), nullable=False),
+    Column("weights", LargeBinary().with_variant(LONGBLOB(), "mysql", "mariadb"), nullable=False),
+)
+_uses = Table(
+    "rankadaptor_prior_uses",
+    _metadata,
+    Column("study", _text(512), primary_key=True),
+    Column("name", _text(64), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("elsewhere", Boolean, nullable=False),  # the study is in another storage
+)
+
+
+class Version(NamedTuple):
+    """One version of a prior."""
+
+    name: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"db:{self.name}@{self.version}"
+
+
+class Use(NamedTuple):
+    """A study's use of a version."""
+
+    study: str
+    version: Version
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is known of a version without reading it.
+
+    Attributes:
+        version: Name and version.
+        made: When it was added, UTC.
+        n_bytes: Size of its weights and card.
+        studies: Names of the studies that use it.
+    """
+
+    version: Version
+    made: datetime
+    n_bytes: int
+    studies: tuple[str, ...]
+
+
+def parse_reference(text: str) -> tuple[str, int | None]:
+    """Name and version (None: the newest) of ``db:NAME`` or ``db:NAME@VERSION``.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if (match := _REFERENCE.fullmatch(text)) is None:
+        raise ValueError(
+            f"expected a prior like db:NAME or db:NAME@3 (letters, digits, '.', '_' and '-', 64 at most), got {text!r}."
+        )
+    return match[1], None if match[2] is None else int(match[2])
+
+
+class PriorStore:
+    """The priors in one database.
+
+    Any number of processes may read and add at the same time, also on a database without tables: they are made by the
+    first that adds.
+
+    Args:
+        database: URL, or an engine.
+
+    Raises:
+        ValueError: The URL cannot be understood. All methods: the database cannot be reached or does not allow it; no
+            message carries a password.
+    """
+
+    def __init__(self, database: str | sqlalchemy.Engine) -> None:
+        if isinstance(database, sqlalchemy.Engine):
+            self._engine, self._url = database, masked(str(database.url))
+            return
+        self._url = masked(database)
+        try:
+            self._engine = sqlalchemy.create_engine(database, poolclass=sqlalchemy.NullPool)
+        except (SQLAlchemyError, ImportError, ValueError) as error:
+            raise ValueError(f"the priors in {self._url} cannot be reached: {reason(error)}") from None
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (SQLAlchemyError, ImportError, RuntimeError) as error:
+            raise ValueError(f"the priors in {self._url} cannot be reached: {reason(error)}") from None
+
+    @property
+    def _has_tables(self) -> bool:
+        inspector = sqlalchemy.inspect(self._engine)
+        return all(inspector.has_table(table.name) for table in _metadata.sorted_tables)
+
+    def _make_tables(self) -> None:
+        if self._has_tables:
+            return
+        with exclusively(self._engine):
+            patiently(lambda: _metadata.create_all(self._engine), self._engine)
+
+    def add(self, name: str, prior: Prior) -> Version:
+        """Adds the next version of a name.
+
+        Raises:
+            ValueError: The name is not one.
+        """
+        if parse_reference(f"db:{name}")[1] is not None:
+            raise ValueError(f"expected a prior like db:NAME without a version, which adding gives it, got {name!r}.")
+        data = prior.dumps()
+        row = {"name": name, "checksum": hashlib.sha256(data).hexdigest(), "weights": data}
+
+        def write() -> Version:
+            # two transactions: after a failed one, a database may go on showing the old maximum
+            version = Version(name, self._newest(name) + 1)
+            with self._engine.begin() as connection:
+                made = datetime.now(timezone.utc).replace(tzinfo=None, microsecond=0)
+                connection.execute(insert(_priors).values(**row, version=version.version, made=made))
+            return version
+
+        return self._written(write)
+
+    def _written(self, write: Callable[[], T]) -> T:
+        """What ``write`` returns, called again where another writer was faster, or has the database locked."""
+        with self._named():
+            self._make_tables()
+            for attempt in range(_ATTEMPTS):
+                try:
+                    return write()
+                except (IntegrityError, OperationalError):
+                    if attempt == _ATTEMPTS - 1:
+                        raise
+                    time.sleep(random.uniform(0.01, 0.1))  # noqa: S311
+        raise AssertionError("unreachable")
+
+    def _newest(self, name: str) -> int:
+        with self._engine.connect() as connection:
+            return connection.scalar(select(func.max(_priors.c.version)).where(_priors.c.name == name)) or 0
+
+    def resolve(self, name: str, version: int | None = None) -> Version:
+        """The newest version of a name, or the one given, which must exist.
+
+        Raises:
+            ValueError: There is none; the message says which there are.
+        """
+        there = [stored.version for stored in self.versions()]
+        found = [v for v in there if v.name == name and version in (None, v.version)]
+        if not found:
+            wanted = f"db:{name}" if version is None else str(Version(name, version))
+            others = ", ".join(map(str, there[-5:])) or "none at all"
+            raise ValueError(f"there is no prior {wanted} in {self._url}; there is {others}.")
+        return found[-1]
+
+    def load(self, name: str, version: int | None = None) -> Prior:
+        """Reads a version, by default the newest.
+
+        Raises:
+            ValueError: There is none, it is corrupt, or of another format.
+        """
+        found = self.resolve(name, version)
+        with self._named(), self._engine.connect() as connection:
+            row = connection.execute(select(_priors.c.checksum, _priors.c.weights).where(_is(found))).one_or_none()
+        if row is None:
+            raise ValueError(f"the prior {found} was just removed from {self._url}.")
+        if (actual := hashlib.sha256(row.weights).hexdigest()) != row.checksum:
+            raise ValueError(
+                f"the prior {found} in {self._url} is corrupt: its checksum is {actual:.12}, {row.checksum:.12} was "
+                "stored. Name another version, or train it anew."
+            )
+        return Prior.loads(row.weights, f"prior {found} in {self._url}")
+
+    def versions(self) -> list[Stored]:
+        """All versions by name and number; none where there are no tables yet."""
+        with self._named():
+            if not self._has_tables:
+                return []
+            size = func.length(_priors.c.weights)
+            with self._engine.connect() as connection:
+                columns = _priors.c.name, _priors.c.version, _priors.c.made, size
+                rows = connection.execute(select(*columns).order_by(_priors.c.name, _priors.c.version)).all()
+                uses = self._read_uses(connection)
+        by_version: dict[Version, list[str]] = {}
+        for use in sorted(uses):
+            by_version.setdefault(use.version, []).append(use.study)
+        versions = [Version(name, version) for name, version, *_ in rows]
+        return [
+            Stored(v, made, n_bytes, tuple(by_version.get(v, ())))
+            for v, (*_, made, n_bytes) in zip(versions, rows, strict=True)
+        ]
+
+    @staticmethod
+    def _read_uses(connection: sqlalchemy.Connection) -> dict[Use, bool]:
+        rows = connection.execute(select(_uses.c.study, _uses.c.name, _uses.c.version, _uses.c.elsewhere))
+        return {Use(study, Version(name, version)): bool(elsewhere) for study, name, version, elsewhere in rows}
+
+    def use(self, study: str, version: Version, *, elsewhere: bool) -> None:
+        """Records that a study uses a version, so that it is kept.
+
+        Args:
+            study: Its name.
+            version: The version.
+            elsewhere: Whether the study is in another storage, so that ``collect`` cannot tell if it still exists.
+        """
+        key = {"study": study, **version._asdict()}
+
+        def write() -> None:
+            with self._engine.begin() as connection:
+                if Use(study, version) not in self._read_uses(connection):
+                    connection.execute(insert(_uses).values(**key, elsewhere=elsewhere))
+
+        self._written(write)
+
+    def prune(self, keep: int, name: str | None = None, used: Collection[Use] = ()) -> list[Version]:
+        """Removes old versions that no study uses.
+
+        Args:
+            keep: So many of the newest versions of each name stay in any case, at least 1.
+            name: Of this name alone.
+            used: Further uses to heed.
+
+        Returns:
+            The removed versions.
+
+        Raises:
+            ValueError: ``keep`` is less than 1.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}: the newest version is never removed.")
+        held = {use.version for use in used}
+        by_name: dict[str, list[Version]] = {}
+        for stored in self.versions():
+            if name in (None, stored.version.name):
+                by_name.setdefault(stored.version.name, []).append(stored.version)
+            if stored.studies:
+                held.add(stored.version)
+        old = [v for versions in by_name.values() for v in versions[:-keep] if v not in held]
+        self._remove(old, [])
+        return old
+
+    def collect(self, used: Collection[Use]) -> tuple[list[Use], list[Version]]:
+        """Removes what belongs to studies that are gone: their uses, and old versions that they alone used.
+
+        Args:
+            used: The uses of all studies that this database still has.
+
+        Returns:
+            The removed uses and versions.
+        """
+        everything = [stored.version for stored in self.versions()]
+        if not everything:
+            return [], []
+        with self._named(), self._engine.connect() as connection:
+            uses = self._read_uses(connection)
+        gone = sorted(use for use, elsewhere in uses.items() if not elsewhere and use not in used)
+        held = {use.version for use in (*(uses.keys() - set(gone)), *used)}
+        newest = {version.name: version for version in everything}.values()
+        orphans = sorted({use.version for use in gone} & set(everything) - held - set(newest))
+        self._remove(orphans, gone)
+        return gone, orphans
+
+    def _remove(self, versions: list[Version], uses: list[Use]) -> None:
+        def write() -> None:
+            with self._engine.begin() as connection:
+                for version in versions:
+                    connection.execute(delete(_priors).where(_is(version)))
+                for study, version in uses:
+                    key = tuple_(_uses.c.study, _uses.c.name, _uses.c.version)
+                    connection.execute(delete(_uses).where(key == (study, *version)))
+
+        if versions or uses:
+            self._written(write)
+
+
+def _is(version: Version) -> sqlalchemy.ColumnElement[bool]:
+    return (_priors.c.name == version.name) & (_priors.c.version == version.version)
