@@ -166,6 +166,24 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=Path, metavar="OUT", help="folder to create")
     convert.add_argument("--tokenizer", metavar="NAME", help="folder or Hub name (default: the one in FILE)")
 
+    learn = commands.add_parser(
+        "meta-train",
+        help="learn a prior from the studies of a database",
+        description="Learns a prior from finished studies and adds it to the database as the next version of a name, "
+        "for RankAdaptorSampler(prior='db:NAME') and search --prior db:NAME.",
+    )
+    learn.set_defaults(run=_meta_train)
+    learn.add_argument("--storage", required=True, metavar="URL", help="Optuna storage")
+    learn.add_argument(
+        "--study",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN",
+        help="studies to learn from, with * and ? (default: all)",
+    )
+    learn.add_argument("--name", default="default", metavar="NAME", help="of the prior (default: %(default)s)")
+
     board = commands.add_parser("dashboard", help="browse studies in optuna-dashboard")
     board.set_defaults(run=_dashboard)
     board.add_argument("--storage", required=True, metavar="URL", help="Optuna storage")
@@ -307,6 +325,16 @@ def _import(args: argparse.Namespace) -> None:
     print(f"Saved to {args.out} as {type(found.model).__name__}.")
     if not found.has_tokenizer:
         print("The file's tokenizer could not be read: none was saved. Name one with --tokenizer.")
+
+
+def _meta_train(args: argparse.Namespace) -> None:
+    import optuna
+
+    from rankadaptor_optuna.meta_tasks import as_text, train_prior
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    version, prior = train_prior(args.storage, args.name, args.study, say=lambda line: print(line, flush=True))
+    print(f"{as_text(prior)}\nStored as {version}: RankAdaptorSampler(prior='db:{version.name}')")
 
 
 def _dashboard(args: argparse.Namespace) -> None:

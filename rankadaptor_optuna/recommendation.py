@@ -14,9 +14,8 @@ from rankadaptor_optuna.history import History
 from rankadaptor_optuna.recovery.lora import alpha_pattern, rank_pattern
 from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import BUDGET, RankSpace
-from rankadaptor_optuna.study import finished_trials, study_ranks, study_space
-from rankadaptor_optuna.surrogate.encoding import Encoding
-from rankadaptor_optuna.surrogate.features import Array, RankGrid
+from rankadaptor_optuna.study import finished_trials, study_encoding, study_ranks, study_space
+from rankadaptor_optuna.surrogate.features import Array
 from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior
 from rankadaptor_optuna.surrogate.search import Allocations, Choice, keeps, within_constraints
@@ -120,11 +119,7 @@ class Findings:
         self.sign = 1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0
         history = History(study)
         history.refresh()
-        if space is None:
-            self.encoding = Encoding(history.searched)
-        else:
-            known = {**history.searched, **space.distributions()}
-            self.encoding = Encoding(known, RankGrid.from_space(space), list(self.names))
+        self.encoding = study_encoding(study, history, space)
         self.model = self.new_model()
         trials = history.encoded(self.encoding, lambda _: self.model)
         self.data = trials.data()

@@ -20,7 +20,8 @@ from rankadaptor_optuna.database import masked as masked
 from rankadaptor_optuna.history import History, verification_seed
 from rankadaptor_optuna.sampler import SPACE_ATTR, RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace
-from rankadaptor_optuna.surrogate.encoding import rank_parameters
+from rankadaptor_optuna.surrogate.encoding import Encoding, rank_parameters
+from rankadaptor_optuna.surrogate.features import RankGrid
 
 RECIPE_ATTR = "rankadaptor:recipe"
 _HEARTBEAT_S = 60
@@ -129,6 +130,15 @@ def study_ranks(study: Study, space: RankSpace | None = None) -> dict[str, Any]:
     history = History(study)
     history.refresh()
     return rank_parameters(history.searched)
+
+
+def study_encoding(study: Study, history: History, space: RankSpace | None = None) -> Encoding:
+    """How the study's trials become ranks and points, by its space or else by their names; ``history`` is read."""
+    space = space or study_space(study)
+    if space is None:
+        return Encoding(history.searched)
+    known = {**history.searched, **space.distributions()}
+    return Encoding(known, RankGrid.from_space(space), list(space.distributions()))
 
 
 def finished_trials(study: Study, space: RankSpace | None = None) -> list[FrozenTrial]:

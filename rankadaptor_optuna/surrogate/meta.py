@@ -8,12 +8,14 @@ plain MLP (section 3.2, "offline meta-learning"): ``surrogate.paper.pretrain`` d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 import torch
 
+from rankadaptor_optuna import __version__
 from rankadaptor_optuna.surrogate.features import MLP, Array, RankGrid, mlp_inputs
 from rankadaptor_optuna.surrogate.model import PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior
@@ -30,11 +32,26 @@ class MetaTask:
         grid: Its layers.
         ranks: Ranks of each trial, (n, L).
         scores: Their scores, (n,), higher is better, on any scale.
+        points: The other parameters in the unit cube, (n, E). Default: there are none.
+        name: Its name, for the card.
+        family: What it has in common with related tasks (the model, say), which are held out together. Default: the
+            task is alone.
     """
 
     grid: RankGrid
     ranks: Array
     scores: Array
+    points: Array | None = None
+    name: str = ""
+    family: str = ""
+
+    def model(self, prior: Prior | None) -> PerformanceModel:
+        """A performance model of its search space that has seen nothing."""
+        return PerformanceModel(self.grid, prior=prior, n_ordinary=0 if self.points is None else self.points.shape[1])
+
+    def points_of(self, rows: slice) -> Array | None:
+        """The other parameters of some trials."""
+        return None if self.points is None else self.points[rows]
 
 
 def meta_train(
@@ -51,6 +68,9 @@ def meta_train(
     progress: Callable[[int, float], None] | None = None,
 ) -> Prior:
     """Learns a prior from tasks, stopped early on tasks held out.
+
+    The prior's card says from which tasks, when, and how well it transfers to those held out (which stop the training,
+    but are not trained on): see ``transfer``.
 
     Args:
         tasks: At least two; any number of layers, any candidates.
@@ -70,8 +90,7 @@ def meta_train(
     if len(tasks) < 2 or min(len(t.scores) for t in tasks) < 2:
         raise ValueError(f"meta-training needs at least two tasks of at least two trials, got {len(tasks)} tasks.")
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(tasks))
-    n_held = min(len(tasks) - 1, max(1, round(held_out * len(tasks))))
+    held, trained = _split(tasks, held_out, rng)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         learner = _Learner(n_features, hidden)
@@ -79,32 +98,95 @@ def meta_train(
     optimizer = torch.optim.Adam(learner.parameters(), lr=learning_rate)
     best, best_state, since = np.inf, learner.state_dict(), 0
     for epoch in range(max_epochs):
-        for i in rng.permutation(order[n_held:]):
+        for i in rng.permutation(trained):
             n = int(rng.integers(min(4, len(prepared[i].targets)), min(subset, len(prepared[i].targets)) + 1))
             rows = rng.choice(len(prepared[i].targets), n, replace=False)
             optimizer.zero_grad()
             learner.loss(prepared[i], rows).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         with torch.no_grad():
-            held = float(
-                np.mean(
-                    [
-                        float(learner.loss(p, np.arange(min(subset, len(p.targets)))))
-                        for p in (prepared[i] for i in order[:n_held])
-                    ]
-                )
-            )
+            some = [(prepared[i], np.arange(min(subset, len(prepared[i].targets)))) for i in held]
+            loss = float(np.mean([float(learner.loss(task, rows)) for task, rows in some]))
         if progress is not None:
-            progress(epoch, held)
-        if held < best - 1e-4:
-            best, since = held, 0
+            progress(epoch, loss)
+        if loss < best - 1e-4:
+            best, since = loss, 0
             best_state = {name: value.clone() for name, value in learner.state_dict().items()}
         else:
             since += 1
             if since >= patience:
                 break
     learner.load_state_dict(best_state)
-    return learner.export()
+    prior = learner.export()
+    return replace(prior, card=_card(tasks, [tasks[i] for i in held], prior))
+
+
+def _split(tasks: Sequence[MetaTask], share: float, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Tasks to hold out and to train on, by index: whole families, unless there is but one."""
+    families = [task.family or i for i, task in enumerate(tasks)]
+    if len(set(families)) == 1:
+        families = list(range(len(tasks)))
+    order = [int(i) for i in rng.permutation(len(tasks))]
+    n_held = min(len(tasks) - 1, max(1, round(share * len(tasks))))
+    chosen: list[Any] = []
+    for i in order:
+        size = sum(family in (*chosen, families[i]) for family in families)
+        if families[i] not in chosen and size < len(tasks) and (not chosen or size <= n_held):
+            chosen.append(families[i])
+    return [i for i in order if families[i] in chosen], [i for i in order if families[i] not in chosen]
+
+
+def _card(tasks: Sequence[MetaTask], held: Sequence[MetaTask], prior: Prior) -> dict[str, Any]:
+    return {
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": __version__,
+        "tasks": [{"name": t.name, "layers": t.grid.n_layers, "trials": len(t.scores)} for t in tasks],
+        "held_out": transfer(held, prior),
+    }
+
+
+def transfer(tasks: Sequence[MetaTask], prior: Prior, n_first: int = 8) -> dict[str, Any]:
+    """How well the rest of each task is predicted from its first few trials, with the prior and without.
+
+    Args:
+        tasks: Tasks that the prior was not trained on. Those with fewer than 6 trials are passed over.
+        prior: The prior.
+        n_first: So many trials are learned from, half of a task's trials at most.
+
+    Returns:
+        ``n_first``; Spearman's rank correlation of predicted and actual scores ``with_prior`` and ``without``, means
+        over the tasks, and their difference, ``gain`` (None where no task is long enough); ``tasks``, the same by task.
+    """
+    found = []
+    for task in tasks:
+        if len(task.scores) < 6:
+            continue
+        n = min(n_first, len(task.scores) // 2)
+        first, rest = slice(0, n), slice(n, None)
+        row: dict[str, Any] = {"name": task.name}
+        for key, used in (("with_prior", prior), ("without", None)):
+            model = task.model(used)
+            model.update(task.ranks[first], task.scores[first], task.points_of(first))
+            predicted = model.predict(task.ranks[rest], task.points_of(rest))[0]
+            row[key] = round(rank_correlation(predicted, task.scores[rest]), 4)
+        found.append({**row, "gain": round(row["with_prior"] - row["without"], 4)})
+    means = {
+        key: round(float(np.mean([row[key] for row in found])), 4) if found else None
+        for key in ("with_prior", "without", "gain")
+    }
+    return {"n_first": n_first, **means, "tasks": found}
+
+
+def rank_correlation(a: Array, b: Array) -> float:
+    """Spearman's, ties sharing their mean rank; 0 where either is constant."""
+    ranks = []
+    for values in (a, b):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        middle: Array = np.cumsum(counts) - (counts - 1) / 2
+        ranks.append(middle[inverse])
+    if min(np.ptp(r) for r in ranks) == 0:
+        return 0.0
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 @dataclass(frozen=True)
@@ -120,8 +202,8 @@ class _Prepared:
     @classmethod
     def of(cls, task: MetaTask) -> _Prepared:
         grid = task.grid
-        plain = PerformanceModel(grid, prior=None)
-        plain.update(task.ranks, task.scores)
+        plain = task.model(None)
+        plain.update(task.ranks, task.scores, task.points)
         middle = plain.middle_hyperparameters()
         features = plain.features
         return cls(
