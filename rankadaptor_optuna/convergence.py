@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import optuna
 from optuna.study import Study
@@ -13,7 +11,7 @@ from rankadaptor_optuna.history import verification_seed
 from rankadaptor_optuna.recommendation import Findings
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.study import finished_trials
-from rankadaptor_optuna.surrogate.prior import Prior
+from rankadaptor_optuna.study_prior import PriorLike
 
 CONVERGED_ATTR = "rankadaptor:converged"
 _N_POINTS = 256
@@ -51,7 +49,7 @@ class StopWhenConverged:
         tolerance: float = 0.5,
         n_draws: int = 32,
         space: RankSpace | None = None,
-        prior: Prior | str | os.PathLike[str] | None = "pretrained",
+        prior: PriorLike = "pretrained",
     ) -> None:
         for name, value in (("min_trials", min_trials), ("patience", patience), ("n_draws", n_draws)):
             if value < 1:

@@ -22,7 +22,7 @@ from rankadaptor_optuna.recommendation import Recommendation, recommend
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.study import masked, open_storage, study_ranks, study_space
-from rankadaptor_optuna.surrogate.prior import Prior
+from rankadaptor_optuna.study_prior import PriorChoice, PriorLike
 
 HEAT_MAP_ID = "rankadaptor-1-ranks-over-trials"
 HISTORY_ID = "rankadaptor-2-best-so-far"
@@ -31,7 +31,7 @@ _BEGIN = "[//]: # (rankadaptor: written anew by each publish_dashboard; your own
 _END = "[//]: # (rankadaptor: end)"
 
 
-def publish_dashboard(study: Study, *, prior: Prior | str | os.PathLike[str] | None = "pretrained") -> None:
+def publish_dashboard(study: Study, *, prior: PriorLike = "pretrained") -> None:
     """Publishes plots and a note with the recommendation to the study, where optuna-dashboard shows them.
 
     Each call replaces the plots, and of the note what lies between two (invisible) markers: the rest stays.
@@ -72,7 +72,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     artifact_dir: str | Path | None = None,
-    prior: Prior | str | os.PathLike[str] | None = "pretrained",
+    prior: PriorLike = "pretrained",
 ) -> None:
     """Publishes every study with rank parameters in a database, then runs optuna-dashboard until interrupted.
 
@@ -83,7 +83,7 @@ def serve(
         host: Address to listen on. Default: this machine only.
         port: Port to listen on; 0 takes any free one.
         artifact_dir: Folder of the studies' artifacts, created where it is missing. Default: no artifacts.
-        prior: See ``recommend``.
+        prior: See ``recommend``. By default a study whose prior cannot be had is shown with the shipped one.
 
     Raises:
         ImportError: The extra ``dashboard`` is not installed.
@@ -93,6 +93,8 @@ def serve(
     from optuna.artifacts import FileSystemArtifactStore
     from optuna_dashboard import wsgi
 
+    if not isinstance(prior, PriorChoice):
+        prior = PriorChoice(prior, on_bad="pretrained")  # a study whose prior was lost is still worth showing
     storage = open_storage(storage_url)
     with _listening(host, port) as server:
         for name in optuna.get_all_study_names(storage):

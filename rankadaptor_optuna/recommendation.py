@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,9 +14,9 @@ from rankadaptor_optuna.recovery.lora import alpha_pattern, rank_pattern
 from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import BUDGET, RankSpace
 from rankadaptor_optuna.study import finished_trials, study_encoding, study_ranks, study_space
+from rankadaptor_optuna.study_prior import PriorChoice, PriorLike
 from rankadaptor_optuna.surrogate.features import Array
 from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel
-from rankadaptor_optuna.surrogate.prior import Prior
 from rankadaptor_optuna.surrogate.search import Allocations, Choice, keeps, within_constraints
 from rankadaptor_optuna.verification import Configuration, Confirmation, Verifications, t_interval
 
@@ -87,7 +86,7 @@ class Findings:
         study: A study.
         space: The rank space. Default: the sampler's, else the one stored with the study, else read off the
             parameters' names and ranges, without a budget.
-        prior: See ``RankAdaptorSampler``; the prior of the study's own sampler is used where it has one.
+        prior: See ``PriorChoice``. Of a study that began with a prior, or whose own sampler has one, that is used.
 
     Attributes:
         space: The rank space, or None.
@@ -103,9 +102,7 @@ class Findings:
         ValueError: Several objectives, no rank parameters, or no finished trial.
     """
 
-    def __init__(
-        self, study: Study, space: RankSpace | None, prior: Prior | str | os.PathLike[str] | None = "pretrained"
-    ) -> None:
+    def __init__(self, study: Study, space: RankSpace | None, prior: PriorLike = "pretrained") -> None:
         if len(study.directions) > 1:
             raise ValueError(f"expected one objective, this study has {len(study.directions)}; see study.best_trials.")
         self.space = space = space or study_space(study)
@@ -115,7 +112,8 @@ class Findings:
         if not finished_trials(study, space):
             raise ValueError(f"study {study.study_name!r} has no finished trial yet; run some first.")
         sampler = getattr(study, "sampler", None)
-        self._prior = sampler.prior if isinstance(sampler, RankAdaptorSampler) else prior
+        choice = sampler.prior if isinstance(sampler, RankAdaptorSampler) else PriorChoice.of(prior)
+        self._prior = choice.find(study)
         self.sign = 1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0
         history = History(study)
         history.refresh()
@@ -187,7 +185,7 @@ def recommend(
     study: Study,
     *,
     space: RankSpace | None = None,
-    prior: Prior | str | os.PathLike[str] | None = "pretrained",
+    prior: PriorLike = "pretrained",
     verify: int = 0,
     seeds: int = 3,
 ) -> Recommendation:
@@ -204,7 +202,7 @@ def recommend(
         study: A study with one objective; any sampler may have made its trials.
         space: The rank space. Default: the sampler's, else the one stored with the study, else read off the
             parameters' names and ranges, without a budget.
-        prior: See ``RankAdaptorSampler``; the prior of the study's own sampler is used where it has one.
+        prior: See ``PriorChoice``. Of a study that began with a prior, or whose own sampler has one, that is used.
         verify: Configurations to verify. Default: none.
         seeds: Fresh seeds for each, at least 2.
 

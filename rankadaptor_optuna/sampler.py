@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from optuna.distributions import BaseDistribution
@@ -16,10 +15,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankadaptor_optuna.history import PROPOSAL_ATTR, EncodedTrials, History, announced
 from rankadaptor_optuna.space import BUDGET, RankSpace
+from rankadaptor_optuna.study_prior import PRIOR_ATTR, PriorChoice, PriorLike
 from rankadaptor_optuna.surrogate.encoding import Encoding
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
 from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel
-from rankadaptor_optuna.surrogate.prior import Prior, load_prior
+from rankadaptor_optuna.surrogate.prior import Prior
 from rankadaptor_optuna.surrogate.search import Allocations, within_constraints
 
 SPACE_ATTR = "rankadaptor:space"
@@ -44,28 +44,39 @@ class RankAdaptorSampler(BaseSampler):
 
     Args:
         space: What to search. Default: whatever the study's trials have in common.
-        prior: Meta-learned start of the performance model: ``"pretrained"`` (shipped), None, or a path.
+        prior: Meta-learned start of the performance model: ``"pretrained"`` (shipped), None, a path, or ``"db:NAME"``
+            or ``"db:NAME@VERSION"``, which ``rankadaptor meta-train`` learned. A study keeps the one that it began
+            with, to its version, whoever resumes it.
         n_startup_trials: Until so many trials have finished, proposals are drawn from the model's prior.
         independent_sampler: Samples parameters outside the relative search space. Default: uniformly.
         seed: Seed of the proposals. Default: drawn from the system.
+        prior_storage: URL of the database that holds ``db:`` priors. Default: that of the study's own storage, which
+            gRPC, journal and in-memory storages have not.
+        on_bad_prior: What to do about a prior that is missing, corrupt or of a newer format: ``"raise"``, or go on
+            with the ``"pretrained"`` one, and a warning; the study then keeps that.
 
     Raises:
-        ValueError: The prior cannot be read, or ``n_startup_trials`` is negative.
+        ValueError: The prior cannot be read (a ``db:`` prior: at the first trial), or ``n_startup_trials`` is negative.
     """
 
     def __init__(
         self,
         space: RankSpace | None = None,
         *,
-        prior: Prior | str | os.PathLike[str] | None = "pretrained",
+        prior: PriorLike = "pretrained",
         n_startup_trials: int = 2,
         independent_sampler: BaseSampler | None = None,
         seed: int | None = None,
+        prior_storage: str | None = None,
+        on_bad_prior: Literal["raise", "pretrained"] = "raise",
     ) -> None:
         if n_startup_trials < 0:
             raise ValueError(f"n_startup_trials must be at least 0, got {n_startup_trials}.")
         self.space = space
-        self.prior = prior if isinstance(prior, Prior) else load_prior(prior)
+        if not isinstance(prior, PriorChoice):
+            prior = PriorChoice(prior, storage=prior_storage, on_bad=on_bad_prior)
+        self.prior = prior
+        self._settled: dict[tuple[int, int], tuple[str, Prior | None]] = {}  # of each study, by storage and id
         self._n_startup_trials = n_startup_trials
         self._independent_sampler = independent_sampler
         self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
@@ -75,7 +86,7 @@ class RankAdaptorSampler(BaseSampler):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what the storage has anyway."""
-        return {**self.__dict__, "_cached": None, "_lock": None}
+        return {**self.__dict__, "_cached": None, "_settled": {}, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickled sampler."""
@@ -91,11 +102,17 @@ class RankAdaptorSampler(BaseSampler):
         return np.random.default_rng([self._seed, trial.number, zlib.crc32(purpose.encode())])
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Stores the space with the study, so that ``recommend`` and other workers find it."""
-        if self.space is not None:  # by the storage: under Hyperband, Optuna hides a study's attributes
-            stored = study._storage.get_study_user_attrs(study._study_id).get(SPACE_ATTR)
-            if stored != (described := self.space.to_dict()):
-                study._storage.set_study_user_attr(study._study_id, SPACE_ATTR, described)
+        """Stores space and prior with the study, so that ``recommend`` and other workers find them."""
+        # by the storage: under Hyperband, Optuna hides a study's attributes
+        stored = study._storage.get_study_user_attrs(study._study_id)
+        if self.space is not None and stored.get(SPACE_ATTR) != (described := self.space.to_dict()):
+            study._storage.set_study_user_attr(study._study_id, SPACE_ATTR, described)
+        try:
+            with self._lock:
+                self._settle(study, stored.get(PRIOR_ATTR))
+        except ValueError:  # Optuna would leave the trial running
+            study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            raise
         if self._independent_sampler is not None:
             self._independent_sampler.before_trial(study, trial)
 
@@ -130,8 +147,8 @@ class RankAdaptorSampler(BaseSampler):
             given |= trial.params  # has some already where its worker was killed and it is run again
         rows = {row: given[name] for row, name in enumerate(encoding.rank_names) if name in given}
         with self._lock:
-            history = self._history(study)
-            trials = history.encoded(encoding, self._new_model)
+            prior, history = self._prior_of(study), self._history(study)
+            trials = history.encoded(encoding, lambda encoding: self._new_model(encoding, prior))
             allocations = Allocations.of(encoding.grid, self._budget(encoding), rows)
             table, params = self._draw(study, trials, allocations, rng)
             if encoding.rank_names:
@@ -155,8 +172,20 @@ class RankAdaptorSampler(BaseSampler):
         self._cached.refresh()
         return self._cached
 
-    def _new_model(self, encoding: Encoding) -> PerformanceModel:
-        return PerformanceModel(encoding.grid, prior=self.prior, n_ordinary=encoding.width)
+    def _settle(self, study: Study, stored: str | None) -> None:
+        key = id(study._storage), study._study_id
+        settled = self.prior.settle(study, stored)
+        if settled[0] != self._settled.get(key, ("", None))[0]:
+            self._settled[key], self._cached = settled, None  # encoded trials hold the prior's features
+
+    def _prior_of(self, study: Study) -> Prior | None:
+        key = id(study._storage), study._study_id
+        if key not in self._settled:  # another sampler wraps this one, and tells it of no trial's beginning
+            self._settle(study, study._storage.get_study_user_attrs(study._study_id).get(PRIOR_ATTR))
+        return self._settled[key][1]
+
+    def _new_model(self, encoding: Encoding, prior: Prior | None = None) -> PerformanceModel:
+        return PerformanceModel(encoding.grid, prior=prior, n_ordinary=encoding.width)
 
     def _budget(self, encoding: Encoding) -> float | None:
         if encoding.grid is not self._grid or self.space is None or self.space.budget is None:

@@ -126,6 +126,9 @@ class PriorStore:
     Args:
         database: URL, or an engine.
 
+    Attributes:
+        url: The database's, without its password.
+
     Raises:
         ValueError: The URL cannot be understood. All methods: the database cannot be reached or does not allow it; no
             message carries a password.
@@ -133,20 +136,20 @@ class PriorStore:
 
     def __init__(self, database: str | sqlalchemy.Engine) -> None:
         if isinstance(database, sqlalchemy.Engine):
-            self._engine, self._url = database, masked(str(database.url))
+            self._engine, self.url = database, masked(str(database.url))
             return
-        self._url = masked(database)
+        self.url = masked(database)
         try:
             self._engine = sqlalchemy.create_engine(database, poolclass=sqlalchemy.NullPool)
         except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise ValueError(f"the priors in {self._url} cannot be reached: {reason(error)}") from None
+            raise ValueError(f"the priors in {self.url} cannot be reached: {reason(error)}") from None
 
     @contextmanager
     def _named(self) -> Iterator[None]:
         try:
             yield
         except (SQLAlchemyError, ImportError, RuntimeError) as error:
-            raise ValueError(f"the priors in {self._url} cannot be reached: {reason(error)}") from None
+            raise ValueError(f"the priors in {self.url} cannot be reached: {reason(error)}") from None
 
     @property
     def _has_tables(self) -> bool:
@@ -208,7 +211,7 @@ class PriorStore:
         if not found:
             wanted = f"db:{name}" if version is None else str(Version(name, version))
             others = ", ".join(map(str, there[-5:])) or "none at all"
-            raise ValueError(f"there is no prior {wanted} in {self._url}; there is {others}.")
+            raise ValueError(f"there is no prior {wanted} in {self.url}; there is {others}.")
         return found[-1]
 
     def load(self, name: str, version: int | None = None) -> Prior:
@@ -221,13 +224,13 @@ class PriorStore:
         with self._named(), self._engine.connect() as connection:
             row = connection.execute(select(_priors.c.checksum, _priors.c.weights).where(_is(found))).one_or_none()
         if row is None:
-            raise ValueError(f"the prior {found} was just removed from {self._url}.")
+            raise ValueError(f"the prior {found} was just removed from {self.url}.")
         if (actual := hashlib.sha256(row.weights).hexdigest()) != row.checksum:
             raise ValueError(
-                f"the prior {found} in {self._url} is corrupt: its checksum is {actual:.12}, {row.checksum:.12} was "
+                f"the prior {found} in {self.url} is corrupt: its checksum is {actual:.12}, {row.checksum:.12} was "
                 "stored. Name another version, or train it anew."
             )
-        return Prior.loads(row.weights, f"prior {found} in {self._url}")
+        return Prior.loads(row.weights, f"prior {found} in {self.url}")
 
     def versions(self) -> list[Stored]:
         """All versions by name and number; none where there are no tables yet."""

@@ -8,8 +8,11 @@ import numpy as np
 import optuna
 import pytest
 
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study, recommend
+from rankadaptor_optuna.meta_tasks import train_prior
+from rankadaptor_optuna.study_prior import uses
 from rankadaptor_optuna.surrogate.features import MLP
-from rankadaptor_optuna.surrogate.prior import Prior
+from rankadaptor_optuna.surrogate.prior import Prior, load_prior
 from rankadaptor_optuna.surrogate.store import PriorStore, Use, Version
 
 pytestmark = pytest.mark.e2e
@@ -48,3 +51,42 @@ def test_priors_and_studies_leave_each_other_alone(url: str) -> None:
     assert optuna.get_all_study_names(url) == []
     assert store.collect([]) == ([Use("s", Version("mine", 1))], [])
     assert store.load("mine").checksum == large.checksum  # 960 kB: more than a MySQL BLOB holds
+
+
+BEGIN = """
+import sys
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study
+space = RankSpace(6, (2, 4, 8), "uniform:4")
+sampler = RankAdaptorSampler(space, prior="db:mine", seed=0)
+study = create_study(storage=sys.argv[1], study_name="shared", space=space, sampler=sampler)
+sys.stdin.readline()
+study.optimize(lambda trial: sum(r * i for i, r in space.suggest(trial).items()), n_trials=3)
+print(study.user_attrs["rankadaptor:prior"])
+"""
+
+
+def test_workers_on_one_study_use_one_version_while_others_are_added(
+    url: str, at_once: Callable[..., list[str]]
+) -> None:
+    store = PriorStore(url)
+    store.add("mine", load_prior("pretrained"))
+    begun = at_once(BEGIN, [url], 3)
+    store.add("mine", load_prior("pretrained"))
+    resumed = at_once(BEGIN, [url], 1)
+    assert {*begun, *resumed} == {"db:mine@1\n"}
+    study = optuna.load_study(study_name="shared", storage=url)
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 12
+    assert recommend(study).evidence.n_trials == 12
+    assert store.prune(1, used=uses(study._storage)) == []
+    optuna.delete_study(study_name="shared", storage=url)
+    assert store.collect(uses(study._storage)) == ([Use("shared", Version("mine", 1))], [Version("mine", 1)])
+
+
+def test_a_prior_is_learned_and_stored_on_every_database(url: str) -> None:
+    for seed in range(3):
+        space = RankSpace(4 + seed, (2, 4, 8), "uniform:4")
+        sampler = RankAdaptorSampler(space, prior=None, seed=seed)
+        study = create_study(storage=url, study_name=f"s{seed}", space=space, sampler=sampler)
+        study.optimize(lambda trial, space=space: sum(r * i for i, r in space.suggest(trial).items()), n_trials=10)
+    version, prior = train_prior(url, "mine", say=lambda _: None)
+    assert PriorStore(url).load(*version).checksum == prior.checksum
