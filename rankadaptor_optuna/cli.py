@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--out", type=Path, default=Path("rankadaptor-out"), metavar="DIR", help="default: %(default)s")
     look.add_argument("--storage", metavar="URL", help="Optuna storage (default: SQLite in --out)")
     look.add_argument("--study", default="search", metavar="NAME", help="study name (default: %(default)s)")
+    look.add_argument(
+        "--prior",
+        default="pretrained",
+        help="where the performance model starts: pretrained, none, a file, or db:NAME[@VERSION] of --storage; a study "
+        "that runs already keeps its own (default: %(default)s)",
+    )
     look.set_defaults(run=_search)
 
     give = commands.add_parser(
@@ -184,6 +190,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     learn.add_argument("--name", default="default", metavar="NAME", help="of the prior (default: %(default)s)")
 
+    keep = commands.add_parser(
+        "priors",
+        help="list, show and tidy the priors of a database",
+        description="list: all versions. show: what PRIOR was learned from and how well it transfers. prune: remove "
+        "old versions that no study uses. gc: remove what belongs to deleted studies.",
+    )
+    keep.set_defaults(run=_priors)
+    keep.add_argument("action", choices=("list", "show", "prune", "gc"), metavar="list|show|prune|gc")
+    keep.add_argument("prior", nargs="?", metavar="PRIOR", help="show: as for search --prior. prune: db:NAME alone")
+    keep.add_argument("--storage", metavar="URL", help="Optuna storage")
+    keep.add_argument("--keep", type=int, default=3, metavar="N", help="newest versions to keep (default: %(default)s)")
+
     board = commands.add_parser("dashboard", help="browse studies in optuna-dashboard")
     board.set_defaults(run=_dashboard)
     board.add_argument("--storage", required=True, metavar="URL", help="Optuna storage")
@@ -235,6 +253,7 @@ def _search(args: argparse.Namespace) -> None:
         trials=args.trials,
         storage=args.storage,
         study_name=args.study,
+        prior=None if args.prior == "none" else args.prior,
         say=lambda line: print(line, flush=True),
     )
     print(f"Ranks, rank_pattern and alpha_pattern: {args.out / 'recommendation.json'}")
@@ -330,11 +349,34 @@ def _import(args: argparse.Namespace) -> None:
 def _meta_train(args: argparse.Namespace) -> None:
     import optuna
 
-    from rankadaptor_optuna.meta_tasks import as_text, train_prior
+    from rankadaptor_optuna.meta_tasks import train_prior
+    from rankadaptor_optuna.priors import as_text
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     version, prior = train_prior(args.storage, args.name, args.study, say=lambda line: print(line, flush=True))
     print(f"{as_text(prior)}\nStored as {version}: RankAdaptorSampler(prior='db:{version.name}')")
+
+
+def _priors(args: argparse.Namespace) -> None:
+    import optuna
+
+    from rankadaptor_optuna import priors
+    from rankadaptor_optuna.report import as_text
+    from rankadaptor_optuna.surrogate.store import parse_reference
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if args.action == "show":
+        print(priors.as_text(priors.read(args.prior or "pretrained", args.storage)))
+        return
+    if args.storage is None:
+        raise ValueError(f"{args.action} needs --storage URL.")
+    if args.action == "list":
+        print(as_text(priors.table(args.storage)))
+    elif args.action == "prune":
+        name = None if args.prior is None else parse_reference(args.prior)[0]
+        print(priors.prune(args.storage, args.keep, name))
+    else:
+        print(priors.collect(args.storage))
 
 
 def _dashboard(args: argparse.Namespace) -> None:

@@ -134,25 +134,3 @@ def train_prior(
 
         prior = meta_train(tasks, max_epochs=_EPOCHS, seed=seed, progress=progress)
     return PriorStore(storage_url).add(name, prior), prior
-
-
-def as_text(prior: Prior) -> str:
-    """What a prior's card says, in a few lines."""
-    card = prior.card
-    if "held_out" not in card:
-        return "\n".join(f"{key}: {value}" for key, value in card.items()) or "no card"
-    held, tasks = card["held_out"], card["tasks"]
-    layers = [task["layers"] for task in tasks]
-    lines = [
-        f"Made {card['made']} by version {card['version']} from {len(tasks)} tasks, "
-        f"{sum(task['trials'] for task in tasks)} trials, {min(layers)} to {max(layers)} layers."
-    ]
-    if held["gain"] is None:
-        return f"{lines[0]}\nThe tasks held out are too short to say how well it transfers."
-    gains = [task["gain"] for task in held["tasks"]]
-    lines.append(
-        f"On {len(gains)} tasks held out, from their first {held['n_first']} trials: rank correlation "
-        f"{held['with_prior']:.2f} with it, {held['without']:.2f} without; gain {held['gain']:+.2f} "
-        f"({min(gains):+.2f} to {max(gains):+.2f})."
-    )
-    return "\n".join(lines)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from rankadaptor_optuna.history import verification_seed
 from rankadaptor_optuna.objective import RecoveryObjective
+from rankadaptor_optuna.priors import read as read_prior
 from rankadaptor_optuna.recipe import Recipe
 from rankadaptor_optuna.recommendation import Recommendation, recommend
 from rankadaptor_optuna.sampler import RankAdaptorSampler
@@ -160,6 +161,7 @@ def search(
     trials: int,
     storage: str | None = None,
     study_name: str = "search",
+    prior: str | None = "pretrained",
     say: Callable[[str], None] = print,
 ) -> Recommendation:
     """Prunes the model if it is dense, searches ranks up to a number of trials, and recommends.
@@ -172,10 +174,12 @@ def search(
         trials: Finished trials to reach.
         storage: Optuna storage URL. Default: SQLite in ``out``.
         study_name: Name of the study.
+        prior: See ``RankAdaptorSampler``; one of a database must be in ``storage``.
         say: Receives one line for each step.
 
     Raises:
-        ValueError: A setting does not fit the model or the data, or ``out`` or the study belongs to other settings.
+        ValueError: A setting does not fit the model or the data, the prior cannot be had, or ``out`` or the study
+            belongs to other settings.
     """
     from rankadaptor_optuna.embedded import load_model
     from rankadaptor_optuna.pruning.checkpoint import save_pruned
@@ -185,6 +189,8 @@ def search(
     settings = recipe.to_dict()
     check_out(out, settings)
     shared = open_shared(storage, study_name, settings)
+    if prior is not None:
+        read_prior(prior, storage)  # before there is any work to lose
     folder = out / "pruned"
     if folder.exists():
         model, tokenizer = load_model(folder, recipe.dtype)
@@ -202,7 +208,7 @@ def search(
     study = create_study(
         storage=shared or url,
         study_name=study_name,
-        sampler=RankAdaptorSampler(job.space, seed=recipe.seed),
+        sampler=RankAdaptorSampler(job.space, prior=prior, seed=recipe.seed),
         direction="minimize",
         recipe=settings,
     )

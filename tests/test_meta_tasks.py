@@ -9,8 +9,8 @@ from optuna.samplers import RandomSampler
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study, recommend
 from rankadaptor_optuna.cli import main
-from rankadaptor_optuna.meta_tasks import as_text, meta_task, read_tasks, train_prior
-from rankadaptor_optuna.surrogate.prior import load_prior
+from rankadaptor_optuna.meta_tasks import meta_task, read_tasks, train_prior
+from rankadaptor_optuna.priors import as_text
 from rankadaptor_optuna.surrogate.store import PriorStore
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -178,7 +178,7 @@ def test_the_command_says_what_was_learned_and_how_to_use_it(many, capsys):
     assert main(["meta-train", "--storage", many, "--name", "mine", "--study", "s0", "s1", "--study", "s[23]"]) == 0
     printed = capsys.readouterr().out
     assert "Learning from 4 studies, 96 trials" in printed
-    assert "On 1 tasks held out, from their first 8 trials: rank correlation" in printed
+    assert "Tasks held out: 1; the rest of each predicted from its first 8 trials, rank correlation" in printed
     assert "Stored as db:mine@1: RankAdaptorSampler(prior='db:mine')" in printed
 
 
@@ -195,7 +195,3 @@ def test_what_cannot_be_learned_is_an_error_in_one_line(url, capsys, arguments, 
     new_study(url, "empty")
     assert main(["meta-train", "--storage", url, *arguments]) == 2
     assert error in capsys.readouterr().err
-
-
-def test_the_shipped_priors_card_is_told():
-    assert "learned_from: 600 simulated recoveries" in as_text(load_prior("pretrained"))

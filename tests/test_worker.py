@@ -9,6 +9,8 @@ from optuna.trial import TrialState
 from rankadaptor_optuna.cli import main
 from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.recipe import Recipe
+from rankadaptor_optuna.surrogate.prior import load_prior
+from rankadaptor_optuna.surrogate.store import PriorStore
 from rankadaptor_optuna.worker import search, stored_recipe
 
 
@@ -105,3 +107,20 @@ def test_a_study_without_a_recipe_cannot_be_joined_without_one(tmp_path):
     optuna.create_study(storage=url, study_name="plain")
     with pytest.raises(ValueError, match="'plain' was made without a recipe; give one"):
         stored_recipe(url, "plain")
+
+
+def test_a_search_can_start_from_a_prior_of_its_database(recipe, tmp_path, capsys):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    PriorStore(url).add("mine", load_prior("pretrained"))
+    with pytest.raises(ValueError, match="there is no prior db:other"):
+        search(recipe, tmp_path / "a", trials=1, storage=url, prior="db:other")
+    with pytest.raises(ValueError, match="name the database that holds the prior db:mine"):
+        search(recipe, tmp_path / "a", trials=1, prior="db:mine")
+    assert not (tmp_path / "a").exists()
+    search(recipe, tmp_path / "a", trials=1, storage=url, prior="db:mine", say=lambda _: None)
+    command = ["search", "--storage", url, "--trials", "1", "--out", str(tmp_path / "b")]
+    assert main([*command, "--prior", "nowhere"]) == 2
+    assert "cannot read the prior 'nowhere'" in capsys.readouterr().err
+    assert main([*command, "--prior", "none"]) == 0
+    stored = optuna.load_study(study_name="search", storage=url).user_attrs["rankadaptor:prior"]
+    assert stored == "db:mine@1"
