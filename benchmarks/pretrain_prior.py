@@ -19,7 +19,7 @@ from results import check, show, write
 
 import rankadaptor_optuna
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
-from rankadaptor_optuna.surrogate.meta import MetaTask, meta_train
+from rankadaptor_optuna.surrogate.meta import MetaTask, meta_train, rank_correlation
 from rankadaptor_optuna.surrogate.model import PerformanceModel
 from rankadaptor_optuna.surrogate.prior import PRETRAINED, Prior
 from rankadaptor_optuna.surrogate.search import solve
@@ -37,8 +37,8 @@ def smooth(depth: Array, rng: np.random.Generator, n: int = 4) -> Array:
 class World:
     """One simulated study: a pruned model whose recovery score is known without noise."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        n = int(rng.integers(6, 41))
+    def __init__(self, rng: np.random.Generator, n_layers: int | None = None) -> None:
+        n = n_layers or int(rng.integers(6, 41))
         depth = np.linspace(0, 1, n)
         profile = np.clip(0.3 + 0.2 * smooth(depth, rng) + 0.08 * rng.standard_normal(n), 0, 0.9)
         values = np.asarray(CANDIDATES[rng.integers(len(CANDIDATES))], dtype=np.float64)
@@ -71,11 +71,6 @@ class World:
         ranks = self.sample(n, rng)
         scores = self.score(ranks)
         return MetaTask(self.grid, ranks, scores + self.noise * scores.std() * rng.standard_normal(n))
-
-
-def rank_correlation(a: Array, b: Array) -> float:
-    """Spearman's."""
-    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
 
 
 def measure(prior: Prior | None, n_trials: int, n_worlds: int) -> dict[str, float]:
