@@ -137,7 +137,7 @@ class Parts:
 
 
 def read_parts(text: str, data: Path | None = None) -> Parts:
-    """Cuts a text ("wikitext2", "alpaca" or "docs") into disjoint parts, passage by passage.
+    """Cuts a text ("wikitext2", "alpaca", "docs" or "questions") into disjoint parts, passage by passage.
 
     Raises:
         ValueError: There is no such text.
@@ -154,8 +154,13 @@ def read_parts(text: str, data: Path | None = None) -> Parts:
     elif text == "alpaca":
         records = [json.loads(line) for line in _read(folder / text / "train.jsonl")]
         lines = [f"{r['instruction']}\n{r['input']}\n{r['output']}\n\n" for r in records]
+    elif text == "questions":
+        files = [
+            folder / "tasks" / name / "train.jsonl" for name in ("gsm8k", "openbookqa", "arc_easy", "arc_challenge")
+        ]
+        lines = [_question(json.loads(line)) for file in files for line in _read(file)]
     else:
-        raise ValueError(f"no text named {text!r}; there are wikitext2, alpaca and docs.")
+        raise ValueError(f"no text named {text!r}; there are wikitext2, alpaca, docs and questions.")
     passages = [""]
     for line in lines:
         passages[-1] += line
@@ -163,6 +168,16 @@ def read_parts(text: str, data: Path | None = None) -> Parts:
             passages.append("")
     share = [[p for i, p in enumerate(passages) if i % 10 in tenths] for tenths in (range(6), (6, 7), (8,), (9,))]
     return Parts(*share)
+
+
+def _question(record: Mapping[str, Any]) -> str:
+    """A question with its answer, as text."""
+    question = record.get("question") or record["question_stem"]
+    answer = record.get("answer")
+    if answer is None:
+        choices = record["choices"]
+        answer = choices["text"][choices["label"].index(record["answerKey"])]
+    return f"{question}\n{answer}\n\n"
 
 
 def _read(file: Path) -> list[str]:

@@ -114,6 +114,24 @@ def test_the_parts_of_a_text_are_disjoint(text, tmp_path):
     assert len(numbers[0]) > len(numbers[1]) > len(numbers[2]) > 50
 
 
+def test_questions_are_read_with_their_answers(tmp_path, monkeypatch):
+    choices = {"choices": {"text": ["wrong", "right"], "label": ["A", "B"]}, "answerKey": "B"}
+    records = {
+        "gsm8k": {"question": "How many?", "answer": "Two."},
+        "openbookqa": {"question_stem": "Which stem?", **choices},
+        "arc_easy": {"question": "Which?", **choices},
+        "arc_challenge": {"question": "Which?", **choices},
+    }
+    for name, record in records.items():
+        (tmp_path / "tasks" / name).mkdir(parents=True)
+        (tmp_path / "tasks" / name / "train.jsonl").write_text(f"{json.dumps(record)}\n" * 500)
+    parts = dataclasses.astuple(tasks.read_parts("questions", tmp_path))
+    assert all(parts)
+    text = "".join(passage for part in parts for passage in part)
+    asked = ["How many?\nTwo.\n\n", "Which stem?\nright\n\n", "Which?\nright\n\n"]
+    assert [text.count(each) for each in asked] == [500, 500, 1000]
+
+
 def test_a_missing_text_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("RANKADAPTOR_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"validation\.txt is missing; set RANKADAPTOR_DATA"):
