@@ -76,7 +76,7 @@ class RankAdaptorSampler(BaseSampler):
         if not isinstance(prior, PriorChoice):
             prior = PriorChoice(prior, storage=prior_storage, on_bad=on_bad_prior)
         self.prior = prior
-        self._settled: dict[tuple[int, int], tuple[str, Prior | None]] = {}  # of each study, by storage and id
+        self._settled: dict[tuple[int, int], Prior | None] = {}  # of each study, by storage and id
         self._n_startup_trials = n_startup_trials
         self._independent_sampler = independent_sampler
         self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
@@ -173,16 +173,16 @@ class RankAdaptorSampler(BaseSampler):
         return self._cached
 
     def _settle(self, study: Study, stored: str | None) -> None:
-        key = id(study._storage), study._study_id
-        settled = self.prior.settle(study, stored)
-        if settled[0] != self._settled.get(key, ("", None))[0]:
-            self._settled[key], self._cached = settled, None  # encoded trials hold the prior's features
+        key, prior = (id(study._storage), study._study_id), self.prior.settle(study, stored)
+        if self._settled.get(key, prior) is not prior:
+            self._cached = None  # encoded trials hold the prior's features
+        self._settled[key] = prior
 
     def _prior_of(self, study: Study) -> Prior | None:
         key = id(study._storage), study._study_id
-        if key not in self._settled:  # another sampler wraps this one, and tells it of no trial's beginning
+        if key not in self._settled:  # another sampler wraps this one, and does not tell it of a trial's beginning
             self._settle(study, study._storage.get_study_user_attrs(study._study_id).get(PRIOR_ATTR))
-        return self._settled[key][1]
+        return self._settled[key]
 
     def _new_model(self, encoding: Encoding, prior: Prior | None = None) -> PerformanceModel:
         return PerformanceModel(encoding.grid, prior=prior, n_ordinary=encoding.width)

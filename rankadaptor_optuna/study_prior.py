@@ -89,8 +89,8 @@ class PriorChoice:
         """
         return self._resolved(study, _attribute(study))[1]
 
-    def settle(self, study: Study, stored: str | None) -> tuple[str, Prior | None]:
-        """Identity and prior of a study that is worked on; stored with it where it has none, or fell back.
+    def settle(self, study: Study, stored: str | None) -> Prior | None:
+        """The prior of a study that is worked on; its identity is stored where there was none, or it fell back.
 
         Args:
             study: The study.
@@ -103,13 +103,13 @@ class PriorChoice:
         if stored is not None and not self._is_default and not self._agrees(stored):
             self._warn(f"study {study.study_name!r} began with the prior {stored} and keeps {identity}.")
         if identity == stored:
-            return identity, prior
+            return prior
         study._storage.set_study_user_attr(study._study_id, PRIOR_ATTR, identity)
         if identity.startswith("db:"):
             store, elsewhere = self._store(study)
             store.use(study.study_name, _version(identity), elsewhere=elsewhere)
         # of several workers that begin at the same moment the last writer's counts, for all
-        return self._resolved(study, _attribute(study))
+        return self.find(study)
 
     def _agrees(self, stored: str) -> bool:
         if self._reference is None:
