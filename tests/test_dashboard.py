@@ -323,6 +323,26 @@ def test_without_the_extra_it_says_what_to_install(missing: str, monkeypatch: py
         publish_dashboard(with_space(0))
 
 
+@pytest.mark.parametrize("lost", ["db:mine@1", "custom:0123456789ab"])
+def test_serve_shows_a_study_whose_prior_cannot_be_had(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = with_space(3, storage=url)
+    study.set_user_attr("rankadaptor:prior", lost)
+    with pytest.raises(ValueError, match="prior"):
+        publish_dashboard(optuna.load_study(study_name=study.study_name, storage=url))
+    assert get_note(study) == ""
+
+    def interrupt(server: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rankadaptor_optuna.dashboard._Server.serve_forever", interrupt)
+    serve(url, port=0)
+    assert "Recommended ranks" in get_note(study)
+    assert study.user_attrs["rankadaptor:prior"] == lost
+
+
 def test_serve_says_when_the_port_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
