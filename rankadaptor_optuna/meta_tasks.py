@@ -30,7 +30,7 @@ def meta_task(study: Study, *, min_trials: int = MIN_TRIALS) -> MetaTask:
 
     Args:
         study: A study with one objective, minimised or maximised.
-        min_trials: Fewest finished trials.
+        min_trials: Fewest finished trials, at least 2.
 
     Raises:
         ValueError: It is no task: the message says why.
@@ -47,10 +47,10 @@ def meta_task(study: Study, *, min_trials: int = MIN_TRIALS) -> MetaTask:
     )
     data = trials.data()
     finished = [i for i, variance in enumerate(data.variance) if variance == 0]
-    params = [data.trials[i].params for i in finished]
-    ranks = np.asarray([encoding.ranks(each) for each in params]).reshape(len(params), -1)
-    if len(finished) < min_trials:
+    if len(finished) < max(2, min_trials):
         raise ValueError(f"it has {len(finished)} finished trials, fewer than {min_trials}")
+    params = [data.trials[i].params for i in finished]
+    ranks = np.asarray([encoding.ranks(each) for each in params])
     scores = data.values[finished, 0] * (1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0)
     if len(np.unique(ranks, axis=0)) < 2 or np.ptp(scores) == 0:
         raise ValueError("all its trials have the same ranks, or the same score")

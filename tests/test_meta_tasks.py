@@ -107,9 +107,17 @@ def constant():
     return searched(None, "constant", scale=0.0)
 
 
+def failed():
+    space = RankSpace(4, (2, 4, 8), "uniform:4")
+    study = new_study(sampler=RankAdaptorSampler(space, prior=None, seed=0))
+    study.optimize(lambda trial: 0 * space.suggest(trial)[0] + float("nan"), n_trials=11)
+    return study
+
+
 @pytest.mark.parametrize(
     ("study", "why"),
     [
+        (failed, "0 finished trials, fewer than 10"),
         (several_objectives, "2 objectives"),
         (no_ranks, "no rank parameters in common"),
         (new_study, "no trial"),

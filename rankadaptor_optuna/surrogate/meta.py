@@ -2,7 +2,7 @@
 
 Maximises the marginal likelihood of every task's scores under the Bayesian head, jointly over the MLP and the mean and
 spread of its output weights, as in adaptive Bayesian linear regression (Perrone et al., 2018). The paper meta-learns a
-plain MLP (section 3.2, "offline meta-learning"): ``surrogate.paper.pretrain`` does.
+plain MLP (section 3.2, "offline meta-learning"): ``surrogate.paper.pretrain`` and ``reptile`` do.
 """
 
 from __future__ import annotations
