@@ -39,7 +39,8 @@ from rankadaptor_optuna.pruning.shortened import block_importance
 from rankadaptor_optuna.pruning.slimgpt import slimgpt
 from rankadaptor_optuna.pruning.structure import Kind, layer_shape, transformer_layers
 from rankadaptor_optuna.recovery.data import token_blocks
-from rankadaptor_optuna.recovery.evaluate import block_losses, evaluate_tasks
+from rankadaptor_optuna.recovery.evaluate import block_losses
+from rankadaptor_optuna.recovery.tasks import TaskSuite
 
 RATIOS = (0.2, 0.25, 0.3, 0.5)
 TASKS = ("local_arc_easy", "local_piqa", "local_hellaswag")
@@ -81,9 +82,8 @@ def measure(model: Any, tokenizer: Any, n_tokens: int, n_items: int) -> dict[str
     found: dict[str, Any] = {"ppl": float(np.exp(block_losses(model, blocks).mean()))}
     if n_items:
         with chdir(folder.parent.parent):  # their data files are named relative to it
-            scores = evaluate_tasks(
-                model, tokenizer, TASKS, limit=n_items, include_path=str(folder / "tasks"), on_requests=lambda n: None
-            )
+            suite = TaskSuite(tokenizer, TASKS, limit=n_items, include_path=str(folder / "tasks"))
+        scores = suite.evaluate(model)
         found |= {score.task.removeprefix("local_"): score.accuracy for score in scores}
     return found
 

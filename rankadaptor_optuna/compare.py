@@ -17,7 +17,7 @@ import optuna
 
 from rankadaptor_optuna.objective import RecoveryObjective, examples_of
 from rankadaptor_optuna.recommendation import recommend
-from rankadaptor_optuna.recovery.evaluate import block_losses, evaluate_tasks
+from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.references import (
     adalora,
     adapter_parameters,
@@ -25,6 +25,7 @@ from rankadaptor_optuna.recovery.references import (
     fisher_information,
     proportional_ranks,
 )
+from rankadaptor_optuna.recovery.tasks import TaskSuite
 from rankadaptor_optuna.report import as_markdown
 from rankadaptor_optuna.study import open_storage
 from rankadaptor_optuna.verification import t_interval
@@ -116,14 +117,10 @@ def compare(
     data = recipe.data
     report = examples_of(tokenizer, recipe.read_data().report, length=data.block_length, mask_prompt=data.mask_prompt)
 
+    suite = TaskSuite(tokenizer, tasks, limit=limit, include_path=include_path) if tasks else None
+
     def measure(adapted: Any) -> dict[str, Any]:  # noqa: ANN401
-        scores = (
-            evaluate_tasks(
-                adapted, tokenizer, tasks, limit=limit, include_path=include_path, on_requests=lambda n: None
-            )
-            if tasks
-            else []
-        )
+        scores = suite.evaluate(adapted) if suite else []
         return {
             "loss": float(block_losses(adapted, report).mean()),
             "accuracies": {score.task: score.accuracy for score in scores},

@@ -21,12 +21,8 @@ from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.pruning.checkpoint import check_prunable
 from rankadaptor_optuna.recommendation import Recommendation, recommend
 from rankadaptor_optuna.recovery.data import token_blocks
-from rankadaptor_optuna.recovery.evaluate import (
-    block_losses,
-    continuation_items,
-    continuation_task,
-    evaluate_tasks,
-)
+from rankadaptor_optuna.recovery.evaluate import block_losses
+from rankadaptor_optuna.recovery.tasks import TaskSuite, continuation_items, continuation_task
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
@@ -245,9 +241,8 @@ class _Meter:
     """Measures models on the report's text, which neither training nor search has seen."""
 
     def __init__(self, texts: Texts, tokenizer: Any) -> None:  # noqa: ANN401
-        self._tokenizer = tokenizer
         self._blocks = token_blocks(tokenizer, texts.report, _BLOCK, limit=_REPORT_BLOCKS)
-        self._task = continuation_task(continuation_items(texts.report, _ITEMS))
+        self._suite = TaskSuite(tokenizer, [continuation_task(continuation_items(texts.report, _ITEMS))])
 
     def loss(self, name: str, model: Any) -> float:  # noqa: ANN401
         with bar(f"{name}: held-out loss", len(self._blocks)) as shown:
@@ -255,7 +250,7 @@ class _Meter:
 
     def accuracy(self, name: str, model: Any) -> list[float]:  # noqa: ANN401
         with bar(f"{name}: lm-eval continuation", 4 * _ITEMS) as shown:
-            score = evaluate_tasks(model, self._tokenizer, [self._task], on_requests=lambda n: shown.update(n))[0]
+            (score,) = self._suite.evaluate(model, on_requests=lambda n: shown.update(n))
         return [score.accuracy, score.stderr]
 
     def measure(self, name: str, model: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -11,8 +11,9 @@ from rankadaptor_optuna.cli import main
 from rankadaptor_optuna.compare import METHODS, Row, compare, fisher_ranks, table, verdict
 from rankadaptor_optuna.objective import examples_of
 from rankadaptor_optuna.recipe import Recipe
-from rankadaptor_optuna.recovery.evaluate import block_losses, continuation_items, continuation_task
+from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.references import fisher_information
+from rankadaptor_optuna.recovery.tasks import continuation_items, continuation_task
 from rankadaptor_optuna.worker import search
 
 RECIPE = {
@@ -71,9 +72,9 @@ def test_it_goes_on_where_it_stopped_and_writes_table_and_picture(searched, tmp_
 def test_tasks_are_columns_with_their_average(searched, tmp_path, monkeypatch, texts):
     url, pruned, _ = searched
     words = [" ".join(f"{i}.{j}" for j in range(70)) for i in range(6)]
-    real = module.evaluate_tasks
+    real = module.TaskSuite
     task = continuation_task(continuation_items(words, 6))
-    monkeypatch.setattr(module, "evaluate_tasks", lambda m, t, tasks, **kw: real(m, t, [task], limit=kw["limit"]))
+    monkeypatch.setattr(module, "TaskSuite", lambda t, tasks, **kw: real(t, [task], limit=kw["limit"]))
     rows = compare(url, "search", tmp_path / "c", pruned=pruned, seeds=2, tasks=["x"], limit=4, say=lambda line: None)
     assert set(rows[-1].accuracies) == {"continuation"}
     assert len(rows[-1].accuracies["continuation"]) == 2
