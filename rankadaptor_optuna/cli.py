@@ -125,9 +125,9 @@ def _parser() -> argparse.ArgumentParser:
         "--pruned", type=Path, metavar="DIR", help="the pruned model (default: made as the recipe says)"
     )
     versus.add_argument("--seeds", type=int, default=3, metavar="N", help="fresh seeds (default: %(default)s)")
-    versus.add_argument("--tasks", metavar="T,T,...", help="lm-eval tasks (default: held-out loss alone)")
-    versus.add_argument("--include-path", metavar="DIR", help="folder of further lm-eval tasks")
-    versus.add_argument("--limit", type=int, metavar="N", help="items per task (default: all)")
+    versus.add_argument("--tasks", metavar="T,T,...", help="lm-eval tasks (default: the recipe's)")
+    versus.add_argument("--include-path", metavar="DIR", help="folder of further lm-eval tasks (default: the recipe's)")
+    versus.add_argument("--limit", type=int, metavar="N", help="items per task (default: the recipe's report_limit)")
     versus.set_defaults(run=_compare)
 
     cut = commands.add_parser(

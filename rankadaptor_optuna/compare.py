@@ -25,7 +25,6 @@ from rankadaptor_optuna.recovery.references import (
     fisher_information,
     proportional_ranks,
 )
-from rankadaptor_optuna.recovery.tasks import TaskSuite
 from rankadaptor_optuna.report import as_markdown
 from rankadaptor_optuna.study import open_storage
 from rankadaptor_optuna.verification import t_interval
@@ -33,6 +32,7 @@ from rankadaptor_optuna.worker import Results, bar, check_out, stored_recipe, wr
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 NONE, UNIFORM, OURS = "no recovery", "LoRA, uniform", "RankAdaptor"
 METHODS = (NONE, UNIFORM, "AdaLoRA", "EVA", "Fisher-proportional", OURS)
@@ -47,6 +47,8 @@ class Row:
         method: Its name, one of ``METHODS``.
         losses: Held-out loss by fresh seed, nats per target.
         accuracies: Accuracy by task and fresh seed.
+        scores: What the search optimised (margin or accuracy) by fresh seed, on other items than it saw; empty where
+            that was the loss.
         parameters: Trainable parameters in use at the end, the most of any seed.
         seconds: Mean wall time of the training.
     """
@@ -54,6 +56,7 @@ class Row:
     method: str
     losses: list[float]
     accuracies: dict[str, list[float]]
+    scores: dict[str, list[float]]
     parameters: int
     seconds: float
 
@@ -72,9 +75,9 @@ def compare(
 ) -> list[Row]:
     """Recovers with the recommended ranks and with the references, on fresh seeds, and writes a table and a picture.
 
-    All train on the same data in the same order with the recipe's settings, and are scored on data that the search has
-    not seen. Each keeps to the parameters of the uniform configuration. In ``out``: ``compare.json``, ``compare.md``,
-    ``compare.png``; run again with the same settings it goes on.
+    All train on the same data in the same order with the recipe's settings, and are scored on data, and items of tasks,
+    that the search has not seen. Each keeps to the parameters of the uniform configuration. In ``out``:
+    ``compare.json``, ``compare.md``, ``compare.png``; run again with the same settings it goes on.
 
     Args:
         storage: Optuna storage URL.
@@ -82,9 +85,9 @@ def compare(
         out: Folder for the results.
         pruned: The pruned model, where it is at hand. Default: made anew as the recipe says.
         seeds: Fresh seeds.
-        tasks: lm-eval tasks; without any the loss is all that is measured.
-        include_path: Folder of further task YAML files.
-        limit: At most so many items per task.
+        tasks: lm-eval tasks. Default: the recipe's; without any the loss is all that is measured.
+        include_path: Folder of further task YAML files. Default: the recipe's.
+        limit: At most so many items per task. Default: the recipe's ``report_limit``.
         say: Receives one line for each step.
 
     Returns:
@@ -108,20 +111,22 @@ def compare(
     }
     check_out(out, settings)
     model, tokenizer = load_model(pruned, recipe.dtype) if pruned else recipe.read_model()[:2]
-    job = recipe.objective(model, tokenizer)
+    job = recipe.objective(model, tokenizer, tasks=None)
     if sorted(map(str, job.space.modules)) != sorted(map(str, found.ranks)):
         raise ValueError(f"the layers of {pruned or recipe.model} are not those that study {study_name!r} searched.")
+    given = {"tasks": tuple(tasks), "include_path": include_path, "limit": limit}
+    suite = recipe.evaluation.suite(tokenizer, "report", **{name: value for name, value in given.items() if value})
+    metric = recipe.evaluation.metric if not tasks else "loss"
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "settings.json", json.dumps(settings, indent=1))
     results = Results(out / "results.json")
     data = recipe.data
     report = examples_of(tokenizer, recipe.read_data().report, length=data.block_length, mask_prompt=data.mask_prompt)
 
-    suite = TaskSuite(tokenizer, tasks, limit=limit, include_path=include_path) if tasks else None
-
     def measure(adapted: Any) -> dict[str, Any]:  # noqa: ANN401
         scores = suite.evaluate(adapted) if suite else []
         return {
+            "scores": {metric: suite.weighted(scores, metric)} if suite and metric != "loss" else {},
             "loss": float(block_losses(adapted, report).mean()),
             "accuracies": {score.task: score.accuracy for score in scores},
             "parameters": adapter_parameters(adapted),
@@ -141,9 +146,10 @@ def compare(
         say(f"Over the budget of {job.space.budget:,.0f} parameters: {', '.join(over)}")
     lines = table(rows)
     write_text(out / "compare.json", json.dumps({"settings": settings, "rows": [vars(r) for r in rows]}, indent=1))
-    write_text(out / "compare.md", as_markdown(lines) + "\n\n" + verdict(rows) + "\n")
+    said = verdict(rows)
+    write_text(out / "compare.md", as_markdown(lines) + "\n\n" + said + "\n")
     figure(rows).savefig(out / "compare.png", dpi=120)
-    say(verdict(rows))
+    say(said)
     return rows
 
 
@@ -204,6 +210,7 @@ def _row(method: str, measured: list[dict[str, Any]]) -> Row:
         method,
         [m["loss"] for m in measured],
         {task: [m["accuracies"][task] for m in measured] for task in measured[0]["accuracies"]},
+        {metric: [m["scores"][metric] for m in measured] for metric in measured[0]["scores"]},
         max(m["parameters"] for m in measured),
         float(np.mean([m["seconds"] for m in measured])),
     )
@@ -218,12 +225,13 @@ def _spread(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Header and one line per method: perplexity, tasks, their average, parameters, seconds; mean ± 95% t interval."""
+    """Header and a line per method: perplexity, scores, tasks, parameters, seconds; mean ± 95% t interval."""
     names = list(rows[0].accuracies)
     average = ["average"] if len(names) > 1 else []
-    lines = [["recovery", "perplexity", *names, *average, "trainable parameters", "seconds"]]
+    lines = [["recovery", "perplexity", *rows[0].scores, *names, *average, "trainable parameters", "seconds"]]
     for row in rows:
-        scores = [_spread(row.accuracies[name], 100) for name in names]
+        scores = [_spread(values, digits=4) for values in row.scores.values()]
+        scores += [_spread(row.accuracies[name], 100) for name in names]
         if average:
             scores.append(_spread(np.mean(list(row.accuracies.values()), axis=0).tolist(), 100))
         perplexity = _spread([math.exp(loss) for loss in row.losses])
@@ -234,18 +242,31 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """What the paired differences in held-out loss say of RankAdaptor against each reference, wins and losses alike."""
+    """What the paired differences say of RankAdaptor against each reference, wins and losses alike.
+
+    Of what the search optimised, and in any case of the held-out loss.
+    """
     by = {row.method: row for row in rows}
     said = []
     for method in METHODS[1:-1]:
         difference = np.asarray(by[OURS].losses) - np.asarray(by[method].losses)
-        low, high = t_interval(difference)
-        word = "better than" if high < 0 else "WORSE than" if low > 0 else "not told apart from"
-        said.append(
-            f"{word} {method} ({100 * math.expm1(difference.mean()):+.2f}% perplexity, 95% interval "
-            f"{100 * math.expm1(low):+.2f}% to {100 * math.expm1(high):+.2f}%)"
-        )
-    return f"RankAdaptor, paired over {len(by[OURS].losses)} fresh seeds, is {'; '.join(said)}."
+        each = [f"{100 * math.expm1(x):+.2f}%" for x in (difference.mean(), *t_interval(difference))]
+        said.append(_told(-difference, method, "perplexity", each))
+    found = f"RankAdaptor, paired over {len(by[OURS].losses)} fresh seeds, is {'; '.join(said)}."
+    for metric, ours in by[OURS].scores.items():
+        said = []
+        for method in METHODS[1:-1]:
+            difference = np.asarray(ours) - np.asarray(by[method].scores[metric])
+            each = [f"{x:+.4f}" for x in (difference.mean(), *t_interval(difference))]
+            said.append(_told(difference, method, metric, each))
+        found += f" By the {metric} that was searched on it is {'; '.join(said)}."
+    return found
+
+
+def _told(gains: NDArray[np.float64], method: str, what: str, each: Sequence[str]) -> str:
+    low, high = t_interval(gains)
+    word = "better than" if low > 0 else "WORSE than" if high < 0 else "not told apart from"
+    return f"{word} {method} ({each[0]} {what}, 95% interval {each[1]} to {each[2]})"
 
 
 def figure(rows: Sequence[Row]) -> Figure:

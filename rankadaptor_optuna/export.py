@@ -75,7 +75,7 @@ def export(
     study = optuna.load_study(study_name=study_name, storage=open_storage(storage))
     found = recommend(study)
     model, tokenizer = load_model(pruned, recipe.dtype) if pruned else recipe.read_model()[:2]
-    job = recipe.objective(model, tokenizer)
+    job = recipe.objective(model, tokenizer, tasks=None)
     if sorted(map(str, job.space.modules)) != sorted(map(str, found.ranks)):
         raise ValueError(f"the layers of {pruned or recipe.model} are not those that study {study_name!r} searched.")
     say(f"Training {job.training.steps} steps with the recommended ranks: {found.evidence.statement}")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
@@ -15,23 +15,26 @@ from rankadaptor_optuna.history import verification_seed
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, attached, lora_config
+from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
 from rankadaptor_optuna.space import RankSpace
 
 
 class RecoveryObjective:
-    """Recovers a pruned model with the trial's ranks and scores it by its loss on held-out text.
+    """Recovers a pruned model with the trial's ranks and scores it, by its loss on held-out text or by lm-eval tasks.
 
     The model is loaded once and reused: each trial attaches an adapter, trains it and takes it off again. Every trial
     sees the same data in the same order and the same (nested) initialisation, so that scores differ by the ranks
-    alone. Lower is better: create the study with ``direction="minimize"``.
+    alone. Create the study with ``direction=objective.direction``: a lower loss is better, a higher margin or accuracy.
 
     A trial that fails (loss not finite, out of memory) becomes a FAIL trial with its reason in the user attribute
     ``fail_reason``, and the study goes on.
 
-    With ``report_every`` a trial reports its loss on the first held-out blocks along the way, and stops where the
-    study's pruner says so. Trials that verify a recommendation never do. A finished trial has the user attributes
-    ``trainable_parameters``, ``seconds``, ``tokens_per_second`` (of training) and on a GPU ``peak_gpu_mib``.
+    With ``report_every`` a trial reports its loss on the first held-out blocks along the way (negative where higher is
+    better), and stops where the study's pruner says so. Trials that verify a recommendation never do. A finished trial
+    has the user attributes ``trainable_parameters``, ``seconds``, ``tokens_per_second`` (of training), on a GPU
+    ``peak_gpu_mib``, and with tasks ``loss``, ``accuracy``, ``margin`` (weighted means) and ``TASK:accuracy``,
+    ``TASK:margin`` of each.
 
     Args:
         model: The pruned model, or anything with such a ``.model``. Its weights are not changed.
@@ -47,13 +50,20 @@ class RecoveryObjective:
         targets: Names of the adapted modules.
         alpha_ratio: LoRA's alpha as a multiple of the rank.
         dropout: LoRA's dropout.
+        tasks: lm-eval tasks to evaluate each trial on. Default: none.
+        metric: What the score is: ``"loss"``, nats per token; ``"margin"`` or ``"accuracy"``, the mean over the tasks
+            by their weights. The margin is the smoother one: an accuracy on few items is too coarse to search on.
         report_every: Steps between reports to Optuna's pruner. Default: none.
         report_blocks: Held-out blocks or records that a report is made on, the first ones.
         seed: Seed of data order and initialisation, common to all trials but those that verify, which bring their own.
         on_step: Called with (step, loss) during training.
 
     Raises:
-        ValueError: A text is too short for one block, a record lacks a field, or a setting is not positive.
+        ValueError: A text is too short for one block, a record lacks a field, a setting is not positive, or there is
+            no task that the metric can be measured on.
+
+    Attributes:
+        direction: ``"minimize"`` or ``"maximize"``: for ``create_study``.
     """
 
     def __init__(
@@ -71,6 +81,8 @@ class RecoveryObjective:
         targets: Sequence[str] = TARGETS,
         alpha_ratio: float = ALPHA_RATIO,
         dropout: float = 0.0,
+        tasks: TaskSuite | None = None,
+        metric: Metric = "loss",
         report_every: int | None = None,
         report_blocks: int = 4,
         seed: int = 0,
@@ -79,6 +91,13 @@ class RecoveryObjective:
         for name, value in (("report_every", report_every), ("report_blocks", report_blocks)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if metric != "loss" and tasks is None:
+            raise ValueError(f"metric {metric!r} needs tasks to measure it on.")
+        if metric == "margin" and tasks is not None and tasks.generating:
+            names = ", ".join(tasks.generating)
+            raise ValueError(f"{names}: no choices, so no margin; leave it out, or use metric 'accuracy'.")
+        self.tasks, self.metric = tasks, metric
+        self.direction: Literal["minimize", "maximize"] = "minimize" if metric == "loss" else "maximize"
         self.model = model if hasattr(model, "named_modules") else model.model
         self.tokenizer = tokenizer
         self.space = space
@@ -133,7 +152,7 @@ class RecoveryObjective:
             yield model
 
     def __call__(self, trial: Trial) -> float:
-        """Held-out loss in nats per token; NaN, which Optuna records as FAIL, where the recovery failed.
+        """The score by the objective's metric; NaN, which Optuna records as FAIL, where the recovery failed.
 
         Raises:
             optuna.TrialPruned: The study's pruner stopped the trial.
@@ -144,7 +163,8 @@ class RecoveryObjective:
 
         def report(model: Any, done: int) -> None:  # noqa: ANN401
             if self._report_every and done % self._report_every == 0 and done < self.training.steps:
-                trial.report(float(block_losses(model, self._report).mean()), done)
+                loss = float(block_losses(model, self._report).mean())
+                trial.report(loss if self.direction == "minimize" else -loss, done)
                 if trial.should_prune():
                     raise TrialPruned(f"stopped after {done} of {self.training.steps} steps")
 
@@ -157,12 +177,26 @@ class RecoveryObjective:
                 _gpu_peak(trial),
                 self.recovered(ranks, seed=seed, on_step=report if seed is None else None, on_trained=note) as model,
             ):
-                loss = float(block_losses(model, self.held_out).mean())
+                score = self._score(trial, model)
         except (RuntimeError, FloatingPointError, MemoryError) as error:  # out of memory is torch's RuntimeError
             trial.set_user_attr("fail_reason", f"{type(error).__name__}: {error}"[:500])
             return float("nan")
         trial.set_user_attr("seconds", round(time.perf_counter() - start, 2))
-        return loss
+        return score
+
+    def _score(self, trial: Trial, model: Any) -> float:  # noqa: ANN401
+        found = {"loss": float(block_losses(model, self.held_out).mean())}
+        if self.tasks is None:
+            return found["loss"]
+        scores = self.tasks.evaluate(model)
+        found["accuracy"] = self.tasks.weighted(scores, "accuracy")
+        if not self.tasks.generating:
+            found["margin"] = self.tasks.weighted(scores, "margin")
+        named = {f"{s.task}:{what}": getattr(s, what) for s in scores for what in ("accuracy", "margin")}
+        for name, value in {**found, **named}.items():
+            if value is not None:
+                trial.set_user_attr(name, value)
+        return found[self.metric]
 
 
 def examples_of(

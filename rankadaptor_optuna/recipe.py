@@ -7,23 +7,21 @@ are searched. It is stored with the study: a worker elsewhere needs nothing but 
 from __future__ import annotations
 
 import sys
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS
+from rankadaptor_optuna.recovery.tasks import Metric, Part, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig
+from rankadaptor_optuna.settings import changed
 from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
 
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
     from rankadaptor_optuna.objective import RecoveryObjective
     from rankadaptor_optuna.pruning.core import PrunedModel
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -148,6 +146,58 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """lm-eval tasks that a trial is evaluated on, and what its score is.
+
+    A trial sees one half of each task's documents, comparisons after the search the other one.
+
+    Attributes:
+        tasks: lm-eval task, group or tag names; with weights, ``{name: weight}``. Default: none.
+        metric: What a study optimises: ``"loss"``, the held-out loss; ``"margin"`` or ``"accuracy"``, the weighted mean
+            over the tasks (see ``TaskScore``). Whatever it is, the others are recorded beside it.
+        limit: At most so many items of each task for a trial.
+        report_limit: At most so many items of each task for comparisons after the search.
+        num_fewshot: Examples before each item. Default: the task's own.
+        include_path: Folder of further task YAML files.
+        batch_size: Requests per forward pass.
+    """
+
+    tasks: tuple[str, ...] | dict[str, float] = ()
+    metric: Metric = "loss"
+    limit: int | None = None
+    report_limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: str | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("report_limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if isinstance(self.tasks, dict) and not all(weight > 0 for weight in self.tasks.values()):
+            raise ValueError(f"tasks must have positive weights, got {self.tasks}.")
+        if self.metric != "loss" and not self.tasks:
+            raise ValueError(f"metric {self.metric!r} needs tasks to measure it on; name some.")
+
+    def suite(self, tokenizer: Any, part: Part, **changes: Any) -> TaskSuite | None:  # noqa: ANN401
+        """The tasks, made into requests; None without any. ``changes`` are other settings than these.
+
+        Raises:
+            ValueError: A task is unknown, or its data cannot be had.
+        """
+        settings = {
+            "tasks": self.tasks,
+            "limit": self.limit if part == "search" else self.report_limit,
+            "num_fewshot": self.num_fewshot,
+            "include_path": self.include_path,
+            "batch_size": self.batch_size,
+            **changes,
+        }
+        return TaskSuite(tokenizer, part=part, **settings) if settings["tasks"] else None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What makes two trials comparable.
 
@@ -160,6 +210,7 @@ class Recipe:
         data: What it recovers on.
         training: Settings of one recovery.
         lora: The adapters.
+        evaluation: lm-eval tasks, and what is optimised.
         report_every: Steps between reports to Optuna's pruner. Default: none.
 
     Raises:
@@ -174,6 +225,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     lora: Lora = field(default_factory=Lora)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     report_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -210,7 +262,7 @@ class Recipe:
         preset = values.pop("preset", "quick")
         if preset not in PRESETS:
             raise ValueError(f"preset: no recipe named {preset!r}; there are {', '.join(PRESETS)}.")
-        return _changed(PRESETS[preset], values, "")
+        return changed(PRESETS[preset], values, "")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, for JSON; ``from_dict`` reads them."""
@@ -239,11 +291,13 @@ class Recipe:
         """The trial objective of this recipe on a pruned model; ``settings`` go to ``RecoveryObjective`` as they are.
 
         Raises:
-            ValueError: The data cannot be read, or is too short.
+            ValueError: The data or a task cannot be read, or is too short.
         """
         from rankadaptor_optuna.objective import RecoveryObjective
 
         parts = self.read_data()
+        if "tasks" not in settings:
+            settings |= {"tasks": self.evaluation.suite(tokenizer, "search"), "metric": self.evaluation.metric}
         space = RankSpace.from_model(
             model,
             self.space.candidates,
@@ -306,41 +360,3 @@ PRESETS = {
         lora=Lora(dropout=0.05),
     ),
 }
-
-
-def _changed(base: T, values: Mapping[str, Any], path: str) -> T:
-    """A dataclass with some fields changed, nested ones in part."""
-    hints = typing.get_type_hints(type(base))
-    known = [f.name for f in fields(base)]  # type: ignore[arg-type]
-    changes: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"{path}{name}: no such setting; there are {', '.join(known)}.")
-        old = getattr(base, name)
-        if is_dataclass(old) and not isinstance(old, type):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{path}{name}: expected a table of settings, got {value!r}.")
-            changes[name] = _changed(old, value, f"{path}{name}.")
-            continue
-        changes[name] = tuple(value) if isinstance(value, list) else value
-        if not _fits(changes[name], hints[name]):
-            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
-            raise ValueError(f"{path}{name}: expected {wanted.replace('typing.', '')}, got {value!r}.")
-    try:
-        return replace(base, **changes)  # type: ignore[type-var]
-    except ValueError as error:
-        raise ValueError(f"{path}{error}") from error
-
-
-def _fits(value: Any, hint: Any) -> bool:  # noqa: ANN401
-    """Whether a value is of an annotated type; an integer is a float too, a boolean neither."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, one) for one in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def run_trials(study: Study, job: RecoveryObjective, n_trials: int, *, shared: b
 
         def describe(doing: str = "search") -> None:
             done = trials(TrialState.COMPLETE)
-            best = f", best {min(t.value for t in done if t.value is not None):.4f}" if done else ""
+            better = min if job.direction == "minimize" else max
+            best = f", best {better(t.value for t in done if t.value is not None):.4f}" if done else ""
             shown.total = shown.n + max(0, n_trials - len(done)) * steps  # others take some of them
             shown.set_description(f"      {doing}, {len(done)} of {n_trials} trials{best}")
 
@@ -209,9 +211,12 @@ def search(
         storage=shared or url,
         study_name=study_name,
         sampler=RankAdaptorSampler(job.space, prior=prior, seed=recipe.seed),
-        direction="minimize",
+        direction=job.direction,
         recipe=settings,
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names([job.metric])
     say(f"Study {study_name!r} in {masked(url)}: {trials} trials, {job.space!r}")
     run_trials(study, job, trials, shared=storage is not None)
     found = recommend(study)

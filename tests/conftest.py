@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sqlite3
@@ -101,6 +102,26 @@ def tokenizer():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="Ā")
+
+
+@pytest.fixture
+def local_task(tmp_path):
+    """Folder of an lm-eval task, "facts": four choices of words, of which some model knows better."""
+    draw = random.Random(1)
+    words = ["rank", "layer", "prune", "head", "of", "the", "a", "model"]
+    rows = [
+        {"q": f"{i}: " + " ".join(draw.choices(words, k=3)), "o": draw.sample(words, 4), "gold": i % 4}
+        for i in range(24)
+    ]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "facts.yaml").write_text(
+        f"task: facts\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/facts.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{o}}'\n"
+        "doc_to_target: '{{gold}}'\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

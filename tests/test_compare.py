@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from rankadaptor_optuna import compare as module
 from rankadaptor_optuna.cli import main
 from rankadaptor_optuna.compare import METHODS, Row, compare, fisher_ranks, table, verdict
 from rankadaptor_optuna.objective import examples_of
-from rankadaptor_optuna.recipe import Recipe
+from rankadaptor_optuna.recipe import Evaluation, Recipe
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.references import fisher_information
-from rankadaptor_optuna.recovery.tasks import continuation_items, continuation_task
+from rankadaptor_optuna.recovery.tasks import TaskSuite
 from rankadaptor_optuna.worker import search
 
 RECIPE = {
@@ -69,16 +70,33 @@ def test_it_goes_on_where_it_stopped_and_writes_table_and_picture(searched, tmp_
     assert stored["rows"][-1]["losses"] == first[-1].losses
 
 
-def test_tasks_are_columns_with_their_average(searched, tmp_path, monkeypatch, texts):
+def test_tasks_given_are_columns_scored_on_items_to_report_on(searched, tmp_path, local_task, monkeypatch):
     url, pruned, _ = searched
-    words = [" ".join(f"{i}.{j}" for j in range(70)) for i in range(6)]
-    real = module.TaskSuite
-    task = continuation_task(continuation_items(words, 6))
-    monkeypatch.setattr(module, "TaskSuite", lambda t, tasks, **kw: real(t, [task], limit=kw["limit"]))
-    rows = compare(url, "search", tmp_path / "c", pruned=pruned, seeds=2, tasks=["x"], limit=4, say=lambda line: None)
-    assert set(rows[-1].accuracies) == {"continuation"}
-    assert len(rows[-1].accuracies["continuation"]) == 2
-    assert "continuation" in table(rows)[0]
+    parts = []
+    real = TaskSuite.__init__
+    monkeypatch.setattr(
+        TaskSuite,
+        "__init__",
+        lambda self, *a, **kw: parts.append((kw["part"], kw["limit"])) or real(self, *a, **kw),
+    )
+    options = {"tasks": ["facts"], "include_path": str(local_task), "limit": 4}
+    rows = compare(url, "search", tmp_path / "c", pruned=pruned, seeds=2, say=lambda line: None, **options)
+    assert parts == [("report", 4)]
+    assert set(rows[-1].accuracies) == {"facts"}
+    assert len(rows[-1].accuracies["facts"]) == 2
+    assert "facts" in table(rows)[0]
+
+
+def test_the_recipes_tasks_and_its_metric_are_compared_by_default(recipe, tmp_path, local_task):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    evaluation = Evaluation(("facts",), "margin", limit=4, report_limit=6, include_path=str(local_task))
+    search(replace(recipe, evaluation=evaluation), tmp_path / "out", trials=3, storage=url, say=lambda line: None)
+    said = []
+    rows = compare(url, "search", tmp_path / "c", pruned=tmp_path / "out" / "pruned", seeds=2, say=said.append)
+    assert set(rows[-1].accuracies) == {"facts"}
+    assert len(rows[-1].scores["margin"]) == 2
+    assert "margin" in table(rows)[0]
+    assert "By the margin that was searched on it is" in said[-1]
 
 
 def test_the_command_prints_the_table_or_refuses_in_one_line(searched, tmp_path, capsys):
@@ -117,7 +135,13 @@ def test_the_verdict_says_wins_and_losses_alike():
         "Fisher-proportional": [2.0, 2.2, 2.1],
         "RankAdaptor": [2.0, 2.1, 2.2],
     }
-    found = verdict([Row(method, losses[method], {}, 10, 1.0) for method in METHODS])
+    found = verdict([Row(method, losses[method], {}, {}, 10, 1.0) for method in METHODS])
+    assert "margin" not in found
+    scores = {method: {"margin": [-x for x in values]} for method, values in losses.items()}
+    both = verdict([Row(method, losses[method], {}, scores[method], 10, 1.0) for method in METHODS])
+    assert both.startswith(found)
+    assert both.split("By the margin")[1].count("better than") == 2
+    assert "WORSE than AdaLoRA (-0.4967 margin, 95% interval -0.5110 to -0.4823)" in both
     assert "better than LoRA, uniform (-26" in found
     assert "WORSE than AdaLoRA (+" in found
     assert "better than EVA" in found
@@ -126,8 +150,8 @@ def test_the_verdict_says_wins_and_losses_alike():
 
 def test_the_table_has_means_and_intervals():
     few = {"a": [0.1], "b": [0.3]}
-    rows = [Row(method, [3.0], few, 10, 1.0) for method in METHODS]
-    rows[-1] = Row("RankAdaptor", [1.0, 1.0, 1.0], {"a": [0.5, 0.6, 0.7], "b": [0.7, 0.6, 0.5]}, 1234567, 2.4)
+    rows = [Row(method, [3.0], few, {}, 10, 1.0) for method in METHODS]
+    rows[-1] = Row("RankAdaptor", [1.0, 1.0, 1.0], {"a": [0.5, 0.6, 0.7], "b": [0.7, 0.6, 0.5]}, {}, 1234567, 2.4)
     lines = table(rows)
     assert lines[0] == ["recovery", "perplexity", "a", "b", "average", "trainable parameters", "seconds"]
     half = 100 * 4.302652729911275 * np.std([0.5, 0.6, 0.7], ddof=1) / math.sqrt(3)

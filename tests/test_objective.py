@@ -13,6 +13,7 @@ from rankadaptor_optuna.history import VERIFY_ATTR
 from rankadaptor_optuna.recovery.data import instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
+from rankadaptor_optuna.recovery.tasks import TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
 
 TRAINING = TrainingConfig(steps=3, batch_size=2, learning_rate=0.05)
@@ -109,6 +110,40 @@ def test_attention_and_mlp_are_recovered_with_ranks_of_their_own(model, tokenize
             if getattr(module, "lora_A", None):
                 ranks[".".join(name.split(".")[4:6])] = module.r["default"]
     assert ranks == {m: r for m, r in (space.uniform() | {"2.mlp": 0, "1.self_attn": 8}).items() if r}
+
+
+def test_tasks_are_attributes_of_a_trial_and_the_metric_is_its_score(make_job, tokenizer, local_task):
+    suite = TaskSuite(tokenizer, {"facts": 2.0}, part="search", include_path=str(local_task))
+    values = {}
+    for metric in ("loss", "margin", "accuracy"):
+        job = make_job(tokenizer, tasks=suite, metric=metric)
+        trial = fixed(job, 2, 8, 4, 2)
+        values[metric] = job(trial)
+        attributes = trial.user_attrs
+        assert job.direction == ("minimize" if metric == "loss" else "maximize")
+        assert attributes[metric] == values[metric]
+    assert len(set(values.values())) == 3
+    with job.recovered({0: 2, 1: 8, 2: 4, 3: 2}) as adapted:
+        (score,) = suite.evaluate(adapted)
+    assert attributes["facts:accuracy"] == attributes["accuracy"] == score.accuracy
+    assert attributes["facts:margin"] == attributes["margin"] == pytest.approx(score.margin)
+    assert make_job(tokenizer)(fixed(job, 2, 8, 4, 2)) == values["loss"]
+
+
+def test_where_higher_is_better_reports_are_too(make_job, tokenizer, local_task):
+    suite = TaskSuite(tokenizer, ["facts"], include_path=str(local_task))
+    job = make_job(tokenizer, tasks=suite, metric="margin", report_every=1)
+    study = create_study(direction=job.direction, sampler=RankAdaptorSampler(job.space, prior=None, seed=0))
+    study.optimize(job, n_trials=1)
+    reports = study.trials[0].intermediate_values
+    assert reports[2] > reports[1]
+    assert reports[2] == pytest.approx(-study.trials[0].user_attrs["loss"], abs=0.5)
+
+
+def test_a_metric_needs_tasks_that_have_it(make_job, tokenizer):
+    for metric in ("margin", "accuracy"):
+        with pytest.raises(ValueError, match=f"metric '{metric}' needs tasks"):
+            make_job(tokenizer, metric=metric)
 
 
 def test_a_study_of_recoveries_reports_each_step(make_job, tokenizer):

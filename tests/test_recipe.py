@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rankadaptor_optuna.recipe import PRESETS, Recipe
+from rankadaptor_optuna.recipe import PRESETS, Evaluation, Recipe
 
 FULL = """
 model = "some/model"
@@ -28,6 +28,10 @@ micro_batch_size = 2
 [lora]
 dropout = 0.1
 targets = ["q_proj", "v_proj"]
+[evaluation]
+tasks = {arc_easy = 1, piqa = 0.5}
+metric = "margin"
+limit = 100
 """
 
 
@@ -48,6 +52,9 @@ def test_a_file_changes_what_it_names_and_leaves_the_rest(write):
     assert recipe.training.learning_rate == 1
     assert recipe.training.batch_size == PRESETS["quick"].training.batch_size
     assert recipe.lora.targets == ("q_proj", "v_proj")
+    assert recipe.evaluation == Evaluation({"arc_easy": 1, "piqa": 0.5}, "margin", limit=100)
+    listed = Recipe.load(write('[evaluation]\ntasks = ["arc_easy"]'))
+    assert listed.evaluation == Evaluation(("arc_easy",))
     assert Recipe.load(write("")) == Recipe() == PRESETS["quick"]
 
 
@@ -81,6 +88,13 @@ def test_json_and_back_is_the_same(write, text):
         ('[space]\ngranularity = "head"', "space.granularity: expected Literal"),
         ("[data]\nblock_length = 0", "data.block_length must be at least 1, got 0"),
         ("[lora]\ndropout = 1.0", r"lora.dropout must lie in \[0, 1\), got 1.0"),
+        ('[evaluation]\ntasks = "arc_easy"', "evaluation.tasks: expected"),
+        ('[evaluation]\ntasks = {arc_easy = "high"}', "evaluation.tasks: expected"),
+        ("[evaluation]\ntasks = {arc_easy = 0}", "evaluation.tasks must have positive weights"),
+        ('[evaluation]\nmetric = "f1"', "evaluation.metric: expected Literal"),
+        ('[evaluation]\nmetric = "margin"', "evaluation.metric 'margin' needs tasks"),
+        ("[evaluation]\nlimit = 0", "evaluation.limit must be at least 1, got 0"),
+        ("[evaluation]\nnum_fewshot = -1", "evaluation.num_fewshot must be at least 0, got -1"),
         ("seed = -1", "seed must be at least 0, got -1"),
         ('dtype = "int8"', "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
         ('preset = "slow"', "preset: no recipe named 'slow'; there are quick, paper"),

@@ -67,6 +67,23 @@ def test_another_worker_needs_the_storage_and_the_name_alone(recipe, tmp_path):
     assert (tmp_path / "two" / "recommendation.json").exists()
 
 
+def test_a_search_for_accuracy_is_for_the_highest(values, local_task, tmp_path):
+    evaluation = {"tasks": ["facts"], "metric": "accuracy", "include_path": str(local_task), "limit": 6}
+    search(Recipe.from_dict(values | {"evaluation": evaluation}), tmp_path / "out", trials=3, say=lambda line: None)
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'out' / 'study.db'}")
+    assert study.direction is optuna.study.StudyDirection.MAXIMIZE
+    assert study.metric_names == ["accuracy"]
+    assert [t.value for t in study.trials] == [t.user_attrs["facts:accuracy"] for t in study.trials]
+    assert all(0 <= t.value <= 1 and t.value * 6 == pytest.approx(round(t.value * 6)) for t in study.trials)
+
+
+def test_an_unknown_task_is_refused_before_anything_is_written(values, local_task, tmp_path):
+    evaluation = {"tasks": ["fact"], "include_path": str(local_task)}
+    with pytest.raises(ValueError, match="lm-eval knows no task named fact"):
+        search(Recipe.from_dict(values | {"evaluation": evaluation}), tmp_path / "out", trials=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_is_pruned_already_is_searched_as_it_is(values, model, tokenizer, texts, tmp_path):
     pruned = prune(model, tokenizer, ratio=0.1, calibration=texts, multiple_of=8, n_samples=4, sample_length=32)
     pruned.save(tmp_path / "pruned", tokenizer)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 Part = Literal["all", "search", "report"]
+Metric = Literal["loss", "margin", "accuracy"]
 _METRICS = ("acc_norm", "acc", "exact_match")
 _FEWSHOT_SEED = 1234  # lm-eval's own
 
@@ -76,6 +77,7 @@ class TaskSuite:
 
     Attributes:
         weights: Weight of each task, summing to 1.
+        generating: Tasks without choices, which have no margin.
 
     Raises:
         ValueError: A task is unknown, its data cannot be had or is too little to split, it has no accuracy, or a weight
@@ -108,6 +110,9 @@ class TaskSuite:
             raise ValueError(f"weights of tasks must be positive, got {weights}.")
         total = sum(weights.values())
         self.weights = {name: weights[name] / total for name in self._built}
+        self.generating = [
+            name for name, leaves in self._built.items() if any(i.right is None for _, items in leaves for i in items)
+        ]
 
     def _requests(self, kind: str) -> list[Any]:
         items = (item for leaves in self._built.values() for _, items in leaves for item in items)
@@ -166,17 +171,10 @@ class TaskSuite:
         return TaskScore(name, accuracy, float(np.sqrt(accuracy * (1 - accuracy) / n)), n, mean)
 
     def weighted(self, scores: Sequence[TaskScore], metric: Literal["accuracy", "margin"]) -> float:
-        """The mean over the tasks, by their weights.
-
-        Raises:
-            ValueError: A task has no margin.
-        """
+        """The mean over the tasks by their weights; of the margin over those that have one."""
         values = {score.task: getattr(score, metric) for score in scores}
-        if lacking := [name for name, value in values.items() if value is None]:
-            raise ValueError(
-                f"no {metric} of {', '.join(lacking)}, which has no choices; leave it out, or use the accuracy."
-            )
-        return float(sum(self.weights[name] * value for name, value in values.items()))
+        weights = {name: self.weights[name] for name, value in values.items() if value is not None}
+        return float(sum(weight * values[name] for name, weight in weights.items()) / sum(weights.values()))
 
 
 @contextmanager
