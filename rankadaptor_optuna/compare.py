@@ -96,8 +96,6 @@ def compare(
     Raises:
         ValueError: There is no such study or task, or ``out`` belongs to other settings.
     """
-    from rankadaptor_optuna.embedded import load_model
-
     if seeds < 2:
         raise ValueError(f"seeds must be at least 2 for an interval, got {seeds}.")
     recipe = stored_recipe(storage, study_name)
@@ -110,7 +108,7 @@ def compare(
         "limit": limit,
     }
     check_out(out, settings)
-    model, tokenizer = load_model(pruned, recipe.dtype) if pruned else recipe.read_model()[:2]
+    model, tokenizer = recipe.open_model(pruned) if pruned else recipe.read_model()[:2]
     job = recipe.objective(model, tokenizer, tasks=None)
     if sorted(map(str, job.space.modules)) != sorted(map(str, found.ranks)):
         raise ValueError(f"the layers of {pruned or recipe.model} are not those that study {study_name!r} searched.")

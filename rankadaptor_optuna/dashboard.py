@@ -197,16 +197,18 @@ def _code(found: Recommendation) -> list[str]:
     if any(isinstance(module, str) for module in ranks):
         ranks = {re.escape(module): rank for module, rank in ranks.items()}
         where = r'''exclude_modules=rf"(.*\.)?layers\.(?!({'|'.join(ranks)})\.).*"'''
+    alpha = found.lora.get("alpha")
+    ratio = found.lora.get("alpha_ratio", ALPHA_RATIO)
     code = rf"""from peft import LoraConfig
 
 ranks = {str(ranks).replace(": ", ":")}
 config = LoraConfig(
     r=max(ranks.values()),
-    lora_alpha={ALPHA_RATIO:g} * max(ranks.values()),
+    lora_alpha={f"{alpha:g}" if alpha else f"{ratio:g} * max(ranks.values())"},
     rank_pattern={{rf"layers\.{{i}}\..*": r for i, r in ranks.items()}},
-    alpha_pattern={{rf"layers\.{{i}}\..*": {ALPHA_RATIO:g} * r for i, r in ranks.items()}},
+    alpha_pattern={{rf"layers\.{{i}}\..*": {f"{alpha:g}" if alpha else f"{ratio:g} * r"} for i, r in ranks.items()}},
     {where},
-    target_modules={list(TARGETS)},
+    target_modules={list(found.lora.get("targets", TARGETS))},
     task_type="CAUSAL_LM",
 )"""
     # broken after commas: the note does not wrap code, it grows wider than the page

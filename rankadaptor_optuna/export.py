@@ -65,16 +65,15 @@ def export(
     """
     from peft import PeftModel
 
-    from rankadaptor_optuna.embedded import load_model
     from rankadaptor_optuna.pruning.checkpoint import check_out, save_pruned
 
     check_out(out)
     recipe = stored_recipe(storage, study_name)
     if steps is not None:
-        recipe = replace(recipe, training=replace(recipe.training, steps=steps))
+        recipe = replace(recipe, training=replace(recipe.training, steps=steps, epochs=None))
     study = optuna.load_study(study_name=study_name, storage=open_storage(storage))
     found = recommend(study)
-    model, tokenizer = load_model(pruned, recipe.dtype) if pruned else recipe.read_model()[:2]
+    model, tokenizer = recipe.open_model(pruned) if pruned else recipe.read_model()[:2]
     job = recipe.objective(model, tokenizer, tasks=None)
     if sorted(map(str, job.space.modules)) != sorted(map(str, found.ranks)):
         raise ValueError(f"the layers of {pruned or recipe.model} are not those that study {study_name!r} searched.")
@@ -89,12 +88,7 @@ def export(
         except (RuntimeError, FloatingPointError) as error:  # out of memory is a RuntimeError
             raise ValueError(f"the training failed: {error}") from error
     tokenizer.save_pretrained(out / "adapter")
-    config = lora_config(
-        job.space.with_fixed(found.ranks),
-        targets=recipe.lora.targets,
-        alpha_ratio=recipe.lora.alpha_ratio,
-        dropout=recipe.lora.dropout,
-    )
+    config = lora_config(job.space.with_fixed(found.ranks), **job.lora)
     write_text(out / "rank_pattern.json", json.dumps(_plain(config), indent=1))
     before = float(block_losses(job.model, job.held_out).mean())
     write_text(out / "README.md", _card(study_name, masked(storage), recipe, found, loss, before))

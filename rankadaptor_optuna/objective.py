@@ -49,6 +49,7 @@ class RecoveryObjective:
         mask_prompt: Whether of records the response alone counts.
         targets: Names of the adapted modules.
         alpha_ratio: LoRA's alpha as a multiple of the rank.
+        alpha: LoRA's alpha in all layers, whatever their ranks. Default: by ``alpha_ratio``.
         dropout: LoRA's dropout.
         tasks: lm-eval tasks to evaluate each trial on. Default: none.
         metric: What the score is: ``"loss"``, nats per token; ``"margin"`` or ``"accuracy"``, the mean over the tasks
@@ -80,6 +81,7 @@ class RecoveryObjective:
         mask_prompt: bool = True,
         targets: Sequence[str] = TARGETS,
         alpha_ratio: float = ALPHA_RATIO,
+        alpha: float | None = None,
         dropout: float = 0.0,
         tasks: TaskSuite | None = None,
         metric: Metric = "loss",
@@ -101,13 +103,18 @@ class RecoveryObjective:
         self.model = model if hasattr(model, "named_modules") else model.model
         self.tokenizer = tokenizer
         self.space = space
-        self.training = training or TrainingConfig()
         self.seed = seed
         self.on_step = on_step
-        self.lora: dict[str, Any] = {"targets": tuple(targets), "alpha_ratio": alpha_ratio, "dropout": dropout}
+        self.lora: dict[str, Any] = {
+            "targets": tuple(targets),
+            "alpha_ratio": alpha_ratio,
+            "alpha": alpha,
+            "dropout": dropout,
+        }
         self._report_every = report_every
         read = partial(examples_of, tokenizer, length=block_length, mask_prompt=mask_prompt)
         self.train = read(train)
+        self.training = (training or TrainingConfig()).for_examples(len(self.train))
         self.held_out = read(validation, limit=validation_blocks)
         self._report = self.held_out.first(report_blocks)
 
@@ -174,7 +181,7 @@ class RecoveryObjective:
         start = time.perf_counter()
         try:
             with (
-                _gpu_peak(trial),
+                _gpu_peak(trial, next(self.model.parameters()).device),
                 self.recovered(ranks, seed=seed, on_step=report if seed is None else None, on_trained=note) as model,
             ):
                 score = self._score(trial, model)
@@ -229,13 +236,15 @@ def examples_of(
 
 
 @contextmanager
-def _gpu_peak(trial: Trial) -> Iterator[None]:
-    """Notes the most GPU memory that was allocated meanwhile, in MiB, where there is a GPU."""
+def _gpu_peak(trial: Trial, device: Any) -> Iterator[None]:  # noqa: ANN401
+    """Notes the most GPU memory that was allocated meanwhile, in MiB, where the model is on a GPU."""
     import torch
 
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         yield
         return
-    torch.cuda.reset_peak_memory_stats()
-    yield
-    trial.set_user_attr("peak_gpu_mib", round(torch.cuda.max_memory_allocated() / 2**20))
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        yield
+    finally:
+        trial.set_user_attr("peak_gpu_mib", round(torch.cuda.max_memory_allocated(device) / 2**20))

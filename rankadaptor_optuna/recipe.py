@@ -6,6 +6,7 @@ are searched. It is stored with the study: a worker elsewhere needs nothing but 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,102 +14,13 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS
-from rankadaptor_optuna.recovery.tasks import Metric, Part, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig
-from rankadaptor_optuna.settings import changed
-from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
+from rankadaptor_optuna.settings import Data, Evaluation, Lora, Pruning, Space, changed
+from rankadaptor_optuna.space import RankSpace
 
 if TYPE_CHECKING:
     from rankadaptor_optuna.objective import RecoveryObjective
     from rankadaptor_optuna.pruning.core import PrunedModel
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """How the model is pruned: arguments of ``pruning.prune``; None leaves the method's own default.
-
-    Attributes:
-        method: ``"llm-pruner"``, ``"shortened"`` or ``"slimgpt"``.
-        ratio: Share of the transformer blocks' parameters to remove.
-        calibration: Text or JSONL file, or Hub data set. Default: the embedded text.
-        criterion: Importance criterion.
-        ranking: ``"global"`` or ``"local"``.
-        structure: ``"units"`` or ``"hidden"``.
-        steps: Steps to the ratio.
-        keep_first: Layers at the start that stay whole.
-        keep_last: Layers at the end that stay whole.
-        multiple_of: Of MLP widths.
-        n_samples: Calibration windows.
-        sample_length: Tokens of each.
-    """
-
-    method: str = "llm-pruner"
-    ratio: float = 0.25
-    calibration: str | None = None
-    criterion: str | None = None
-    ranking: str | None = None
-    structure: str | None = None
-    steps: int | None = None
-    keep_first: int | None = None
-    keep_last: int | None = None
-    multiple_of: int | None = None
-    n_samples: int | None = None
-    sample_length: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must lie between 0 and 1, got {self.ratio}.")
-
-
-@dataclass(frozen=True)
-class Space:
-    """What is searched: see ``RankSpace.from_model``.
-
-    Attributes:
-        candidates: Ranks that a layer may take.
-        budget: ``"uniform:RANK"``, or trainable parameters.
-        unpruned_rank: Rank of layers from which pruning took nothing; -1 searches them too.
-        granularity: ``"layer"`` or ``"sublayer"``.
-    """
-
-    candidates: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
-    budget: str | float = "uniform:8"
-    unpruned_rank: int = 8
-    granularity: Granularity = "layer"
-
-    def __post_init__(self) -> None:
-        checked_candidates(self.candidates)
-        RankSpace(1, self.candidates, self.budget, granularity=self.granularity)
-
-
-@dataclass(frozen=True)
-class Data:
-    """What the model recovers on and is scored on.
-
-    Attributes:
-        train: Text file, JSONL file or Hub data set (``texts.read_records``). Default: the embedded text.
-        validation: The same, for the score; must not share records with ``train``. Default: of the embedded text its
-            validation part, of anything else every tenth record.
-        report: The same, for comparisons after the search, which must see neither. Default: likewise.
-        block_length: Tokens of a block of text; of an instruction record at most.
-        validation_blocks: Blocks or records that a trial is scored on.
-        mask_prompt: Whether of instruction records the response alone counts.
-        limit: At most so many records are read.
-    """
-
-    train: str | None = None
-    validation: str | None = None
-    report: str | None = None
-    block_length: int = 256
-    validation_blocks: int = 12
-    mask_prompt: bool = True
-    limit: int = 50_000
-
-    def __post_init__(self) -> None:
-        for name in ("block_length", "validation_blocks", "limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -127,83 +39,13 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Lora:
-    """The adapters.
-
-    Attributes:
-        targets: Names of the adapted modules.
-        alpha_ratio: Alpha as a multiple of each layer's rank, so that all ranks are scaled alike.
-        dropout: Dropout before the adapters.
-    """
-
-    targets: tuple[str, ...] = TARGETS
-    alpha_ratio: float = ALPHA_RATIO
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """lm-eval tasks that a trial is evaluated on, and what its score is.
-
-    A trial sees one half of each task's documents, comparisons after the search the other one.
-
-    Attributes:
-        tasks: lm-eval task, group or tag names; with weights, ``{name: weight}``. Default: none.
-        metric: What a study optimises: ``"loss"``, the held-out loss; ``"margin"`` or ``"accuracy"``, the weighted mean
-            over the tasks (see ``TaskScore``). Whatever it is, the others are recorded beside it.
-        limit: At most so many items of each task for a trial.
-        report_limit: At most so many items of each task for comparisons after the search.
-        num_fewshot: Examples before each item. Default: the task's own.
-        include_path: Folder of further task YAML files.
-        batch_size: Requests per forward pass.
-    """
-
-    tasks: tuple[str, ...] | dict[str, float] = ()
-    metric: Metric = "loss"
-    limit: int | None = None
-    report_limit: int | None = None
-    num_fewshot: int | None = None
-    include_path: str | None = None
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("report_limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
-        if isinstance(self.tasks, dict) and not all(weight > 0 for weight in self.tasks.values()):
-            raise ValueError(f"tasks must have positive weights, got {self.tasks}.")
-        if self.metric != "loss" and not self.tasks:
-            raise ValueError(f"metric {self.metric!r} needs tasks to measure it on; name some.")
-
-    def suite(self, tokenizer: Any, part: Part, **changes: Any) -> TaskSuite | None:  # noqa: ANN401
-        """The tasks, made into requests; None without any. ``changes`` are other settings than these.
-
-        Raises:
-            ValueError: A task is unknown, or its data cannot be had.
-        """
-        settings = {
-            "tasks": self.tasks,
-            "limit": self.limit if part == "search" else self.report_limit,
-            "num_fewshot": self.num_fewshot,
-            "include_path": self.include_path,
-            "batch_size": self.batch_size,
-            **changes,
-        }
-        return TaskSuite(tokenizer, part=part, **settings) if settings["tasks"] else None
-
-
-@dataclass(frozen=True)
 class Recipe:
     """What makes two trials comparable.
 
     Attributes:
         model: Model folder or Hub name, dense or already pruned; ``"embedded"`` is SmolLM2-135M-Instruct.
         dtype: Torch dtype of the frozen model, or ``"auto"``. Default: bfloat16 on a GPU that has it, else float32.
+        device: Torch device, such as ``"cpu"`` or ``"cuda:1"``. Default: the GPU where there is one.
         seed: Of pruning, data order and initialisation, common to all trials.
         pruning: How a dense model is pruned; not used for one that is pruned.
         space: What is searched.
@@ -219,6 +61,7 @@ class Recipe:
 
     model: str = "embedded"
     dtype: str | None = None
+    device: str | None = None
     seed: int = 0
     pruning: Pruning = field(default_factory=Pruning)
     space: Space = field(default_factory=Space)
@@ -233,6 +76,8 @@ class Recipe:
             raise ValueError(f"seed must be at least 0, got {self.seed}.")
         if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}.")
+        if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
+            raise ValueError(f"device must be cpu, cuda, cuda:NUMBER or mps, got {self.device!r}.")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Recipe:
@@ -262,11 +107,28 @@ class Recipe:
         preset = values.pop("preset", "quick")
         if preset not in PRESETS:
             raise ValueError(f"preset: no recipe named {preset!r}; there are {', '.join(PRESETS)}.")
-        return changed(PRESETS[preset], values, "")
+        training = values.get("training")
+        if isinstance(training, Mapping) and training.get("steps") is not None:
+            if training.get("epochs") is not None:
+                raise ValueError("training.epochs: give steps or epochs, not both.")
+            values["training"] = {**training, "epochs": None}  # a preset's
+        return changed(PRESETS[preset], values)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, for JSON; ``from_dict`` reads them."""
-        return asdict(self)
+        values = asdict(self)
+        del values["training"]["steps" if self.training.epochs else "epochs"]
+        return values
+
+    def open_model(self, path: str | PathLike[str] | None) -> tuple[Any, Any]:
+        """Loads a model, of None the embedded one, and its tokenizer, with the recipe's dtype and on its device.
+
+        Raises:
+            ValueError: There is no such model or device.
+        """
+        from rankadaptor_optuna.embedded import load_model
+
+        return load_model(path, self.dtype, self.device)
 
     def read_model(self) -> tuple[Any, Any, PrunedModel | None]:
         """Loads the model and, if it is dense, prunes it.
@@ -277,10 +139,9 @@ class Recipe:
         Raises:
             ValueError: There is no such model, or it cannot be pruned so.
         """
-        from rankadaptor_optuna.embedded import load_model
         from rankadaptor_optuna.pruning import profile_of, prune
 
-        model, tokenizer = load_model(None if self.model == "embedded" else self.model, self.dtype)
+        model, tokenizer = self.open_model(None if self.model == "embedded" else self.model)
         if profile_of(model) is not None:
             return model, tokenizer, None
         options = {name: value for name, value in asdict(self.pruning).items() if value is not None}
@@ -318,6 +179,7 @@ class Recipe:
             mask_prompt=self.data.mask_prompt,
             targets=self.lora.targets,
             alpha_ratio=self.lora.alpha_ratio,
+            alpha=self.lora.alpha,
             dropout=self.lora.dropout,
             report_every=self.report_every,
             seed=self.seed,
@@ -351,12 +213,31 @@ class Recipe:
 
 PRESETS = {
     "quick": Recipe(),
-    # LLM-Pruner's published recovery: alpaca-cleaned, prompt masked, rank 8, alpha 16, 2 epochs of batch 64
+    # LLM-Pruner's published settings: 0.25 on layers 4 to 29 of 32, alpha 16, two epochs of alpaca-cleaned with the
+    # prompt masked; and the seven tasks, candidates and budget of RankAdaptor
     "paper": Recipe(
         model="baffo32/decapoda-research-llama-7B-hf",
-        pruning=Pruning(ratio=0.2),
-        data=Data(train="yahma/alpaca-cleaned", block_length=256, validation_blocks=2000),
-        training=TrainingConfig(steps=1550, batch_size=64, learning_rate=1e-4, warmup=100 / 1550, micro_batch_size=4),
-        lora=Lora(dropout=0.05),
+        pruning=Pruning(
+            ratio=0.25 * 26 / 32,
+            criterion="param_first",
+            ranking="local",
+            keep_first=4,
+            keep_last=2,
+            n_samples=10,
+            sample_length=64,
+        ),
+        data=Data(train="yahma/alpaca-cleaned", block_length=256, validation_blocks=2000, limit=100_000),
+        training=TrainingConfig(
+            epochs=2,
+            batch_size=64,
+            micro_batch_size=4,
+            learning_rate=1e-4,
+            warmup=100,
+            linear_decay=True,
+        ),
+        lora=Lora(alpha=16, dropout=0.05),
+        evaluation=Evaluation(
+            ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"), "accuracy"
+        ),
     ),
 }

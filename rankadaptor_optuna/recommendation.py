@@ -10,10 +10,10 @@ import numpy as np
 from optuna.study import Study, StudyDirection
 
 from rankadaptor_optuna.history import History
-from rankadaptor_optuna.recovery.lora import alpha_pattern, rank_pattern
+from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, alpha_pattern, rank_pattern
 from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import BUDGET, RankSpace
-from rankadaptor_optuna.study import finished_trials, study_encoding, study_ranks, study_space
+from rankadaptor_optuna.study import RECIPE_ATTR, finished_trials, study_encoding, study_ranks, study_space
 from rankadaptor_optuna.study_prior import PriorChoice, PriorLike
 from rankadaptor_optuna.surrogate.features import Array
 from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel
@@ -58,6 +58,7 @@ class Recommendation:
         cost: Trainable parameters (sum of ranks where no space is known).
         evidence: What it rests on.
         all_ranks: Also the ranks of adapted layers that were not searched.
+        lora: The adapters' settings in the study's recipe (``targets``, ``alpha_ratio``, ``alpha``), where it has one.
     """
 
     ranks: dict[Any, int]
@@ -67,6 +68,7 @@ class Recommendation:
     cost: float
     evidence: Evidence
     all_ranks: dict[Any, int] = field(repr=False)
+    lora: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def rank_pattern(self) -> dict[str, int]:
@@ -75,8 +77,8 @@ class Recommendation:
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
-        """For ``peft.LoraConfig(alpha_pattern=...)``: alpha proportional to rank."""
-        return alpha_pattern(self.all_ranks)
+        """For ``peft.LoraConfig(alpha_pattern=...)``: alpha proportional to rank, unless the recipe has one for all."""
+        return alpha_pattern(self.all_ranks, self.lora.get("alpha_ratio", ALPHA_RATIO), self.lora.get("alpha"))
 
 
 class Findings:
@@ -96,6 +98,7 @@ class Findings:
         points: Their other parameters, (n, E).
         model: The performance model, fitted to them.
         allocations: The rank configurations within the budget.
+        lora: The adapters' settings in the study's recipe, where it has one.
         sign: 1 where higher scores are better, else -1.
 
     Raises:
@@ -114,6 +117,7 @@ class Findings:
         sampler = getattr(study, "sampler", None)
         choice = sampler.prior if isinstance(sampler, RankAdaptorSampler) else PriorChoice.of(prior)
         self._prior = choice.find(study)
+        self.lora: Mapping[str, Any] = study.user_attrs.get(RECIPE_ATTR, {}).get("lora", {})
         self.sign = 1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0
         history = History(study)
         history.refresh()
@@ -297,6 +301,7 @@ def _explained(
         cost=float(chosen.sum()) if found.space is None else found.space.cost(ranks),
         evidence=replace(evidence, statement=_statement(evidence, is_uniform, grid.reference, n_verified)),
         all_ranks=ranks if found.space is None else found.space.with_fixed(ranks),
+        lora=found.lora,
     )
 
 

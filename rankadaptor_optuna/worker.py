@@ -183,7 +183,6 @@ def search(
         ValueError: A setting does not fit the model or the data, the prior cannot be had, or ``out`` or the study
             belongs to other settings.
     """
-    from rankadaptor_optuna.embedded import load_model
     from rankadaptor_optuna.pruning.checkpoint import save_pruned
 
     if trials < 1:
@@ -195,7 +194,7 @@ def search(
         read_prior(prior, storage)  # before there is any work to lose
     folder = out / "pruned"
     if folder.exists():
-        model, tokenizer = load_model(folder, recipe.dtype)
+        model, tokenizer = recipe.open_model(folder)
         job = recipe.objective(model, tokenizer)
     else:
         say(f"Model: {recipe.model}")

@@ -112,6 +112,21 @@ def test_the_notes_code_builds_the_recommended_config() -> None:
     assert names["config"].layers_to_transform == [layer for layer, rank in found.all_ranks.items() if rank > 0]
 
 
+@pytest.mark.parametrize("lora", [{"alpha_ratio": 1.5}, {"alpha": 16, "targets": ["q_proj"]}])
+def test_the_notes_code_has_the_recipes_alpha_and_targets(lora) -> None:
+    pytest.importorskip("peft")
+    study = with_space(4)
+    study.set_user_attr("rankadaptor:recipe", {"lora": lora})
+    publish_dashboard(study)
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", get_note(study), re.S)[1], names)
+    found = recommend(study)
+    assert names["config"].alpha_pattern == found.alpha_pattern
+    assert set(found.alpha_pattern.values()) == {16} or found.alpha_pattern[r"layers\.0\..*"] == 12
+    if "targets" in lora:
+        assert names["config"].target_modules == {"q_proj"}
+
+
 def by_sublayer(n_trials: int = 5) -> tuple[optuna.Study, RankSpace]:
     parts = {"costs": [10, 20] * 6, "profile": [0.1, 0.4] * 6, "granularity": "sublayer"}
     space = RankSpace(8, (0, 4, 8), "uniform:4", layers=range(1, 7), fixed_ranks={0: 8, 7: 8}, **parts)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -54,6 +55,23 @@ def test_the_adapter_the_merged_model_and_the_pattern_agree(searched, tmp_path, 
     layers = {int(name.split(".")[4]): rank for name, rank in adapters(adapted).items()}
     assert {layer: layers.get(layer, 0) for layer in found.ranks} == found.ranks
     AutoTokenizer.from_pretrained(folder / "adapter")
+
+
+def test_one_alpha_for_all_layers_is_trained_recommended_and_written(searched, tmp_path):
+    _, out, _ = searched
+    recipe = Recipe.from_dict(json.loads((out / "settings.json").read_text()))
+    recipe = replace(recipe, lora=replace(recipe.lora, alpha=6))
+    url = f"sqlite:///{tmp_path / 'fixed.db'}"
+    found = search(recipe, tmp_path / "fixed", trials=2, storage=url, say=lambda line: None)
+    assert set(found.alpha_pattern.values()) == {6}
+    assert json.loads((tmp_path / "fixed" / "recommendation.json").read_text())["alpha_pattern"] == found.alpha_pattern
+    export(url, "search", tmp_path / "export", pruned=out / "pruned")
+    adapted = PeftModel.from_pretrained(load_pruned(out / "pruned"), tmp_path / "export" / "adapter")
+    pattern = LoraConfig(**json.loads((tmp_path / "export" / "rank_pattern.json").read_text()))
+    for model in (adapted, get_peft_model(load_pruned(out / "pruned"), pattern)):
+        scaled = {(m.r["default"], m.scaling["default"]) for m in model.modules() if getattr(m, "lora_A", None)}
+        assert scaled
+        assert all(scaling == 6 / rank for rank, scaling in scaled)
 
 
 def test_the_card_says_study_ranks_budget_and_scores_without_a_password(searched, tmp_path):

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
+from rankadaptor_optuna.pruning import llm_pruner_preset
 from rankadaptor_optuna.recipe import PRESETS, Evaluation, Recipe
+from rankadaptor_optuna.recovery.lora import lora_config
+from rankadaptor_optuna.recovery.train import _learning_rate
 
 FULL = """
 model = "some/model"
@@ -60,12 +66,28 @@ def test_a_file_changes_what_it_names_and_leaves_the_rest(write):
 
 def test_a_preset_is_what_the_other_keys_change(write):
     recipe = Recipe.load(write('preset = "paper"\n[training]\nsteps = 10'))
-    assert recipe.training.steps == 10
+    assert (recipe.training.steps, recipe.training.epochs) == (10, None)
     assert recipe.training.batch_size == 64
     assert recipe.lora.dropout == 0.05
 
 
-@pytest.mark.parametrize("text", ["", FULL, 'preset = "paper"'])
+def test_the_papers_preset_is_llm_pruners_published_recovery(tokenizer):
+    paper = PRESETS["paper"]
+    training = paper.training.for_examples(49_760)  # alpaca-cleaned less its 2,000 validation records
+    assert training.steps == 1555
+    assert (training.batch_size, training.micro_batch_size, training.learning_rate) == (64, 4, 1e-4)
+    rates = [_learning_rate(step, training) for step in (0, 99, 100, 1554)]
+    assert rates == pytest.approx([1 / 100, 1, 1, 1 / 1455])  # as transformers' linear schedule with 100 warm-up steps
+    assert (paper.data.train, paper.data.block_length, paper.data.mask_prompt) == ("yahma/alpaca-cleaned", 256, True)
+    config = lora_config({0: 8, 1: 2}, **asdict(paper.lora))
+    assert (config.lora_alpha, set(config.alpha_pattern.values()), config.lora_dropout) == (16, {16}, 0.05)
+    assert config.target_modules == {f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert paper.pruning.ratio == llm_pruner_preset(32)["ratio"]
+    assert asdict(paper.pruning).items() >= llm_pruner_preset(32).items()
+    assert len(paper.evaluation.tasks) == 7
+
+
+@pytest.mark.parametrize("text", ["", FULL, 'preset = "paper"', "[training]\nepochs = 0.5"])
 def test_json_and_back_is_the_same(write, text):
     recipe = Recipe.load(write(text))
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
@@ -74,12 +96,18 @@ def test_json_and_back_is_the_same(write, text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepz = 1", "stepz: no such setting; there are model, dtype, seed, pruning"),
+        ("stepz = 1", "stepz: no such setting; there are model, dtype, device, seed"),
         ("[training]\nstepz = 1", "training.stepz: no such setting; there are steps, batch_size"),
         ("[training]\nsteps = 0", "training.steps must be positive, got 0"),
         ("[training]\nsteps = 1.5", "training.steps: expected int, got 1.5"),
         ("[training]\nsteps = true", "training.steps: expected int, got True"),
         ('[training]\nlearning_rate = "high"', "training.learning_rate: expected float, got 'high'"),
+        ("[training]\nsteps = 5\nepochs = 1", "training.epochs: give steps or epochs, not both"),
+        ("[training]\nepochs = 0", "training.epochs must be positive, got 0"),
+        ("[training]\nwarmup = -0.1", "training.warmup must not be negative, got -0.1"),
+        ("[lora]\nalpha = 0", "lora.alpha must be positive, got 0"),
+        ("[lora]\nalpha_ratio = -2", "lora.alpha_ratio must be positive, got -2"),
+        ('device = "gpu"', "device must be cpu, cuda, cuda:NUMBER or mps, got 'gpu'"),
         ("training = 3", "training: expected a table of settings, got 3"),
         ("[pruning]\nratio = 1.0", "pruning.ratio must lie between 0 and 1, got 1.0"),
         ('[pruning]\ncalibration = ["a"]', "pruning.calibration: expected str | None"),
@@ -134,16 +162,27 @@ def test_the_objective_has_the_recipes_settings(model, tokenizer, tmp_path):
             "seed": 7,
             "data": {"train": str(tmp_path / "text.txt"), "block_length": 32},
             "space": {"candidates": [2, 4], "budget": "uniform:4", "unpruned_rank": -1},
-            "lora": {"targets": ["q_proj"]},
-            "training": {"steps": 2},
+            "lora": {"targets": ["q_proj"], "alpha": 3},
+            "training": {"epochs": 0.5},
         }
     )
     job = recipe.objective(model, tokenizer)
-    assert (job.seed, job.training.steps) == (7, 2)
+    assert (job.seed, job.training.steps) == (7, math.ceil(len(job.train) / 4))
     assert job.space.costs == (64,) * 4
     with job.recovered(job.space.uniform()) as adapted:
         adapters = {name.split(".")[6] for name, p in adapted.named_parameters() if "lora_A" in name}
+        scalings = {m.scaling["default"] for m in adapted.modules() if getattr(m, "lora_A", None)}
     assert adapters == {"q_proj"}
+    assert scalings == {3 / 4}
+
+
+def test_the_model_is_on_the_recipes_device_or_refused(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = Recipe(device="cpu").open_model(tmp_path)
+    assert (loaded.device.type, loaded.dtype) == ("cpu", torch.float32)
+    with pytest.raises(ValueError, match="cannot put the model on device 'cuda:99'"):
+        Recipe(device="cuda:99").open_model(tmp_path)
 
 
 def test_the_example_is_the_default_in_full():

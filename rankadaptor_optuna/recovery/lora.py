@@ -29,13 +29,20 @@ def rank_pattern(ranks: Mapping[Any, int]) -> dict[str, int]:
     return {_key(module): int(rank) for module, rank in ranks.items() if rank > 0}
 
 
-def alpha_pattern(ranks: Mapping[Any, int], alpha_ratio: float = ALPHA_RATIO) -> dict[str, float]:
-    """PEFT's ``alpha_pattern`` with alpha = ``alpha_ratio`` x rank in each layer.
+def alpha_pattern(
+    ranks: Mapping[Any, int], alpha_ratio: float = ALPHA_RATIO, alpha: float | None = None
+) -> dict[str, float]:
+    """PEFT's ``alpha_pattern`` with alpha = ``alpha_ratio`` x rank in each layer, or ``alpha`` in all.
 
-    LoRA scales by alpha / rank, so this keeps the scaling the same in every layer: two configurations differ by
-    their ranks and not by their effective learning rates.
+    LoRA scales by alpha / rank, so the former keeps the scaling the same in every layer: two configurations differ by
+    their ranks and not by their effective learning rates. One alpha for all is what LLM-Pruner's recovery has.
     """
-    return {_key(module): alpha_ratio * int(rank) for module, rank in ranks.items() if rank > 0}
+    return {_key(module): alpha or alpha_ratio * int(rank) for module, rank in ranks.items() if rank > 0}
+
+
+def lora_alpha(rank: int, alpha_ratio: float = ALPHA_RATIO, alpha: float | None = None) -> int:
+    """PEFT's ``lora_alpha``, which is an integer, of modules of a rank; ``alpha_pattern`` has the exact one."""
+    return max(1, round(alpha or alpha_ratio * rank))
 
 
 def others_pattern(modules: Iterable[int | str]) -> str:
@@ -48,9 +55,12 @@ def lora_config(
     *,
     targets: Sequence[str] = TARGETS,
     alpha_ratio: float = ALPHA_RATIO,
+    alpha: float | None = None,
     dropout: float = 0.0,
 ) -> LoraConfig:
     """The ``peft.LoraConfig`` of a rank configuration ``{layer index: rank}``, or ``{"3.mlp": rank}``.
+
+    Alpha is ``alpha_ratio`` times each layer's rank, or ``alpha`` in all of them.
 
     Layers (or parts of them) that are not in ``ranks`` or have rank 0 get no adapter.
 
@@ -68,9 +78,9 @@ def lora_config(
         where = {"exclude_modules": others_pattern(adapted)}
     return LoraConfig(
         r=default,
-        lora_alpha=round(alpha_ratio * default),  # every layer has its own in alpha_pattern
+        lora_alpha=lora_alpha(default, alpha_ratio, alpha),
         rank_pattern=rank_pattern(adapted),
-        alpha_pattern=alpha_pattern(adapted, alpha_ratio),
+        alpha_pattern=alpha_pattern(adapted, alpha_ratio, alpha),
         target_modules=list(targets),
         **where,
         lora_dropout=dropout,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankadaptor_optuna.recovery.data import Examples
-from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, detached, fixed_rng
+from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, detached, fixed_rng, lora_alpha
 from rankadaptor_optuna.recovery.train import TrainingConfig, batches, train
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def adalora(
     seed: int,
     targets: Sequence[str] = TARGETS,
     alpha_ratio: float = ALPHA_RATIO,
+    alpha: float | None = None,
     dropout: float = 0.0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Iterator[Any]:
@@ -63,6 +64,7 @@ def adalora(
         seed: Of initialisation and data order.
         targets: Names of the adapted modules.
         alpha_ratio: Alpha as a multiple of ``rank``.
+        alpha: Alpha, whatever the rank. Default: by ``alpha_ratio``.
         dropout: LoRA's dropout.
         on_step: Called with (step, loss) after each step.
 
@@ -72,6 +74,7 @@ def adalora(
     """
     from peft import AdaLoraConfig, get_peft_model
 
+    training = training.for_examples(len(data))
     steps = training.steps
     if steps < 4:
         raise ValueError(f"AdaLoRA needs at least 4 training steps, got {steps}.")
@@ -82,7 +85,7 @@ def adalora(
         tfinal=max(1, steps // 3),
         deltaT=max(1, steps // 100),
         total_step=steps,
-        lora_alpha=round(alpha_ratio * rank),
+        lora_alpha=lora_alpha(rank, alpha_ratio, alpha),
         target_modules=list(targets),
         lora_dropout=dropout,
         task_type="CAUSAL_LM",
@@ -105,6 +108,7 @@ def eva(
     seed: int,
     targets: Sequence[str] = TARGETS,
     alpha_ratio: float = ALPHA_RATIO,
+    alpha: float | None = None,
     dropout: float = 0.0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Iterator[Any]:
@@ -120,7 +124,8 @@ def eva(
         rank: Mean rank of all adapted modules.
         seed: Of data order, and of what else is drawn.
         targets: Names of the adapted modules.
-        alpha_ratio: Alpha as a multiple of the rank.
+        alpha_ratio: Alpha as a multiple of each module's rank.
+        alpha: Alpha, whatever the rank. Default: by ``alpha_ratio``.
         dropout: LoRA's dropout.
         on_step: Called with (step, loss) after each step.
 
@@ -131,9 +136,9 @@ def eva(
 
     config = LoraConfig(
         r=rank,
-        lora_alpha=round(alpha_ratio * rank),
+        lora_alpha=lora_alpha(rank, alpha_ratio, alpha),
         init_lora_weights="eva",
-        eva_config=EvaConfig(rho=2),
+        eva_config=EvaConfig(rho=2, adjust_scaling_factors=alpha is None),
         target_modules=list(targets),
         lora_dropout=dropout,
         task_type="CAUSAL_LM",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,11 +24,13 @@ class TrainingConfig:
         steps: Optimiser steps.
         batch_size: Examples per step.
         learning_rate: Peak of AdamW's learning rate; linear warm-up, then cosine decay to 0.
-        warmup: Share of the steps that warm up.
+        warmup: Share of the steps that warm up; from 1 on, their number.
         weight_decay: AdamW's weight decay.
         max_grad_norm: Gradient clipping.
         micro_batch_size: Examples per forward pass; their gradients add up to those of the whole batch. Default: all.
         gradient_checkpointing: Compute activations anew in the backward pass: less memory, more time.
+        epochs: Passes over the data, which give the steps once it is read. Default: ``steps`` as they are.
+        linear_decay: Whether the learning rate falls along a line, as is Hugging Face's Trainer's default.
     """
 
     steps: int = 8
@@ -39,12 +41,23 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     micro_batch_size: int | None = None
     gradient_checkpointing: bool = False
+    epochs: float | None = None
+    linear_decay: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate", "max_grad_norm", "micro_batch_size"):
+        for name in ("steps", "batch_size", "learning_rate", "max_grad_norm", "micro_batch_size", "epochs"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+    def for_examples(self, n: int) -> TrainingConfig:
+        """The same in steps, on ``n`` examples; an incomplete last batch is filled up from the next pass."""
+        if self.epochs is None:
+            return self
+        return replace(self, steps=math.ceil(self.epochs * n / self.batch_size), epochs=None)
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class TrainingResult:
 
 def batches(n_blocks: int, config: TrainingConfig, seed: int) -> list[list[int]]:
     """Block indices of every step: fresh shuffles of all blocks, one after the other, fixed by ``seed``."""
+    config = config.for_examples(n_blocks)
     needed = config.steps * config.batch_size
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(n_blocks) for _ in range(math.ceil(needed / n_blocks))])
@@ -66,10 +80,11 @@ def batches(n_blocks: int, config: TrainingConfig, seed: int) -> list[list[int]]
 
 
 def _learning_rate(step: int, config: TrainingConfig) -> float:
-    warmup = max(1, round(config.warmup * config.steps))
+    warmup = max(1, round(config.warmup if config.warmup >= 1 else config.warmup * config.steps))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+    done = (step - warmup) / max(1, config.steps - warmup)
+    return 1 - done if config.linear_decay else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def train(
@@ -97,6 +112,7 @@ def train(
     import torch
 
     examples = data if isinstance(data, Examples) else Examples.of_blocks(data)
+    config = config.for_examples(len(examples))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))

@@ -62,6 +62,14 @@ def test_the_ranks_have_the_mean_asked_for_and_differ(model, data, method):
     assert len(set(ranks)) > 1
 
 
+@pytest.mark.parametrize(("alpha", "scaling"), [(None, lambda rank: 2.0), (6, lambda rank: 6 / rank)])
+def test_eva_scales_by_the_same_policy_of_alpha(model, data, alpha, scaling):
+    with eva(model, data, CONFIG, rank=4, seed=0, alpha=alpha) as adapted:
+        found = {(m.r["default"], m.scaling["default"]) for m in adapted.modules() if getattr(m, "lora_A", None)}
+    assert len(found) > 1
+    assert all(value == pytest.approx(scaling(rank)) for rank, value in found)
+
+
 def test_parameters_in_use_are_rank_times_in_plus_out(model, data):
     with attached(model, lora_config({0: 2, 3: 8}), seed=0) as adapted:
         assert adapter_parameters(adapted) == 10 * COST

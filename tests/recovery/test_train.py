@@ -8,7 +8,7 @@ import torch
 
 from rankadaptor_optuna.recovery.data import IGNORED, Examples
 from rankadaptor_optuna.recovery.lora import attached, lora_config
-from rankadaptor_optuna.recovery.train import TrainingConfig, batches, train
+from rankadaptor_optuna.recovery.train import TrainingConfig, _learning_rate, batches, train
 
 CONFIG = TrainingConfig(steps=6, batch_size=2, learning_rate=0.02)
 
@@ -108,11 +108,37 @@ def test_every_block_is_seen_before_any_is_seen_again(n_blocks, steps, batch_siz
         assert set(epoch) <= set(range(n_blocks))
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (0.4, 1), (4, 10)])
+def test_epochs_are_passes_over_the_data(model, blocks, epochs, steps):
+    config = TrainingConfig(batch_size=2, epochs=epochs)
+    assert config.for_examples(5) == TrainingConfig(steps=steps, batch_size=2)
+    assert len(batches(5, config, seed=0)) == steps
+    seen = []
+    trained(model, blocks, config=config, on_step=lambda step, loss: seen.append(step))
+    assert seen == [*range(steps)]
+
+
 def test_batches_are_fixed_by_the_seed_and_each_pass_is_a_fresh_shuffle():
     config = TrainingConfig(steps=4, batch_size=16)
     rows = batches(32, config, seed=0)
     assert rows == batches(32, config, seed=0) != batches(32, config, seed=1)
     assert rows[:2] != rows[2:]
+
+
+def test_the_learning_rate_may_fall_along_a_line_after_a_number_of_warm_up_steps():
+    transformers = pytest.importorskip("transformers")
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    theirs = transformers.get_linear_schedule_with_warmup(optimizer, 3, 10)
+    expected = []
+    for _ in range(10):
+        optimizer.step()
+        theirs.step()
+        expected.append(theirs.get_last_lr()[0])
+    config = TrainingConfig(steps=10, warmup=3, linear_decay=True)
+    ours = [_learning_rate(step, config) for step in range(10)]
+    assert ours[:3] == pytest.approx(expected[:3])  # ours starts with a step that learns, theirs with one at 0
+    assert ours[3:] == pytest.approx(expected[2:9])
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(40, 0.1), (10, 0.1), (100, 0.25), (8, 0.0)])
@@ -139,7 +165,9 @@ def test_training_in_half_precision_keeps_the_adapter_in_float32(model, blocks):
     assert weights.dtype is torch.float32
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "learning_rate", "max_grad_norm", "micro_batch_size"])
+@pytest.mark.parametrize(
+    "name", ["steps", "batch_size", "learning_rate", "max_grad_norm", "micro_batch_size", "epochs"]
+)
 def test_a_setting_that_is_not_positive_is_named(name):
     for value in (0, -1, float("nan")):
         with pytest.raises(ValueError, match=f"{name} must be positive, got {value}"):
