@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +29,8 @@ class RecoveryObjective:
     sees the same data in the same order and the same (nested) initialisation, so that scores differ by the ranks
     alone. Create the study with ``direction=objective.direction``: a lower loss is better, a higher margin or accuracy.
 
-    A trial that fails (loss not finite, out of memory) becomes a FAIL trial with its reason in the user attribute
-    ``fail_reason``, and the study goes on.
+    A trial that fails (loss not finite, out of memory, data that cannot be read) becomes a FAIL trial with its reason
+    in the user attribute ``fail_reason``; what it held is freed, and the study goes on.
 
     With ``report_every`` a trial reports its loss on the first held-out blocks along the way (negative where higher is
     better), and stops where the study's pruner says so. Trials that verify a recommendation never do. A finished trial
@@ -178,15 +180,21 @@ class RecoveryObjective:
         def note(result: TrainingResult) -> None:
             trial.set_user_attr("tokens_per_second", round(result.tokens / result.seconds, 1))
 
-        start = time.perf_counter()
+        start, failed = time.perf_counter(), None
         try:
             with (
                 _gpu_peak(trial, next(self.model.parameters()).device),
                 self.recovered(ranks, seed=seed, on_step=report if seed is None else None, on_trained=note) as model,
             ):
                 score = self._score(trial, model)
-        except (RuntimeError, FloatingPointError, MemoryError) as error:  # out of memory is torch's RuntimeError
-            trial.set_user_attr("fail_reason", f"{type(error).__name__}: {error}"[:500])
+            if not math.isfinite(score):
+                raise FloatingPointError(f"the {self.metric} on held-out data is {score}.")
+        except (RuntimeError, FloatingPointError, MemoryError, OSError) as error:
+            # out of memory is torch's RuntimeError, and so is a killed data loader
+            failed = f"{type(error).__name__}: {error}"[:500]
+        if failed is not None:  # the error is gone by now, and with it what its frames held
+            trial.set_user_attr("fail_reason", failed)
+            _free_memory()
             return float("nan")
         trial.set_user_attr("seconds", round(time.perf_counter() - start, 2))
         return score
@@ -233,6 +241,15 @@ def examples_of(
     if len(records) < len(data):
         raise ValueError("data must be texts or records, not some of each.")
     return instruction_examples(tokenizer, records, length, mask_prompt=mask_prompt, limit=limit)
+
+
+def _free_memory() -> None:
+    """Gives back what a failed recovery left: graphs refer to themselves, and torch keeps its blocks for itself."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

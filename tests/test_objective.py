@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import optuna
 import pytest
@@ -10,7 +11,7 @@ from optuna.trial import TrialState
 import rankadaptor_optuna.objective
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective, create_study
 from rankadaptor_optuna.history import VERIFY_ATTR
-from rankadaptor_optuna.recovery.data import instruction_examples, token_blocks
+from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
 from rankadaptor_optuna.recovery.tasks import TaskSuite
@@ -171,6 +172,48 @@ def test_a_trial_that_runs_out_of_memory_fails_with_its_reason_and_the_next_one_
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
     assert study.trials[0].user_attrs["fail_reason"] == f"{type(error).__name__}: {error}"
     assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("error", [OSError("disk gone"), RuntimeError("DataLoader worker (pid 7) is killed by signal")])
+@pytest.mark.parametrize("micro", [None, 1])
+def test_a_trial_whose_data_fails_midway_is_freed_and_the_next_one_runs(
+    make_job, tokenizer, model, monkeypatch, error, micro
+):
+    """The second step's batch cannot be read, when adapter, gradients and optimiser state are all there."""
+    job = make_job(
+        tokenizer, training=TrainingConfig(steps=3, batch_size=2, learning_rate=0.05, micro_batch_size=micro)
+    )
+    expected, held, calls, real = run(job, 2).trials[0].value, [], [], Examples.batch
+
+    def batch(self, rows):
+        calls.append(rows)
+        if len(calls) == (3 if micro else 2):
+            held.extend(weakref.ref(p) for p in model.parameters() if p.requires_grad)
+            held.extend(weakref.ref(p.grad) for p in model.parameters() if p.grad is not None)
+            raise type(error)(*error.args)  # one of its own: an error keeps the frames that it went through
+        return real(self, rows)
+
+    monkeypatch.setattr(Examples, "batch", batch)
+    study = run(job, 2)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert study.trials[0].user_attrs["fail_reason"] == f"{type(error).__name__}: {error}"
+    assert len(held) >= 2 * 4 * 7
+    assert not [ref for ref in held if ref() is not None]
+    assert not any(p.grad is not None for p in model.parameters())
+    monkeypatch.undo()
+    assert run(job, 1).trials[0].value == expected
+
+
+def test_a_score_that_is_not_finite_fails_with_its_reason_and_the_next_trial_runs(job, monkeypatch):
+    scores, real = [], rankadaptor_optuna.objective.block_losses
+    monkeypatch.setattr(
+        rankadaptor_optuna.objective,
+        "block_losses",
+        lambda *args: scores.append(0) or real(*args) * (float("nan") if len(scores) == 1 else 1),
+    )
+    study = run(job, 2)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert study.trials[0].user_attrs["fail_reason"] == "FloatingPointError: the loss on held-out data is nan."
 
 
 def test_a_diverged_trial_fails_with_the_step(make_job, tokenizer):
