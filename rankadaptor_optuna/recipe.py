@@ -142,7 +142,7 @@ class Recipe:
         from rankadaptor_optuna.pruning import profile_of, prune
 
         model, tokenizer = self.open_model(None if self.model == "embedded" else self.model)
-        if profile_of(model) is not None:
+        if self.pruning.method == "none" or profile_of(model) is not None:
             return model, tokenizer, None
         options = {name: value for name, value in asdict(self.pruning).items() if value is not None}
         pruned = prune(model, tokenizer, seed=self.seed, **options)

@@ -20,7 +20,8 @@ class Pruning:
     """How the model is pruned: arguments of ``pruning.prune``; None leaves the method's own default.
 
     Attributes:
-        method: ``"llm-pruner"``, ``"shortened"`` or ``"slimgpt"``.
+        method: ``"llm-pruner"``, ``"shortened"`` or ``"slimgpt"``; ``"none"`` takes the model as it is, such as one
+            that others pruned by whole blocks, which looks like a dense one.
         ratio: Share of the transformer blocks' parameters to remove.
         calibration: Text or JSONL file, or Hub data set. Default: the embedded text.
         criterion: Importance criterion.

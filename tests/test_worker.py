@@ -5,8 +5,11 @@ import json
 import optuna
 import pytest
 from optuna.trial import TrialState
+from transformers import AutoModelForCausalLM
 
 from rankadaptor_optuna.cli import main
+from rankadaptor_optuna.compare import compare
+from rankadaptor_optuna.export import export
 from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.recipe import Recipe
 from rankadaptor_optuna.surrogate.prior import load_prior
@@ -89,6 +92,33 @@ def test_a_model_that_is_pruned_already_is_searched_as_it_is(values, model, toke
     pruned.save(tmp_path / "pruned", tokenizer)
     search(Recipe.from_dict(values | {"model": str(tmp_path / "pruned")}), tmp_path / "out", trials=1)
     assert load_pruned(tmp_path / "out" / "pruned").config.pruning["ratio"] == 0.1
+
+
+def test_whole_blocks_away_every_layer_left_is_searched_compared_and_exported(values, make_model, tmp_path):
+    """Shortened leaves an ordinary model of layers of one shape, none of which lost anything."""
+    make_model(num_hidden_layers=8).save_pretrained(tmp_path / "dense")
+    values |= {
+        "pruning": {"method": "shortened", "ratio": 0.25, "n_samples": 2, "sample_length": 16},
+        "training": {"steps": 4},
+    }
+    url, out = f"sqlite:///{tmp_path / 'study.db'}", tmp_path / "out"
+    found = search(Recipe.from_dict(values), out, trials=3, storage=url, say=lambda line: None)
+    assert list(found.ranks) == [*range(6)]
+    assert len(load_pruned(out / "pruned").model.layers) == 6
+    rows = compare(url, "search", tmp_path / "c", pruned=out / "pruned", seeds=2, say=lambda line: None)
+    assert all(0 < row.parameters <= 1.005 * rows[1].parameters for row in rows[1:])
+    export(url, "search", tmp_path / "adapter", pruned=out / "pruned", merge=True, say=lambda line: None)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "merged")
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    again = search(Recipe.from_dict(values | {"model": str(out / "pruned")}), tmp_path / "again", trials=1)
+    assert list(again.ranks) == [*range(6)]
+
+
+def test_a_model_that_others_pruned_is_left_as_it_is(values, model, tmp_path):
+    recipe = Recipe.from_dict(values | {"pruning": {"method": "none"}})
+    search(recipe, tmp_path / "out", trials=1, say=lambda line: None)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "pruned")
+    assert sum(p.numel() for p in kept.parameters()) == sum(p.numel() for p in model.parameters())
 
 
 def test_other_settings_in_the_same_folder_or_study_are_refused_by_name(values, recipe, tmp_path):
