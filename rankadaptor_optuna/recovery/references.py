@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, detached, fix
 from rankadaptor_optuna.recovery.train import TrainingConfig, batches, train
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
 _INITIAL = 1.5  # AdaLoRA starts from so many times the ranks that it ends with (PEFT's defaults: 12 and 8)
-_EVA_BATCHES = 8
+_EVA_EXAMPLES = 16
+_EVA_RHO = 2  # candidates a module, as a multiple of the mean rank (PEFT's default)
 
 
 def adapter_parameters(model: Any) -> int:  # noqa: ANN401
@@ -114,8 +117,9 @@ def eva(
 ) -> Iterator[Any]:
     """A model recovered by EVA, which allocates ranks by the variance of each module's inputs before it trains.
 
-    Its singular vectors are also the initialisation, as in PEFT (rho = 2). They are taken from the first batches of the
-    training data.
+    Its singular vectors are also the initialisation, as in PEFT (rho = 2). They are those of 16 examples of the
+    training data at once. PEFT's own incremental PCA goes over its batches again and again, until the last component of
+    the last module has settled.
 
     Args:
         model: The pruned model.
@@ -138,20 +142,68 @@ def eva(
         r=rank,
         lora_alpha=lora_alpha(rank, alpha_ratio, alpha),
         init_lora_weights="eva",
-        eva_config=EvaConfig(rho=2, adjust_scaling_factors=alpha is None),
+        eva_config=EvaConfig(rho=_EVA_RHO, adjust_scaling_factors=alpha is None),
         target_modules=list(targets),
         lora_dropout=dropout,
         task_type="CAUSAL_LM",
     )
-    device = next(model.parameters()).device
-    rows = batches(len(data), training, seed)[:_EVA_BATCHES]
-    inputs = [{name: t.to(device) for name, t in data.batch(row).items() if name != "labels"} for row in rows]
+    (rows,) = batches(len(data), replace(training, steps=1, batch_size=_EVA_EXAMPLES, epochs=None), seed)
     with detached(model):
         with fixed_rng(seed):
             adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-            initialize_lora_eva_weights(adapted, inputs, show_progress_bar=False)
+            components = _eva_components(adapted, data.batch(rows), rank)
+            initialize_lora_eva_weights(adapted, eva_state_dict=components)
         train(adapted, data, training, seed=seed, on_step=on_step)
         yield adapted
+
+
+def _eva_components(adapted: Any, batch: dict[str, torch.Tensor], rank: int) -> dict[str, Any]:  # noqa: ANN401
+    """EVA's initialisation: of each module the principal components of its inputs that are among the best of all.
+
+    Args:
+        adapted: A PEFT model.
+        batch: What the inputs come from, as ``Examples.batch`` makes it.
+        rank: Mean rank of the modules.
+
+    Returns:
+        ``{module name: (its rank, in features)}``, as ``peft.initialize_lora_eva_weights`` takes it.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    device, n = next(adapted.parameters()).device, _EVA_RHO * rank
+    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    found: dict[str, tuple[Any, Any]] = {}  # by module: components, and the share of the variance that each explains
+    last: list[Any] = [None, None]  # an input, and what was found of it: q, k and v have the same one
+
+    def look(name: str, given: torch.Tensor) -> None:
+        if given is not last[0]:
+            x = given[real].float()
+            x -= x.mean(0)
+            _, values, vectors = torch.svd_lowrank(x, q=min(2 * n, *x.shape))
+            last[:] = given, (vectors.T[:n], (values.square() / x.square().sum())[:n])
+        found[name] = last[1]
+
+    layers: list[tuple[str, Any]] = [
+        (k, module) for k, module in adapted.named_modules() if isinstance(module, LoraLayer)
+    ]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, name=name: look(name, given[0])) for name, module in layers
+    ]
+    was_training = adapted.training
+    adapted.eval()
+    try:
+        with torch.inference_mode(), adapted.disable_adapter():
+            adapted(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        adapted.train(was_training)
+    explained = torch.stack([found[name][1] for name, _ in layers])
+    best = explained.flatten().argsort(descending=True)[: rank * len(layers)] // explained.shape[1]
+    ranks = torch.bincount(best, minlength=len(layers)).tolist()
+    return {name: found[name][0][:r].clone() for (name, _), r in zip(layers, ranks, strict=True)}
 
 
 def fisher_information(

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.evaluate import block_losses
-from rankadaptor_optuna.recovery.lora import attached, lora_config
+from rankadaptor_optuna.recovery.lora import attached, detached, lora_config
 from rankadaptor_optuna.recovery.references import (
+    _eva_components,
     adalora,
     adapter_parameters,
     eva,
@@ -60,6 +62,29 @@ def test_the_ranks_have_the_mean_asked_for_and_differ(model, data, method):
         ranks = ranks_in_use(adapted)
     assert sum(ranks) == 4 * 28
     assert len(set(ranks)) > 1
+
+
+def test_eva_starts_from_the_principal_components_of_each_modules_inputs(model, data):
+    ids = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in (40, 64, 52, 33)]
+    data, inputs = Examples(ids, ids), []
+    module = model.model.layers[2].mlp.down_proj
+    hook = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0].detach()))
+    with torch.no_grad():
+        for row in ids:
+            model(row[None])
+    hook.remove()
+    config = LoraConfig(r=4, target_modules=["down_proj", "q_proj", "k_proj"], init_lora_weights="eva")
+    with detached(model):
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        found = _eva_components(adapted, data.batch([0, 1, 2, 3]), rank=4)
+    assert sum(len(components) for components in found.values()) == 4 * 12
+    found = {name.split("layers.")[1]: components for name, components in found.items()}
+    x = torch.cat(inputs)
+    exact = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh
+    ours = found["2.mlp.down_proj"]
+    assert 0 < len(ours) <= 8
+    assert (exact[: len(ours)] @ ours.T).diagonal().abs().min() > 0.9
+    assert torch.equal(*(found[f"1.self_attn.{n}_proj"][:1] for n in "qk"))  # their input is the same
 
 
 @pytest.mark.parametrize(("alpha", "scaling"), [(None, lambda rank: 2.0), (6, lambda rank: 6 / rank)])
