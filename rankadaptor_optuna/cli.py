@@ -240,6 +240,7 @@ def _search(args: argparse.Namespace) -> None:
 
     from rankadaptor_optuna.embedded import quiet
     from rankadaptor_optuna.recipe import Recipe
+    from rankadaptor_optuna.recovery.processes import place
     from rankadaptor_optuna.worker import search, stored_recipe
 
     quiet()
@@ -256,7 +257,8 @@ def _search(args: argparse.Namespace) -> None:
         prior=None if args.prior == "none" else args.prior,
         say=lambda line: print(line, flush=True),
     )
-    print(f"Ranks, rank_pattern and alpha_pattern: {args.out / 'recommendation.json'}")
+    if place()[0] == 0:
+        print(f"Ranks, rank_pattern and alpha_pattern: {args.out / 'recommendation.json'}")
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -17,9 +17,13 @@ from rankadaptor_optuna.history import verification_seed
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, attached, lora_config
+from rankadaptor_optuna.recovery.processes import place, sent, together
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
 from rankadaptor_optuna.space import RankSpace
+
+# of a trial, not of the program; out of memory is torch's RuntimeError, and so is a killed data loader
+_FAILURES = (RuntimeError, FloatingPointError, MemoryError, OSError)
 
 
 class RecoveryObjective:
@@ -146,8 +150,13 @@ class RecoveryObjective:
         if not any(adapted.values()):  # nothing to train: the pruned model as it is
             yield self.model
             return
+        device = next(self.model.parameters()).device
+        if place()[0] == 0:
+            sent([1, seed, *(int(ranks[module]) for module in self.space.modules)], device)
         config = lora_config(adapted, **self.lora)
-        with attached(self.model, config, seed=seed) as model:
+        with ExitStack() as stack:
+            with together(device):
+                model = stack.enter_context(attached(self.model, config, seed=seed))
 
             def after(step: int, loss: float) -> None:
                 if self.on_step is not None:
@@ -159,6 +168,23 @@ class RecoveryObjective:
             if on_trained is not None:
                 on_trained(result)
             yield model
+
+    def follow(self) -> None:
+        """Takes part, as another than the main process, in its recoveries until it calls ``release``."""
+        device = next(self.model.parameters()).device
+        while True:
+            on, seed, *ranks = sent([0, 0, *([0] * len(self.space.modules))], device)
+            if not on:
+                return
+            try:
+                with self.recovered(dict(zip(self.space.modules, ranks, strict=True)), seed=seed):
+                    pass
+            except _FAILURES:  # the main process says so of the trial
+                _free_memory()
+
+    def release(self) -> None:
+        """Ends what other processes do in ``follow``; on the main process, once no more recoveries come."""
+        sent([0, 0, *([0] * len(self.space.modules))], next(self.model.parameters()).device)
 
     def __call__(self, trial: Trial) -> float:
         """The score by the objective's metric; NaN, which Optuna records as FAIL, where the recovery failed.
@@ -189,8 +215,7 @@ class RecoveryObjective:
                 score = self._score(trial, model)
             if not math.isfinite(score):
                 raise FloatingPointError(f"the {self.metric} on held-out data is {score}.")
-        except (RuntimeError, FloatingPointError, MemoryError, OSError) as error:
-            # out of memory is torch's RuntimeError, and so is a killed data loader
+        except _FAILURES as error:
             failed = f"{type(error).__name__}: {error}"[:500]
         if failed is not None:  # the error is gone by now, and with it what its frames held
             trial.set_user_attr("fail_reason", failed)

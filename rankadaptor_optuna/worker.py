@@ -21,6 +21,7 @@ from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.priors import read as read_prior
 from rankadaptor_optuna.recipe import Recipe
 from rankadaptor_optuna.recommendation import Recommendation, recommend
+from rankadaptor_optuna.recovery.processes import join, main_first, place
 from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.study import RECIPE_ATTR, check_recipe, create_study, differences, masked, open_storage
 
@@ -168,7 +169,9 @@ def search(
 ) -> Recommendation:
     """Prunes the model if it is dense, searches ranks up to a number of trials, and recommends.
 
-    Run again with the same settings it goes on; any number of workers may share ``storage`` and ``study_name``.
+    Run again with the same settings it goes on; any number of workers may share ``storage`` and ``study_name``. One
+    worker may be several processes with a GPU each (``accelerate launch -m rankadaptor_optuna.cli search ...``), which
+    share the batches of every recovery; the main one alone asks, tells, evaluates, says and writes.
 
     Args:
         recipe: What a trial is.
@@ -187,24 +190,27 @@ def search(
 
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}.")
+    join()
     settings = recipe.to_dict()
-    check_out(out, settings)
-    shared = open_shared(storage, study_name, settings)
-    if prior is not None:
-        read_prior(prior, storage)  # before there is any work to lose
-    folder = out / "pruned"
-    if folder.exists():
-        model, tokenizer = recipe.open_model(folder)
-        job = recipe.objective(model, tokenizer)
-    else:
-        say(f"Model: {recipe.model}")
-        model, tokenizer, pruned = recipe.read_model()
-        if pruned is not None:
-            say(f"Pruned by {recipe.pruning.method}: {pruned.parameters_removed:.1%} of the blocks' parameters removed")
-        job = recipe.objective(model, tokenizer)
-        out.mkdir(parents=True, exist_ok=True)  # every setting has proved possible
-        write_text(out / "settings.json", json.dumps(settings, indent=1))
-        save_pruned(model, folder, tokenizer)
+    with main_first():
+        check_out(out, settings)
+        shared = open_shared(storage, study_name, settings)
+        if prior is not None:
+            read_prior(prior, storage)  # before there is any work to lose
+        folder = out / "pruned"
+        if folder.exists():
+            model, tokenizer = recipe.open_model(folder)
+            job = recipe.objective(model, tokenizer)
+        else:
+            say(f"Model: {recipe.model}")
+            model, tokenizer, pruned = recipe.read_model()
+            if pruned is not None:
+                removed = f"{pruned.parameters_removed:.1%} of the blocks' parameters removed"
+                say(f"Pruned by {recipe.pruning.method}: {removed}")
+            job = recipe.objective(model, tokenizer)
+            out.mkdir(parents=True, exist_ok=True)  # every setting has proved possible
+            write_text(out / "settings.json", json.dumps(settings, indent=1))
+            save_pruned(model, folder, tokenizer)
     url = storage or f"sqlite:///{(out / 'study.db').as_posix()}"
     study = create_study(
         storage=shared or url,
@@ -216,8 +222,14 @@ def search(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names([job.metric])
+    if place()[0] != 0:
+        job.follow()
+        return recommend(study)
     say(f"Study {study_name!r} in {masked(url)}: {trials} trials, {job.space!r}")
-    run_trials(study, job, trials, shared=storage is not None)
+    try:
+        run_trials(study, job, trials, shared=storage is not None)
+    finally:
+        job.release()
     found = recommend(study)
     answer = {
         "ranks": {str(module): rank for module, rank in found.ranks.items()},

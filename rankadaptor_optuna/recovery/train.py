@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankadaptor_optuna.recovery.data import Examples
+from rankadaptor_optuna.recovery.processes import add_up, gradients, place, together
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +99,8 @@ def train(
 ) -> TrainingResult:
     """Trains the parameters of ``model`` that require gradients on next-token prediction.
 
+    Of several processes (``recovery.processes``) each takes its share of every batch; what they do is the same.
+
     Args:
         model: A causal language model with an adapter attached.
         data: Examples, or blocks of token ids, (n, length), of which every token is a target.
@@ -108,6 +111,7 @@ def train(
 
     Raises:
         FloatingPointError: The loss is not finite; the message names the step.
+        RuntimeError: Another process failed.
     """
     import torch
 
@@ -118,6 +122,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
     first = next(model.parameters())  # the base model's: the adapter itself is float32
     device, dtype = first.device, first.dtype
+    number, n_processes = place()
     losses: list[float] = []
     tokens = 0
     start = time.perf_counter()
@@ -127,20 +132,23 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + number)  # of dropout, in which processes should differ
             for step, rows in enumerate(batches(len(examples), config, seed)):
-                losses.append(0.0)
+                total = torch.zeros((), device=device)
                 n_targets = examples.n_targets(rows)
-                for micro in examples.by_length(rows, config.micro_batch_size or len(rows)):
-                    batch = {name: tensor.to(device) for name, tensor in examples.batch(micro).items()}
-                    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-                        loss = model(**batch, use_cache=False).loss * (examples.n_targets(micro) / n_targets)
-                    losses[-1] += float(loss.detach())
-                    if not math.isfinite(losses[-1]):
-                        raise FloatingPointError(
-                            f"training loss is {losses[-1]} at step {step}; lower the learning rate."
-                        )
-                    loss.backward()
+                with together(device):
+                    for micro in examples.by_length(rows[number::n_processes], config.micro_batch_size or len(rows)):
+                        batch = {name: tensor.to(device) for name, tensor in examples.batch(micro).items()}
+                        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+                            loss = model(**batch, use_cache=False).loss * (examples.n_targets(micro) / n_targets)
+                        total += loss.detach()
+                        if not torch.isfinite(total):
+                            raise FloatingPointError(
+                                f"training loss is {float(total)} at step {step}; lower the learning rate."
+                            )
+                        loss.backward()
+                add_up([total, *gradients(parameters)])
+                losses.append(float(total))
                 tokens += sum(len(examples.ids[row]) for row in rows)
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
@@ -148,8 +156,9 @@ def train(
                 if before_zero_grad is not None:
                     before_zero_grad(step)
                 optimizer.zero_grad()
-                if on_step is not None:
-                    on_step(step, losses[-1])
+                with together(device):
+                    if on_step is not None:
+                        on_step(step, losses[-1])
     finally:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
