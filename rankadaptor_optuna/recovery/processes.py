@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def join() -> None:
     """Joins the other processes of a launcher, where there is one; before anything is loaded."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState  # type: ignore[import-untyped]
+        from accelerate import PartialState
 
         PartialState(timeout=timedelta(days=1))  # others wait while the main one evaluates
 
