@@ -16,6 +16,7 @@ from playwright import sync_api
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace
 from rankadaptor_optuna.sampler import SPACE_ATTR
 from rankadaptor_optuna.study import study_space
+from rankadaptor_optuna.study_prior import PRIOR_ATTR
 
 pytestmark = pytest.mark.e2e
 
@@ -139,4 +140,4 @@ def test_publishing_leaves_the_study_itself_as_it_was(server: tuple[str, Path], 
     study = optuna.load_study(study_name="shown", storage=url)
     assert len(study.trials) == 12
     assert study_space(study).n_layers == 26
-    assert study.user_attrs.keys() == {SPACE_ATTR}
+    assert study.user_attrs.keys() == {SPACE_ATTR, PRIOR_ATTR}
