@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from rankadaptor_optuna.surrogate.model import PerformanceModel
 
 PROPOSAL_ATTR = "rankadaptor:proposal"
 VERIFY_ATTR = "rankadaptor:verify"
+ITEMS_ATTR = "rankadaptor:items"
 _MIN_TO_EXTRAPOLATE = 3
 _LATEST = 10
 
@@ -159,7 +160,7 @@ class EncodedTrials:
         self._constraints = [constraints[i] for i in order]
 
     def data(self) -> Data:
-        """The trials with a value; pruned ones with the final value that their last report predicts."""
+        """The trials with a value; pruned ones with the final value that their reports predict."""
         values, variance = self._values.copy(), np.zeros(len(self._values))
         if self._values.shape[1] == 1:
             for i, (value, uncertainty) in _extrapolated(self._trials, values[:, 0]).items():
@@ -239,19 +240,22 @@ def _extrapolated(trials: list[FrozenTrial], values: Array) -> dict[int, tuple[f
 
     Linear regression of the final value on the report at the same step, over the trials with a value; the variance is
     that of a prediction by it, where two further observations, as wide as half the values' spread, keep a few points
-    on a line from looking certain.
+    on a line from looking certain. Where the steps are items of an evaluation (``ITEMS_ATTR``), it is on the mean over
+    the same items, as they may be easier than the others.
     """
     found = {}
-    last = {}
+    compared: dict[tuple[int, ...], list[int]] = {}
     for i in map(int, np.flatnonzero(np.isnan(values))):
         reports = trials[i].intermediate_values
-        if trials[i].state is TrialState.PRUNED and reports and math.isfinite(reports[max(reports)]):
-            last[i] = max(reports)
-    for step in sorted(set(last.values())):
+        if trials[i].state is TrialState.PRUNED and reports:
+            steps = sorted(reports) if trials[i].user_attrs.get(ITEMS_ATTR) else [max(reports)]
+            if math.isfinite(_mean_report(trials[i], steps)):
+                compared.setdefault(tuple(steps), []).append(i)
+    for steps, pruned in compared.items():
         pairs = [
             (x, y)
             for t, y in zip(trials, values, strict=True)
-            if not math.isnan(y) and math.isfinite(x := t.intermediate_values.get(step, math.nan))
+            if not math.isnan(y) and math.isfinite(x := _mean_report(t, steps))
         ]
         if len(pairs) < _MIN_TO_EXTRAPOLATE:
             continue
@@ -261,8 +265,12 @@ def _extrapolated(trials: list[FrozenTrial], values: Array) -> dict[int, tuple[f
         slope = float(centred @ y) / squares
         left = y - y.mean() - slope * centred
         noise = (float(left @ left) + 0.5 * y.var()) / len(x)
-        for i, its_step in last.items():
-            if its_step == step:
-                off = trials[i].intermediate_values[step] - x.mean()
-                found[i] = (y.mean() + slope * off, noise * (1 + 1 / len(x) + off**2 / squares))
+        for i in pruned:
+            off = _mean_report(trials[i], steps) - x.mean()
+            found[i] = (y.mean() + slope * off, noise * (1 + 1 / len(x) + off**2 / squares))
     return found
+
+
+def _mean_report(trial: FrozenTrial, steps: Sequence[int]) -> float:
+    """Mean of a trial's reports at some steps; NaN where one is missing."""
+    return sum(trial.intermediate_values.get(step, math.nan) for step in steps) / len(steps)

@@ -10,20 +10,24 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
-from rankadaptor_optuna.history import verification_seed
+from rankadaptor_optuna.history import ITEMS_ATTR, verification_seed
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, attached, lora_config
 from rankadaptor_optuna.recovery.processes import place, sent, together
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
+from rankadaptor_optuna.settings import check_reports
 from rankadaptor_optuna.space import RankSpace
 
 # of a trial, not of the program; out of memory is torch's RuntimeError, and so is a killed data loader
 _FAILURES = (RuntimeError, FloatingPointError, MemoryError, OSError)
+_ITEMS_AT_ONCE = 4  # a forward pass of block_losses
 
 
 class RecoveryObjective:
@@ -37,10 +41,12 @@ class RecoveryObjective:
     in the user attribute ``fail_reason``; what it held is freed, and the study goes on.
 
     With ``report_every`` a trial reports its loss on the first held-out blocks along the way (negative where higher is
-    better), and stops where the study's pruner says so. Trials that verify a recommendation never do. A finished trial
-    has the user attributes ``trainable_parameters``, ``seconds``, ``tokens_per_second`` (of training), on a GPU
-    ``peak_gpu_mib``, and with tasks ``loss``, ``accuracy``, ``margin`` (weighted means) and ``TASK:accuracy``,
-    ``TASK:margin`` of each.
+    better), and stops where the study's pruner says so. With ``report_items`` it reports, once trained, the loss of
+    each held-out block, the block's index as step, in an order of its own: ``WilcoxonPruner`` may end the evaluation
+    after any batch. A trial that was stopped is PRUNED: the performance model learns what its reports predict, never a
+    mean over some of the items. Trials that verify a recommendation do not report. A finished trial has the user
+    attributes ``trainable_parameters``, ``seconds``, ``tokens_per_second`` (of training), on a GPU ``peak_gpu_mib``,
+    and with tasks ``loss``, ``accuracy``, ``margin`` (weighted means) and ``TASK:accuracy``, ``TASK:margin`` of each.
 
     Args:
         model: The pruned model, or anything with such a ``.model``. Its weights are not changed.
@@ -62,12 +68,14 @@ class RecoveryObjective:
             by their weights. The margin is the smoother one: an accuracy on few items is too coarse to search on.
         report_every: Steps between reports to Optuna's pruner. Default: none.
         report_blocks: Held-out blocks or records that a report is made on, the first ones.
+        report_items: Whether to report the final evaluation block by block (or record) instead, with metric ``"loss"``:
+            lm-eval runs the items of all its tasks in one go.
         seed: Seed of data order and initialisation, common to all trials but those that verify, which bring their own.
         on_step: Called with (step, loss) during training.
 
     Raises:
-        ValueError: A text is too short for one block, a record lacks a field, a setting is not positive, or there is
-            no task that the metric can be measured on.
+        ValueError: A text is too short for one block, a record lacks a field, a setting is not positive, reports are of
+            both kinds or items not of the metric, or there is no task that the metric can be measured on.
 
     Attributes:
         direction: ``"minimize"`` or ``"maximize"``: for ``create_study``.
@@ -93,12 +101,13 @@ class RecoveryObjective:
         metric: Metric = "loss",
         report_every: int | None = None,
         report_blocks: int = 4,
+        report_items: bool = False,
         seed: int = 0,
         on_step: Callable[[int, float], None] | None = None,
     ) -> None:
-        for name, value in (("report_every", report_every), ("report_blocks", report_blocks)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_reports(report_every, report_items, metric)
+        if report_blocks < 1:
+            raise ValueError(f"report_blocks must be at least 1, got {report_blocks}.")
         if metric != "loss" and tasks is None:
             raise ValueError(f"metric {metric!r} needs tasks to measure it on.")
         if metric == "margin" and tasks is not None and tasks.generating:
@@ -117,7 +126,7 @@ class RecoveryObjective:
             "alpha": alpha,
             "dropout": dropout,
         }
-        self._report_every = report_every
+        self._report_every, self._report_items = report_every, report_items
         read = partial(examples_of, tokenizer, length=block_length, mask_prompt=mask_prompt)
         self.train = read(train)
         self.training = (training or TrainingConfig()).for_examples(len(self.train))
@@ -212,7 +221,7 @@ class RecoveryObjective:
                 _gpu_peak(trial, next(self.model.parameters()).device),
                 self.recovered(ranks, seed=seed, on_step=report if seed is None else None, on_trained=note) as model,
             ):
-                score = self._score(trial, model)
+                score = self._score(trial, model, by_item=self._report_items and seed is None)
             if not math.isfinite(score):
                 raise FloatingPointError(f"the {self.metric} on held-out data is {score}.")
         except _FAILURES as error:
@@ -224,8 +233,9 @@ class RecoveryObjective:
         trial.set_user_attr("seconds", round(time.perf_counter() - start, 2))
         return score
 
-    def _score(self, trial: Trial, model: Any) -> float:  # noqa: ANN401
-        found = {"loss": float(block_losses(model, self.held_out).mean())}
+    def _score(self, trial: Trial, model: Any, *, by_item: bool) -> float:  # noqa: ANN401
+        losses = self._losses_by_item(trial, model) if by_item else block_losses(model, self.held_out)
+        found = {"loss": float(losses.mean())}
         if self.tasks is None:
             return found["loss"]
         scores = self.tasks.evaluate(model)
@@ -237,6 +247,20 @@ class RecoveryObjective:
             if value is not None:
                 trial.set_user_attr(name, value)
         return found[self.metric]
+
+    def _losses_by_item(self, trial: Trial, model: Any) -> NDArray[np.float64]:  # noqa: ANN401
+        """Reports the loss of each held-out block; the order is shuffled lest the first ones decide every trial."""
+        trial.set_user_attr(ITEMS_ATTR, True)
+        losses = np.zeros(len(self.held_out))
+        order = np.random.default_rng([self.seed, trial.number]).permutation(len(losses)).tolist()
+        for start in range(0, len(order), _ITEMS_AT_ONCE):
+            if start and trial.should_prune():
+                raise TrialPruned(f"evaluation stopped after {start} of {len(order)} items")
+            rows = order[start : start + _ITEMS_AT_ONCE]
+            losses[rows] = block_losses(model, self.held_out.of_rows(rows))
+            for row in rows:
+                trial.report(float(losses[row]), row)
+        return losses
 
 
 def examples_of(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_optuna.recovery.train import TrainingConfig
-from rankadaptor_optuna.settings import Data, Evaluation, Lora, Pruning, Space, changed
+from rankadaptor_optuna.settings import Data, Evaluation, Lora, Pruner, Pruning, Space, changed, check_reports
 from rankadaptor_optuna.space import RankSpace
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ class Recipe:
         lora: The adapters.
         evaluation: lm-eval tasks, and what is optimised.
         report_every: Steps between reports to Optuna's pruner. Default: none.
+        report_items: Whether to report the final evaluation block by block (or record) instead.
+        pruner: Which trials Optuna stops by their reports: ``"median"`` (the default) or ``"hyperband"`` with
+            ``report_every``, ``"wilcoxon"`` with ``report_items``.
 
     Raises:
         ValueError: A value is out of range.
@@ -70,8 +73,14 @@ class Recipe:
     lora: Lora = field(default_factory=Lora)
     evaluation: Evaluation = field(default_factory=Evaluation)
     report_every: int | None = None
+    report_items: bool = False
+    pruner: Pruner | None = None
 
     def __post_init__(self) -> None:
+        check_reports(self.report_every, self.report_items, self.evaluation.metric)
+        needed = "report_items" if self.pruner == "wilcoxon" else "report_every"
+        if self.pruner is not None and not getattr(self, needed):
+            raise ValueError(f"pruner {self.pruner!r} compares what {needed} reports; set {needed}.")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}.")
         if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):
@@ -182,6 +191,7 @@ class Recipe:
             alpha=self.lora.alpha,
             dropout=self.lora.dropout,
             report_every=self.report_every,
+            report_items=self.report_items,
             seed=self.seed,
             **settings,
         )

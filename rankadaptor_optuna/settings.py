@@ -180,6 +180,23 @@ class Evaluation:
         return TaskSuite(tokenizer, part=part, **settings) if settings["tasks"] else None
 
 
+Pruner = Literal["median", "hyperband", "wilcoxon"]
+
+
+def check_reports(report_every: int | None, report_items: bool, metric: Metric) -> None:
+    """Whether a trial can report so; see ``RecoveryObjective``.
+
+    Raises:
+        ValueError: It cannot; the message names the setting.
+    """
+    if report_every is not None and report_every < 1:
+        raise ValueError(f"report_every must be at least 1, got {report_every}.")
+    if report_items and report_every is not None:
+        raise ValueError("report_items: a pruner compares steps or items; give report_every or report_items, not both.")
+    if report_items and metric != "loss":
+        raise ValueError(f"report_items: items are of metric 'loss' alone, not {metric!r}; use report_every.")
+
+
 def changed(base: T, values: Mapping[str, Any], path: str = "") -> T:
     """A dataclass with some fields changed, nested ones in part.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 import sqlalchemy
+from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
@@ -36,6 +37,7 @@ def create_study(
     direction: Literal["maximize", "minimize"] = "maximize",
     load_if_exists: bool = True,
     recipe: Mapping[str, Any] | None = None,
+    pruner: BasePruner | None = None,
 ) -> Study:
     """Creates or resumes a study, safely for workers that start at the same moment on a fresh database.
 
@@ -50,6 +52,7 @@ def create_study(
         load_if_exists: Whether to go on with a study of that name.
         recipe: What a trial is (model, pruning, data, training, ...), JSON-able. Stored with the study; a study with
             another recipe is refused, for its trials would not be comparable.
+        pruner: Which trials are stopped by their reports. Default: Optuna's, ``MedianPruner``.
 
     Raises:
         ValueError: The storage cannot be opened, or the study belongs to another recipe.
@@ -59,6 +62,7 @@ def create_study(
         storage=opened,
         study_name=study_name,
         sampler=RankAdaptorSampler(space) if sampler is None else sampler,
+        pruner=pruner,
         direction=direction,
         load_if_exists=load_if_exists,
     )

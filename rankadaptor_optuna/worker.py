@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, WilcoxonPruner
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -85,13 +86,24 @@ def bar(what: str, total: int) -> tqdm:
     return tqdm(total=total, desc=f"      {what}", leave=False, dynamic_ncols=True, smoothing=0.1)
 
 
+def pruner_of(recipe: Recipe, steps: int) -> BasePruner:
+    """The pruner that goes with what the recipe's trials report; ``steps`` is how many a recovery takes."""
+    if recipe.report_items:
+        return WilcoxonPruner()
+    if recipe.report_every is None:
+        return NopPruner()
+    if recipe.pruner == "hyperband":
+        return HyperbandPruner(min_resource=recipe.report_every, max_resource=max(steps, recipe.report_every))
+    return MedianPruner()
+
+
 def run_trials(study: Study, job: RecoveryObjective, n_trials: int, *, shared: bool) -> None:
     """Runs trials up to a number of finished ones, which all workers on a shared storage reach together.
 
     Args:
         study: The study.
         job: Its objective; a progress bar follows its steps.
-        n_trials: Finished trials to reach, those that verify not counted.
+        n_trials: Finished or pruned trials to reach, those that verify not counted.
         shared: Whether other workers may be at it: what they have running counts, and is waited for at the end.
 
     Raises:
@@ -99,10 +111,13 @@ def run_trials(study: Study, job: RecoveryObjective, n_trials: int, *, shared: b
     """
     steps = job.training.steps
 
-    def trials(state: TrialState) -> list[FrozenTrial]:
-        return [t for t in study.get_trials(deepcopy=False, states=(state,)) if verification_seed(t) is None]
+    def trials(*states: TrialState) -> list[FrozenTrial]:
+        return [t for t in study.get_trials(deepcopy=False, states=states) if verification_seed(t) is None]
 
-    missing = n_trials - len(trials(TrialState.COMPLETE))
+    def n_done() -> int:
+        return len(trials(TrialState.COMPLETE, TrialState.PRUNED))
+
+    missing = n_trials - n_done()
     if missing <= 0:
         return
     with bar("search", missing * steps) as shown:
@@ -111,8 +126,8 @@ def run_trials(study: Study, job: RecoveryObjective, n_trials: int, *, shared: b
             done = trials(TrialState.COMPLETE)
             better = min if job.direction == "minimize" else max
             best = f", best {better(t.value for t in done if t.value is not None):.4f}" if done else ""
-            shown.total = shown.n + max(0, n_trials - len(done)) * steps  # others take some of them
-            shown.set_description(f"      {doing}, {len(done)} of {n_trials} trials{best}")
+            shown.total = shown.n + max(0, n_trials - n_done()) * steps  # others take some of them
+            shown.set_description(f"      {doing}, {n_done()} of {n_trials} trials{best}")
 
         def await_others() -> None:
             """Until what now runs elsewhere has ended, so that all workers recommend from the same trials."""
@@ -130,9 +145,9 @@ def run_trials(study: Study, job: RecoveryObjective, n_trials: int, *, shared: b
         for _ in range(missing):  # at most so many of our own, also where they fail
             describe()
             running = trials(TrialState.RUNNING) if shared else []
-            if len(trials(TrialState.COMPLETE)) + len(running) >= n_trials:
+            if n_done() + len(running) >= n_trials:
                 await_others()
-            if len(trials(TrialState.COMPLETE)) >= n_trials:
+            if n_done() >= n_trials:
                 break
             study.optimize(job, n_trials=1)
         await_others()
@@ -212,12 +227,16 @@ def search(
             write_text(out / "settings.json", json.dumps(settings, indent=1))
             save_pruned(model, folder, tokenizer)
     url = storage or f"sqlite:///{(out / 'study.db').as_posix()}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # Wilcoxon's is one
+        pruner = pruner_of(recipe, job.training.steps)
     study = create_study(
         storage=shared or url,
         study_name=study_name,
         sampler=RankAdaptorSampler(job.space, prior=prior, seed=recipe.seed),
         direction=job.direction,
         recipe=settings,
+        pruner=pruner,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

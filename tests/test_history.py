@@ -10,7 +10,15 @@ from optuna.pruners import HyperbandPruner, _filter_study
 from optuna.trial import TrialState, create_trial
 
 from rankadaptor_optuna import RankAdaptorSampler
-from rankadaptor_optuna.history import PROPOSAL_ATTR, VERIFY_ATTR, Data, History, announced, verification_seed
+from rankadaptor_optuna.history import (
+    ITEMS_ATTR,
+    PROPOSAL_ATTR,
+    VERIFY_ATTR,
+    Data,
+    History,
+    announced,
+    verification_seed,
+)
 from rankadaptor_optuna.surrogate.encoding import Encoding
 
 X = FloatDistribution(0, 1)
@@ -272,6 +280,41 @@ def test_a_pruned_trial_that_cannot_be_compared_is_left_out(n_completed, reports
     study = reported(n_completed)
     add(study, reports=reports)
     assert [t.number for t in encoded(study).data().trials] == [*range(n_completed)]
+
+
+def test_a_trial_stopped_on_easy_items_gets_the_score_that_all_items_would_give():
+    study, easiness = optuna.create_study(), np.asarray([0.0, 0.5, 6.0, 9.0])
+    rng = np.random.default_rng(0)
+    for level in np.linspace(0, 1, 8):
+        items = level + easiness + 0.1 * rng.standard_normal(4)
+        add_items(study, dict(enumerate(items.tolist())), float(items.mean()))
+    add_items(study, {1: 2.5, 0: 2.0})  # each 2 above level 0, though far below the others' scores
+    data = encoded(study).data()
+    assert data.values[-1, 0] == pytest.approx(2 + easiness.mean(), abs=0.5)
+    assert data.values[-1, 0] > data.values[:-1, 0].max()
+    assert data.variance[-1] > 0
+
+
+def test_items_that_the_others_have_not_all_reported_say_nothing():
+    study = optuna.create_study()
+    for level in (0.0, 1.0, 2.0):
+        add_items(study, {0: level, 1: level}, level)
+    add_items(study, {0: 1.0, 2: 1.0})
+    assert len(encoded(study).data().trials) == 3
+
+
+def add_items(study, reports, value=None):
+    """A trial that reported items: completed where it has a value, else pruned."""
+    study.add_trial(
+        create_trial(
+            state=TrialState.PRUNED if value is None else TrialState.COMPLETE,
+            value=value,
+            params={"x": 0.5},
+            distributions={"x": X},
+            intermediate_values=reports,
+            user_attrs={ITEMS_ATTR: True},
+        )
+    )
 
 
 def test_a_later_completed_trial_makes_earlier_pruned_ones_comparable():

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 import rankadaptor_optuna.objective
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective, create_study
 from rankadaptor_optuna.history import VERIFY_ATTR
+from rankadaptor_optuna.recommendation import Findings
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
@@ -277,6 +278,70 @@ def test_a_trial_that_verifies_is_never_pruned(make_job, tokenizer):
     assert study.trials[0].state is TrialState.COMPLETE
 
 
+def by_items(job, n_trials, pruner):
+    sampler = RankAdaptorSampler(job.space, prior=None, seed=0)
+    study = create_study(direction="minimize", sampler=sampler, pruner=pruner)
+    study.optimize(job, n_trials=n_trials)
+    return study
+
+
+class Stops(optuna.pruners.BasePruner):
+    """Says stop to every trial but the first three, as soon as it has two batches of reports."""
+
+    def prune(self, study, trial):
+        return trial.number >= 3 and len(trial.intermediate_values) >= 8
+
+
+def test_items_are_the_held_out_blocks_whose_mean_is_the_score(make_job, tokenizer, texts):
+    job = make_job(tokenizer, report_items=True)
+    first, second = by_items(job, 2, optuna.pruners.NopPruner()).trials
+    with job.recovered(dict.fromkeys(range(4), 4)) as adapted:
+        losses = block_losses(adapted, token_blocks(tokenizer, texts[8:], 32, limit=12))
+    assert [first.intermediate_values[i] for i in range(12)] == pytest.approx(losses, abs=1e-5)
+    assert first.value == pytest.approx(losses.mean(), abs=1e-5)
+    assert list(second.intermediate_values) != list(first.intermediate_values)  # in another order
+    assert first.value == pytest.approx(run(make_job(tokenizer), 1).trials[0].value, abs=1e-6)
+
+
+def test_an_evaluation_that_is_stopped_is_no_score_but_informs_the_model(make_job, tokenizer):
+    job = make_job(tokenizer, report_items=True)
+    study = by_items(job, 5, Stops())
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3 + [TrialState.PRUNED] * 2
+    assert [len(t.intermediate_values) for t in study.trials] == [12] * 3 + [8] * 2
+    assert not any("lora" in name for name, _ in job.model.named_parameters())
+    data = Findings(study, job.space, None).data
+    assert [t.number for t in data.trials] == [0, 1, 2, 3, 4]
+    assert (data.variance > 0).tolist() == [False] * 3 + [True] * 2
+    scores = [job(fixed(job, *trial.params.values())) for trial in study.trials[3:]]
+    assert data.values[3:, 0] == pytest.approx(scores, abs=0.2)
+
+
+def test_wilcoxons_pruner_stops_evaluating_ranks_that_are_clearly_worse(make_job, tokenizer):
+    job = make_job(tokenizer, candidates=(0, 4), report_items=True)
+    study = create_study(
+        direction="minimize", sampler=RankAdaptorSampler(job.space, prior=None), pruner=optuna.pruners.WilcoxonPruner()
+    )
+    for rank in (4, 0):  # the second one recovers nothing
+        study.enqueue_trial(dict.fromkeys(job.space.distributions(), rank))
+    study.optimize(job, n_trials=2)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED]
+    assert len(study.trials[1].intermediate_values) == 4
+
+
+def test_a_trial_that_verifies_reports_no_items(make_job, tokenizer):
+    job = make_job(tokenizer, report_items=True)
+    study = create_study(direction="minimize", sampler=RankAdaptorSampler(job.space, prior=None, seed=0))
+    study.enqueue_trial({name: 4 for name in job.space.distributions()}, user_attrs={VERIFY_ATTR: 5})
+    study.optimize(job, n_trials=1)
+    assert (study.trials[0].state, study.trials[0].intermediate_values) == (TrialState.COMPLETE, {})
+
+
+def test_items_are_reported_of_the_loss_alone(make_job, tokenizer, local_task):
+    suite = TaskSuite(tokenizer, ["facts"], include_path=str(local_task))
+    with pytest.raises(ValueError, match="report_items: items are of metric 'loss' alone, not 'margin'"):
+        make_job(tokenizer, tasks=suite, metric="margin", report_items=True)
+
+
 def test_a_finished_trial_says_how_fast_it_trained(job):
     attributes = run(job, 1).trials[0].user_attrs
     assert attributes["tokens_per_second"] > 0
@@ -301,6 +366,7 @@ def test_records_are_recovered_on_and_scored_by_their_responses(make_job, tokeni
     ("settings", "message"),
     [
         ({"report_every": 0}, "report_every must be at least 1, got 0"),
+        ({"report_every": 1, "report_items": True}, "give report_every or report_items, not both"),
         ({"report_blocks": 0}, "report_blocks must be at least 1, got 0"),
         ({"train": ["text", RECORDS[0]]}, "texts or records, not some of each"),
     ],

@@ -4,9 +4,11 @@ import json
 
 import optuna
 import pytest
+from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, WilcoxonPruner
 from optuna.trial import TrialState
 from transformers import AutoModelForCausalLM
 
+import rankadaptor_optuna.worker
 from rankadaptor_optuna.cli import main
 from rankadaptor_optuna.compare import compare
 from rankadaptor_optuna.export import export
@@ -14,7 +16,7 @@ from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.recipe import Recipe
 from rankadaptor_optuna.surrogate.prior import load_prior
 from rankadaptor_optuna.surrogate.store import PriorStore
-from rankadaptor_optuna.worker import search, stored_recipe
+from rankadaptor_optuna.worker import pruner_of, search, stored_recipe
 
 
 @pytest.fixture
@@ -59,6 +61,31 @@ def test_search_prunes_searches_and_writes_the_answer_then_goes_on(recipe, tmp_p
 
 def recommendation_statement(out):
     return json.loads((out / "recommendation.json").read_text())["evidence"]
+
+
+@pytest.mark.parametrize(
+    ("reports", "pruner"),
+    [
+        ({}, NopPruner),
+        ({"report_every": 1}, MedianPruner),
+        ({"report_every": 1, "pruner": "hyperband"}, HyperbandPruner),
+        ({"report_items": True, "pruner": "wilcoxon"}, WilcoxonPruner),
+    ],
+)
+def test_the_pruner_goes_with_what_trials_report(reports, pruner):
+    assert type(pruner_of(Recipe.from_dict(reports), 8)) is pruner
+
+
+def test_pruned_trials_count_among_those_to_reach(values, tmp_path, monkeypatch):
+    def two_finish(recipe, steps):
+        return WilcoxonPruner(p_threshold=1.0, n_startup_steps=0)  # stops what is worse after the first batch
+
+    monkeypatch.setattr(rankadaptor_optuna.worker, "pruner_of", two_finish)
+    search(Recipe.from_dict(values | {"report_items": True}), tmp_path / "out", trials=8, say=lambda line: None)
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'out' / 'study.db'}")
+    states = [t.state for t in study.trials]
+    assert len(states) == 8
+    assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
 def test_another_worker_needs_the_storage_and_the_name_alone(recipe, tmp_path):

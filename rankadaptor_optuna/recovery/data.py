@@ -40,7 +40,12 @@ class Examples:
 
     def first(self, n: int) -> Examples:
         """The first ``n`` examples."""
-        return Examples(self.ids[:n], self.labels[:n])
+        return self.of_rows(range(min(n, len(self))))
+
+    def of_rows(self, rows: Iterable[int]) -> Examples:
+        """Some of the examples, in that order."""
+        chosen = list(rows)
+        return Examples([self.ids[row] for row in chosen], [self.labels[row] for row in chosen])
 
     def n_targets(self, rows: Iterable[int]) -> int:
         """Targets of some examples: labels after the first token, which nothing predicts."""
