@@ -327,10 +327,21 @@ def load_task(spec: TaskSpec, cache: Path | None = None, data: Path | None = Non
         cache: Folder of the models. Default: the user's cache folder.
         data: Folder of the texts. Default: see the module.
     """
-    from transformers import LlamaForCausalLM
-
-    cache = cache or cache_dir() / "tasks"
     parts = read_parts(spec.dense.text, data)
+    dense, pruned = _models(spec, cache or cache_dir() / "tasks", parts)
+    loss = json.loads((dense / "task.json").read_text())["loss"]
+    return RecoveryTask(spec, load_pruned(pruned, dtype=torch.float32), loss, parts)
+
+
+def load_pruned_model(spec: TaskSpec, cache: Path | None = None, data: Path | None = None) -> Any:  # noqa: ANN401
+    """A task's pruned model as it is, for one recovery at a time; arguments as ``load_task``'s."""
+    _, pruned = _models(spec, cache or cache_dir() / "tasks", read_parts(spec.dense.text, data))
+    return load_pruned(pruned, dtype=torch.float32)
+
+
+def _models(spec: TaskSpec, cache: Path, parts: Parts) -> tuple[Path, Path]:
+    """Folders of the dense and of the pruned model."""
+    from transformers import LlamaForCausalLM
 
     def make_dense(folder: Path) -> None:
         model = _pretrained(spec.dense, _blocks(parts.pretraining))
@@ -345,9 +356,7 @@ def load_task(spec: TaskSpec, cache: Path | None = None, data: Path | None = Non
         save_pruned(model, folder)
         (folder / "task.json").write_text(json.dumps({"dense": asdict(spec.dense), "damage": asdict(spec.damage)}))
 
-    pruned = _made(cache, f"{spec.family}-{spec.damage.kind}-{_digest(spec.dense, spec.damage)}", make_pruned)
-    loss = json.loads((dense / "task.json").read_text())["loss"]
-    return RecoveryTask(spec, load_pruned(pruned, dtype=torch.float32), loss, parts)
+    return dense, _made(cache, f"{spec.family}-{spec.damage.kind}-{_digest(spec.dense, spec.damage)}", make_pruned)
 
 
 def _digest(*parts: Dense | Damage) -> str:
