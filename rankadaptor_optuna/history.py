@@ -248,9 +248,9 @@ def _extrapolated(trials: list[FrozenTrial], values: Array) -> dict[int, tuple[f
     for i in map(int, np.flatnonzero(np.isnan(values))):
         reports = trials[i].intermediate_values
         if trials[i].state is TrialState.PRUNED and reports:
-            steps = sorted(reports) if trials[i].user_attrs.get(ITEMS_ATTR) else [max(reports)]
+            steps = tuple(sorted(reports)) if trials[i].user_attrs.get(ITEMS_ATTR) else (max(reports),)
             if math.isfinite(_mean_report(trials[i], steps)):
-                compared.setdefault(tuple(steps), []).append(i)
+                compared.setdefault(steps, []).append(i)
     for steps, pruned in compared.items():
         pairs = [
             (x, y)
