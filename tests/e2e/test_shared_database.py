@@ -33,7 +33,7 @@ import random, time
 from types import SimpleNamespace
 from rankadaptor_optuna.worker import run_trials
 class Job:
-    training = SimpleNamespace(steps=1)
+    training, direction = SimpleNamespace(steps=1), "maximize"
     def __call__(self, trial):
         ranks = space.suggest(trial)
         time.sleep(random.uniform(0.1, 1))
