@@ -319,6 +319,21 @@ class RecoveryTask:
         return losses.view(n, len(blocks) // n, -1).mean(2)
 
 
+def dense_model(dense: Dense, cache: Path | None = None, data: Path | None = None) -> tuple[Path, Parts, float]:
+    """The folder of a model before pruning, which is trained on the first call, its text, and its held-out loss."""
+    parts = read_parts(dense.text, data)
+
+    def make_dense(folder: Path) -> None:
+        model = _pretrained(dense, _blocks(parts.pretraining))
+        model.save_pretrained(folder)
+        loss = float(block_losses(model, _blocks(parts.validation, HELD_OUT), HELD_OUT).mean())
+        (folder / "task.json").write_text(json.dumps({"dense": asdict(dense), "loss": loss}))
+
+    family = f"{dense.text}-{dense.n_layers}x{dense.hidden}"
+    folder = _made(cache or cache_dir() / "tasks", f"{family}-{_digest(dense)}", make_dense)
+    return folder, parts, json.loads((folder / "task.json").read_text())["loss"]
+
+
 def load_task(spec: TaskSpec, cache: Path | None = None, data: Path | None = None) -> RecoveryTask:
     """Opens a task; its model is trained and pruned on the first call.
 
@@ -327,36 +342,28 @@ def load_task(spec: TaskSpec, cache: Path | None = None, data: Path | None = Non
         cache: Folder of the models. Default: the user's cache folder.
         data: Folder of the texts. Default: see the module.
     """
-    parts = read_parts(spec.dense.text, data)
-    dense, pruned = _models(spec, cache or cache_dir() / "tasks", parts)
-    loss = json.loads((dense / "task.json").read_text())["loss"]
+    pruned, parts, loss = _models(spec, cache, data)
     return RecoveryTask(spec, load_pruned(pruned, dtype=torch.float32), loss, parts)
 
 
 def load_pruned_model(spec: TaskSpec, cache: Path | None = None, data: Path | None = None) -> Any:  # noqa: ANN401
     """A task's pruned model as it is, for one recovery at a time; arguments as ``load_task``'s."""
-    _, pruned = _models(spec, cache or cache_dir() / "tasks", read_parts(spec.dense.text, data))
-    return load_pruned(pruned, dtype=torch.float32)
+    return load_pruned(_models(spec, cache, data)[0], dtype=torch.float32)
 
 
-def _models(spec: TaskSpec, cache: Path, parts: Parts) -> tuple[Path, Path]:
-    """Folders of the dense and of the pruned model."""
+def _models(spec: TaskSpec, cache: Path | None, data: Path | None) -> tuple[Path, Parts, float]:
+    """Folder of the pruned model, the texts, and the loss of the dense model."""
     from transformers import LlamaForCausalLM
 
-    def make_dense(folder: Path) -> None:
-        model = _pretrained(spec.dense, _blocks(parts.pretraining))
-        model.save_pretrained(folder)
-        loss = float(block_losses(model, _blocks(parts.validation, HELD_OUT), HELD_OUT).mean())
-        (folder / "task.json").write_text(json.dumps({"dense": asdict(spec.dense), "loss": loss}))
-
-    dense = _made(cache, f"{spec.family}-{_digest(spec.dense)}", make_dense)
+    dense, parts, loss = dense_model(spec.dense, cache, data)
 
     def make_pruned(folder: Path) -> None:
         model = _pruned(LlamaForCausalLM.from_pretrained(dense), spec.damage, parts.pretraining)
         save_pruned(model, folder)
         (folder / "task.json").write_text(json.dumps({"dense": asdict(spec.dense), "damage": asdict(spec.damage)}))
 
-    return dense, _made(cache, f"{spec.family}-{spec.damage.kind}-{_digest(spec.dense, spec.damage)}", make_pruned)
+    name = f"{spec.family}-{spec.damage.kind}-{_digest(spec.dense, spec.damage)}"
+    return _made(cache or cache_dir() / "tasks", name, make_pruned), parts, loss
 
 
 def _digest(*parts: Dense | Damage) -> str:
