@@ -33,7 +33,7 @@ from pruning import data_folder
 from results import check, interval, show, write
 from scipy import stats
 
-from rankadaptor_optuna.compare import METHODS, NONE, OURS, UNIFORM, Row, compare
+from rankadaptor_optuna.compare import METHODS, OURS, UNIFORM, Row, compare
 from rankadaptor_optuna.embedded import cache_dir, quiet
 from rankadaptor_optuna.recipe import PRESETS, Recipe
 from rankadaptor_optuna.recovery.train import TrainingConfig
@@ -322,12 +322,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one block and tiny sizes, only to see that it runs")
     parser.add_argument("--part", choices=("blocks", "ablation"), default="blocks")
     parser.add_argument("--size", choices=("cpu", "gpu"), help="default: gpu where there is one")
-    parser.add_argument("--blocks", nargs="*", choices=BLOCKS, metavar="NAME", help=f"of {', '.join(BLOCKS)}")
+    parser.add_argument(
+        "--blocks", nargs="*", choices=BLOCKS, metavar="NAME", help=f"of {', '.join(BLOCKS)}; none: only tell"
+    )
     parser.add_argument("--folder", type=Path, default=cache_dir() / "paper_table", help="results so far")
     for field in fields(Size):
-        if field.name != "dtype":
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+        kind = str if field.name == "dtype" else int
+        told = ", ".join(f"{getattr(size, field.name)} with {name}" for name, size in SIZES.items())
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"default: {told}")
     args = parser.parse_args()
     quiet()
     if args.part == "ablation":
@@ -351,6 +353,8 @@ def main() -> None:
         )
         if rows is not None:
             found[block] = rows
+    if not found:
+        parser.error(f"{folder} holds no block of this size; name some to run.")
     report(found, size, "paper_table_part" if args.quick else "paper_table")
 
 

@@ -1,0 +1,226 @@
+"""The paper's ablations (its Table 3) on byte-level LLaMAs, where a recovery takes a CPU second and many seeds fit.
+
+    python benchmarks/paper_table.py --part ablation [--quick] [--folder DIR]
+
+* Sample size: LLM-Pruner calibrated on 10 or 50 samples. Element: its importance by the first or the second order of
+  the Taylor expansion (``param_first``, ``param_second``). Each pruned model, one per calibration seed, is searched,
+  and the recommended ranks recover it on fresh seeds and text.
+* Micro batch 4, 8 or 16 of a batch of 16: the gradients of a batch add up exactly, so nothing but rounding may differ.
+* Performance model: the paper's MLP with inner layers 32-32-32, 32-64-32 or 32-16-32, and this package's model, each
+  trained on the same 10 or 50 trials of random allocations and asked for the best of the same candidates.
+
+Only development tasks are used, none of those that races between samplers are run on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from losses import Losses, Ranks
+from recovery_tasks import DEVELOPMENT, LENGTH, RecoveryTask, TaskSpec, _tokenizer, dense_model, load_task, random_ranks
+from results import check, interval, show, write
+from scipy import stats
+
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
+from rankadaptor_optuna.pruning import prune
+from rankadaptor_optuna.recovery.data import Examples
+from rankadaptor_optuna.recovery.evaluate import block_losses
+from rankadaptor_optuna.recovery.lora import attached, lora_config
+from rankadaptor_optuna.recovery.train import TrainingConfig, train
+from rankadaptor_optuna.surrogate.model import PerformanceModel
+
+FRESH = (101, 102, 103)
+PRUNINGS: dict[str, dict[str, Any]] = {
+    "10 samples, first order": {"n_samples": 10, "criterion": "param_first"},
+    "50 samples, first order": {"n_samples": 50, "criterion": "param_first"},
+    "10 samples, second order": {"n_samples": 10, "criterion": "param_second"},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "MLP 32-32-32": {"mode": "paper", "hidden": (32, 32, 32)},
+    "MLP 32-64-32": {"mode": "paper", "hidden": (32, 64, 32)},
+    "MLP 32-16-32": {"mode": "paper", "hidden": (32, 16, 32)},
+}
+MICRO_BATCHES = (4, 8, 16)
+N_CANDIDATES = 500  # that a performance model chooses from
+N_RANKED = 32  # other allocations, whose order it should predict
+
+Row = dict[str, Any]
+Checks = dict[str, Any]
+
+
+def pruned_model(spec: TaskSpec, seed: int, cache: Path | None = None, **options: Any) -> Any:  # noqa: ANN401
+    """The dense model of a task, pruned by LLM-Pruner with these options on samples of this seed."""
+    from transformers import LlamaForCausalLM
+
+    dense, parts, _ = dense_model(spec.dense, cache)
+    return prune(
+        LlamaForCausalLM.from_pretrained(dense),
+        _tokenizer,
+        ratio=spec.damage.ratio,
+        calibration=parts.pretraining,
+        sample_length=LENGTH,
+        multiple_of=8,
+        seed=seed,
+        **options,
+    ).model
+
+
+def search(space: RankSpace, losses: Losses, n_trials: int, seed: int) -> Ranks:
+    """What a search with the sampler recommends; losses that are known are not computed again."""
+    study = optuna.create_study(sampler=RankAdaptorSampler(space, seed=seed))
+    for _ in range(n_trials):
+        trial = study.ask()
+        study.tell(trial, losses([(space.suggest(trial), seed)])[0])
+    return recommend(study).ranks
+
+
+def prunings(spec: TaskSpec, folder: Path, seeds: int, n_trials: int, cache: Path | None = None) -> list[Row]:
+    """Sample size and element: losses on fresh seeds and text, mean and interval over calibration seeds."""
+    _, parts, dense_loss = dense_model(spec.dense, cache)
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for (name, options), seed in itertools.product(PRUNINGS.items(), range(seeds)):
+        task = RecoveryTask(spec, pruned_model(spec, seed, cache, **options), dense_loss, parts)
+        losses = Losses(task, folder / f"{spec.name}-{name.replace(', ', '-').replace(' ', '-')}-{seed}.csv")
+        ranks = search(task.space, losses, n_trials, seed)
+        uniform, ours = (
+            float(np.mean(losses([(chosen, fresh) for fresh in FRESH], report=True)))
+            for chosen in (task.space.uniform(), ranks)
+        )
+        found.setdefault(name, []).append((task.pruned_loss, uniform, ours))
+        print(f"{name}, calibration seed {seed}: {losses.n_computed} recoveries", flush=True)
+    base = np.asarray(next(iter(found.values())))
+    rows = []
+    for name, values in found.items():
+        pruned, uniform, ours = np.transpose(values).tolist()
+        less = (np.asarray(values) - base)[:, 2].tolist()
+        rows.append(
+            {
+                "pruning": name,
+                "no recovery": _cell(pruned),
+                "LoRA, uniform": _cell(uniform),
+                "RankAdaptor": _cell(ours),
+                "RankAdaptor less uniform": _cell(np.subtract(ours, uniform).tolist()),
+                "less the first row": _cell(less) if name != next(iter(found)) else "",
+                "values": values,
+            }
+        )
+    return rows
+
+
+def micro_batches(spec: TaskSpec, cache: Path | None = None, steps: int = 8) -> tuple[list[Row], float]:
+    """Losses after recoveries of examples of unequal lengths, by micro batch, and the widest difference."""
+    model = pruned_model(spec, 0, cache, n_samples=10)
+    _, parts, _ = dense_model(spec.dense, cache)
+    stream = torch.tensor(list("".join(parts.recovery[:20]).encode()))
+    lengths = np.random.default_rng(0).integers(8, LENGTH, 64).tolist()
+    ids = list(torch.split(stream[: sum(lengths)], lengths))
+    held_out = torch.tensor(list("".join(parts.report).encode()))[: 64 * LENGTH].view(64, LENGTH)
+    space = RankSpace.from_model(model, spec.candidates, spec.budget, unpruned_rank=spec.unpruned_rank)
+    rows = []
+    for size in MICRO_BATCHES:
+        config = TrainingConfig(steps, 16, spec.recovery.learning_rate, micro_batch_size=size)
+        with attached(model, lora_config(space.with_fixed(space.uniform())), seed=0) as adapted:
+            train(adapted, Examples(ids, ids), config, seed=0)
+            rows.append({"micro batch": size, "loss": float(block_losses(adapted, held_out).mean())})
+    found = [row["loss"] for row in rows]
+    return rows, max(found) - min(found)
+
+
+def performance_models(
+    task: RecoveryTask, losses: Losses, seeds: int, numbers: Sequence[int] = (10, 50)
+) -> dict[tuple[str, int], dict[str, list[float]]]:
+    """By model and number of trials: order predicted of other allocations, and gain over uniform of its choice.
+
+    A seed draws the trials, and is that of their recoveries; gains are nats, on fresh seeds and text.
+    """
+    space = task.space
+    rng = np.random.default_rng(12345)
+    candidates = [random_ranks(space, rng) for _ in range(N_CANDIDATES)]
+    matrix = np.asarray([list(ranks.values()) for ranks in candidates], dtype=float)
+    truth = losses([(ranks, FRESH[0]) for ranks in candidates[:N_RANKED]], report=True)
+    uniform = losses([(space.uniform(), fresh) for fresh in FRESH], report=True)
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for seed in range(seeds):
+        draw = np.random.default_rng([1, seed])
+        trials = [space.uniform(), *(random_ranks(space, draw) for _ in range(max(numbers) - 1))]
+        scores = losses([(ranks, seed) for ranks in trials])
+        ranks = np.asarray([list(one.values()) for one in trials], dtype=float)
+        for (name, options), n in itertools.product(MODELS.items(), numbers):
+            settings = {"seed": seed, **options} if options else {}
+            model = PerformanceModel(space, direction="minimize", **settings)
+            model.update(ranks[:n], scores[:n])
+            predicted = model.predict(matrix)[0]
+            chosen = candidates[int(predicted.argmin())]
+            gain = np.subtract(uniform, losses([(chosen, fresh) for fresh in FRESH], report=True)).mean()
+            those = found.setdefault((name, n), {"order": [], "gain": []})
+            order = stats.spearmanr(predicted[:N_RANKED], truth).statistic
+            those["order"].append(float(np.nan_to_num(order)))  # of a model that tells nothing apart
+            those["gain"].append(float(gain))
+    return found
+
+
+def model_rows(task: str, found: Mapping[tuple[str, int], Mapping[str, Sequence[float]]]) -> list[Row]:
+    """A row for each model and number of trials, with the paired difference to the paper's first setting."""
+    rows = []
+    for (name, n), values in found.items():
+        row = {
+            "task": task,
+            "performance model": name,
+            "trials": n,
+            "rank correlation": _cell(values["order"], 3),
+            "gain over uniform": _cell(values["gain"]),
+            "gain less 32-32-32's": "",
+            "values": values,
+        }
+        if name != "MLP 32-32-32":
+            row["gain less 32-32-32's"] = _cell(np.subtract(values["gain"], found["MLP 32-32-32", n]["gain"]).tolist())
+        rows.append(row)
+    return rows
+
+
+def _cell(values: Sequence[float], digits: int = 4) -> str:
+    mean, half = interval(values)
+    return f"{mean:+.{digits}f} ±{half:.{digits}f}"
+
+
+def run(folder: Path, *, quick: bool) -> None:
+    """Runs the ablations, prints a table each and writes results/paper_ablation.json."""
+    torch.set_num_threads(1)  # tensors this small lose more by threads than they gain
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds, n_trials, numbers = (2, 4, (5, 8)) if quick else (10, 25, (10, 50))
+    specs = DEVELOPMENT[:1] if quick else DEVELOPMENT
+    recoveries = len(PRUNINGS) * seeds * (n_trials + 6)
+    recoveries += len(specs) * (N_RANKED + seeds * (max(numbers) + 3 * len(MODELS) * len(numbers)))
+    print(f"At most {recoveries} recoveries, about a CPU second each: {recoveries / 3600:.1f} CPU hours.", flush=True)
+    parts: dict[str, list[Row]] = {}
+    parts["pruning"] = prunings(DEVELOPMENT[0], folder, seeds, n_trials)
+    parts["micro batch"], widest = micro_batches(DEVELOPMENT[0])
+    checks: Checks = {"micro batches of 4, 8 and 16, widest difference in loss": check(widest, "<= 0.0001")}
+    parts["performance model"] = []
+    for spec in specs:
+        task = load_task(spec)
+        found = performance_models(task, Losses(task, folder / f"{spec.name}.csv"), seeds, numbers)
+        parts["performance model"] += model_rows(spec.name, found)
+        ours, theirs = (found[name, numbers[-1]]["gain"] for name in ("ours", "MLP 32-32-32"))
+        name = f"{spec.name}: gain of our model less the paper's MLP's, {numbers[-1]} trials"
+        checks[name] = check(float(np.subtract(ours, theirs).mean()), ">= 0")
+    for rows in parts.values():
+        show([{key: value for key, value in row.items() if key != "values"} for row in rows])
+        print()
+    write(
+        "paper_ablation_part" if quick else "paper_ablation",
+        [{"part": part, **row} for part, rows in parts.items() for row in rows],
+        checks,
+        seeds={"calibration and search": list(range(seeds)), "fresh": FRESH},
+        tasks=[asdict(spec) for spec in specs],
+        trials=n_trials,
+    )
