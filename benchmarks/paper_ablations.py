@@ -24,7 +24,17 @@ import numpy as np
 import optuna
 import torch
 from losses import Losses, Ranks
-from recovery_tasks import DEVELOPMENT, LENGTH, RecoveryTask, TaskSpec, _tokenizer, dense_model, load_task, random_ranks
+from recovery_tasks import (
+    DEVELOPMENT,
+    LENGTH,
+    RecoveryTask,
+    TaskSpec,
+    _tokenizer,
+    dense_model,
+    load_task,
+    random_ranks,
+    weighted_ranks,
+)
 from results import check, interval, show, write
 from scipy import stats
 
@@ -49,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "MLP 32-16-32": {"mode": "paper", "hidden": (32, 16, 32)},
 }
 MICRO_BATCHES = (4, 8, 16)
-N_CANDIDATES = 500  # that a performance model chooses from
+N_CANDIDATES = 500  # random ones, and as many smooth along the depth, that a performance model chooses from
 N_RANKED = 32  # other allocations, whose order it should predict
 
 Row = dict[str, Any]
@@ -67,6 +77,8 @@ def pruned_model(spec: TaskSpec, seed: int, cache: Path | None = None, **options
         ratio=spec.damage.ratio,
         calibration=parts.pretraining,
         sample_length=LENGTH,
+        keep_first=spec.damage.keep_first,
+        keep_last=spec.damage.keep_last,
         multiple_of=8,
         seed=seed,
         **options,
@@ -134,6 +146,14 @@ def micro_batches(spec: TaskSpec, cache: Path | None = None, steps: int = 8) -> 
     return rows, max(found) - min(found)
 
 
+def candidates_of(space: RankSpace, rng: np.random.Generator) -> list[Ranks]:
+    """Random allocations, uniform, and allocations that are smooth along the depth, which most good ones are."""
+    depth = np.linspace(-1, 1, len(space.layers))
+    shapes = rng.normal(size=(N_CANDIDATES, 4)) @ [np.cos(k * np.pi * (depth + 1) / 2) for k in range(1, 5)]
+    smooth = [weighted_ranks(space, np.exp(shape) * space.costs) for shape in shapes]
+    return [*(random_ranks(space, rng) for _ in range(N_CANDIDATES)), space.uniform(), *smooth]
+
+
 def performance_models(
     task: RecoveryTask, losses: Losses, seeds: int, numbers: Sequence[int] = (10, 50)
 ) -> dict[tuple[str, int], dict[str, list[float]]]:
@@ -142,8 +162,7 @@ def performance_models(
     A seed draws the trials, and is that of their recoveries; gains are nats, on fresh seeds and text.
     """
     space = task.space
-    rng = np.random.default_rng(12345)
-    candidates = [random_ranks(space, rng) for _ in range(N_CANDIDATES)]
+    candidates = candidates_of(space, np.random.default_rng(12345))
     matrix = np.asarray([list(ranks.values()) for ranks in candidates], dtype=float)
     truth = losses([(ranks, FRESH[0]) for ranks in candidates[:N_RANKED]], report=True)
     uniform = losses([(space.uniform(), fresh) for fresh in FRESH], report=True)

@@ -95,7 +95,7 @@ SIZES = {
     "gpu": Size(
         trials=50, items=None, steps=250, batch_size=64, micro_batch_size=16, length=256, records=8000, validation=720
     ),
-    "quick": Size(2, 2, 3, steps=2, batch_size=2, length=64, records=40, validation=4),
+    "quick": Size(2, 2, 3, steps=4, batch_size=2, length=64, records=40, validation=4),
 }
 
 
@@ -106,7 +106,8 @@ def recipe_of(block: str, size: Size, model: str = "embedded") -> Recipe:
     calibration = str(folder / "wikitext2" / "validation.txt")
     pruning = Pruning(method, ratio, calibration)
     if method == "llm-pruner":
-        pruning = replace(PRESETS["paper"].pruning, ratio=ratio, calibration=calibration)
+        changes = {"ratio": ratio, "calibration": calibration, "keep_first": None, "keep_last": None}
+        pruning = replace(PRESETS["paper"].pruning, **changes)  # of 30 layers 4 and 2 stay whole by default, too
     alpaca = folder / "alpaca"
     return Recipe(
         model=model,
