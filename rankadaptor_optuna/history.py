@@ -238,7 +238,8 @@ def _spelled_out(values: Array) -> Array:
 def _extrapolated(trials: list[FrozenTrial], values: Array) -> dict[int, tuple[float, float]]:
     """Final value of each pruned trial and its variance, by index, where enough trials show how to extrapolate.
 
-    Linear regression of the final value on the report at the same step, over the trials with a value; the variance is
+    Linear regression of the final value on the report at the same step, over the trials with a value, never falling: a
+    pruned trial's report lies beyond the others', where a slope fitted to noise would make it the best. The variance is
     that of a prediction by it, where two further observations, as wide as half the values' spread, keep a few points
     on a line from looking certain. Where the steps are items of an evaluation (``ITEMS_ATTR``), it is on the mean over
     the same items, as they may be easier than the others.
@@ -262,7 +263,9 @@ def _extrapolated(trials: list[FrozenTrial], values: Array) -> dict[int, tuple[f
         x, y = np.asarray(pairs, dtype=np.float64).T
         centred = x - x.mean()
         squares = float(centred @ centred) or 1.0
-        slope = float(centred @ y) / squares
+        # reports are of what is optimised, so both rise: two further trials say so, as steeply as both spread
+        steepest = y.std() / (x.std() or math.inf)
+        slope = max(0.0, (len(x) * float(centred @ y) / squares + 2 * steepest) / (len(x) + 2))
         left = y - y.mean() - slope * centred
         noise = (float(left @ left) + 0.5 * y.var()) / len(x)
         for i in pruned:
