@@ -18,7 +18,6 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,17 @@ from typing import Any
 import numpy as np
 import torch
 from pretrain_prior import smooth
-from recovery_tasks import TOGETHER, Damage, Dense, RecoveryTask, TaskSpec, load_task, random_ranks, weighted_ranks
+from recovery_tasks import (
+    TOGETHER,
+    Damage,
+    Dense,
+    RecoveryTask,
+    TaskSpec,
+    load_task,
+    random_ranks,
+    settings,
+    weighted_ranks,
+)
 from results import FOLDER, show
 from tqdm import tqdm
 
@@ -110,7 +119,7 @@ def collect(spec: TaskSpec, folder: Path = TASKS, n: int = N_RECOVERIES, cache: 
 def _head(spec: TaskSpec, task: RecoveryTask) -> dict[str, Any]:
     return {
         "format": _FORMAT,
-        "spec": json.loads(json.dumps(asdict(spec))),
+        "spec": settings(spec),
         "space": task.space.to_dict(),
         "dense_loss": task.dense_loss,
         "pruned_loss": task.pruned_loss,
@@ -125,7 +134,7 @@ def _head(spec: TaskSpec, task: RecoveryTask) -> dict[str, Any]:
 
 
 def _check(head: dict[str, Any], spec: TaskSpec, file: Path) -> None:
-    if head["spec"] != json.loads(json.dumps(asdict(spec))):
+    if head["spec"] != settings(spec):
         raise ValueError(f"{file.name} is of other settings; move it away to collect the task anew.")
 
 

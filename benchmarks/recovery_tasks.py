@@ -20,7 +20,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -366,8 +366,20 @@ def _models(spec: TaskSpec, cache: Path | None, data: Path | None) -> tuple[Path
     return _made(cache or cache_dir() / "tasks", name, make_pruned), parts, loss
 
 
+def settings(spec: TaskSpec | Dense | Damage | TrainingConfig) -> dict[str, Any]:
+    """What differs from the defaults, as JSON has it, so that a setting to come does not make this another task."""
+    found: dict[str, Any] = {}
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if isinstance(value, Dense | Damage | TrainingConfig):
+            found[field.name] = settings(value)
+        elif value != field.default:
+            found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
 def _digest(*parts: Dense | Damage) -> str:
-    return hashlib.sha256(json.dumps([asdict(part) for part in parts]).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps([settings(part) for part in parts]).encode()).hexdigest()[:8]
 
 
 def _made(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
