@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"default: all of {', '.join(specs)}")
     parser.add_argument("--quick", action="store_true", help="two seeds of the first task")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--folder", type=Path, default=FOLDER / "race", help="studies and losses of race.py")
+    parser.add_argument("--folder", type=Path, default=FOLDER / "race", help="trials and losses of race.py")
     args = parser.parse_args()
     if unknown := set(args.tasks) - specs.keys():
         parser.error(f"no task named {', '.join(sorted(unknown))}; there are {', '.join(specs)}")
@@ -78,9 +78,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     pooled: dict[tuple[str, int], list[list[float]]] = {}
     for name in args.tasks or list(specs)[: 1 if args.quick else None]:
-        task = load_task(specs[name])
-        scores, storage = open_folder(args.folder, name, task)
-        studies = search(name, task.space, scores, storage, N_TRIALS, seeds, [OURS, "Random"])
+        task = load_task(specs[name], kept=args.folder)
+        studies = search(name, task.space, *open_folder(args.folder, name, task), N_TRIALS, seeds, [OURS, "Random"])
         for n in LEARNED_FROM:
             for mode in MODES:
                 found = []

@@ -1,4 +1,4 @@
-"""Losses of a task that a benchmark has measured, kept in a small file so that runs add up."""
+"""Losses that a benchmark has measured, and the trials that led to them, in small files so that runs add up."""
 
 from __future__ import annotations
 
@@ -71,3 +71,36 @@ class Losses:
             self._known |= found
             self.n_computed += len(found)
         return [self._known[key] for key in keys]
+
+
+class Trials:
+    """What samplers proposed in their studies of a task, kept in a CSV file: sampler, seed and parameters, in order.
+
+    Replaying a search would do, were it not for samplers that a rounding error turns elsewhere on another machine.
+
+    Args:
+        file: Where they are kept; made with the first trial.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._known: dict[tuple[str, int], list[list[int]]] = {}
+        if file.exists():
+            with file.open(newline="") as lines:
+                for row in csv.DictReader(lines):
+                    params = list(map(int, row["params"].split()))
+                    self._known.setdefault((row["who"], int(row["seed"])), []).append(params)
+
+    def of(self, who: str, seed: int) -> list[list[int]]:
+        """A study's trials so far: the parameters of each, in the order of the layers."""
+        return self._known.get((who, seed), [])
+
+    def add(self, trials: Mapping[tuple[str, int], Sequence[int]]) -> None:
+        """Writes down one more trial of some studies."""
+        is_new = not self._file.exists()
+        with self._file.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([("who", "seed", "params")] if is_new else [])
+            writer.writerows([*key, " ".join(map(str, params))] for key, params in trials.items())
+        for key, params in trials.items():
+            self._known.setdefault(key, []).append(list(params))

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
-from optuna.trial import BaseTrial, FrozenTrial, TrialState
+from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, TrialState
 
 from rankadaptor_optuna import PerformanceModel, RankAdaptorSampler, RankSpace
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
@@ -28,6 +28,7 @@ OURS = "RankAdaptor"
 RIDGE = "ridge + TS"
 PAPER = "paper's MLP"
 PROPOSES_RANKS = (OURS, RIDGE, PAPER)  # the others propose candidates' places
+STATEFUL = ("CMA-ES",)  # keep more with their trials than parameters and value: a search of theirs is always replayed
 
 
 class _RankSampler(BaseSampler):
@@ -126,12 +127,38 @@ def samplers() -> dict[str, Callable[[RankSpace, int], BaseSampler]]:
     return known
 
 
-def open_study(study_name: str, name: str, space: RankSpace, seed: int, storage: BaseStorage) -> Study:
-    """A study that minimises, with the sampler ``name``; a new one has its uniform trial waiting."""
-    study = optuna.create_study(storage=storage, study_name=study_name, direction="minimize", load_if_exists=True)
-    n_trials = len(study.get_trials(deepcopy=False))
-    study.sampler = samplers()[name](space, seed + 1000 * n_trials)  # one that goes on must not repeat its first draws
-    if n_trials == 0 and name != OURS:
+def open_study(
+    name: str,
+    space: RankSpace,
+    seed: int,
+    known: Sequence[Sequence[int]] = (),
+    loss: Callable[[dict[int, int]], float] | None = None,
+    storage: BaseStorage | None = None,
+    study_name: str | None = None,
+) -> Study:
+    """A study that minimises, with the sampler ``name``, which goes on after the trials that are known.
+
+    Args:
+        name: Of the sampler.
+        space: The rank space.
+        seed: Of the sampler.
+        known: Parameters of its trials so far, in the order of the layers.
+        loss: Their loss, by configuration.
+        storage: Default: in memory.
+        study_name: Default: Optuna's.
+    """
+    study = optuna.create_study(storage=storage, study_name=study_name, direction="minimize")
+    distributions = dict(space.distributions())
+    if name not in PROPOSES_RANKS:
+        distributions = dict.fromkeys(distributions, IntDistribution(0, len(space.candidates) - 1))
+    for values in known:
+        params = dict(zip(distributions, values, strict=True))
+        assert loss is not None
+        value = loss(ranks_of(name, space, FixedTrial(params)))
+        study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=value))
+    # one that goes on must not repeat its first draws
+    study.sampler = samplers()[name](space, seed + 1000 * len(known))
+    if not known and name != OURS:
         uniform = {space.name(layer): rank for layer, rank in space.uniform().items()}
         if name not in PROPOSES_RANKS:
             uniform = {key: space.candidates.index(rank) for key, rank in uniform.items()}

@@ -10,10 +10,11 @@ Normalised regret (as in HPO-B): 0 is the best configuration that anything found
 allocations that use the budget. The lowest of hundreds of noisy losses is lower than it would be again, so what is best
 is measured anew on seeds that had no part in choosing it.
 
-The trials are ordinary Optuna studies in ``--folder``, the losses a CSV file a task: a run that was stopped goes on,
-more seeds or trials add to what is there, and two processes may take different tasks. The losses that the results rest
-on come with this file, so that the race can be run again without a recovery on a machine that makes the same models of
-the tasks (``recovery_tasks.py``). One that does not is told so, and needs another ``--folder``.
+What the samplers proposed, the losses and the pruned models are in ``--folder``: a run that was stopped goes on, more
+seeds or trials add to what is there, and two processes may take different tasks. What the results rest on comes with
+this file, so that the table can be made again without a recovery, on any machine; where a sampler has changed, take its
+lines out of ``TASK.trials.csv``, and it alone searches anew. ``--studies`` writes the studies to an SQLite file, to be
+browsed. All of it anew, in another ``--folder``, takes about 4 CPU hours, two thirds of that with ``--compile``.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from losses import Losses, Ranks, Task
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from losses import Losses, Ranks, Task, Trials
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
-from peers import OURS, open_study, ranks_of, samplers
+from peers import OURS, STATEFUL, open_study, ranks_of, samplers
 from recovery_tasks import DEVELOPMENT, TEST, load_task, random_ranks
 from results import FOLDER, check, interval, show, write
 from scipy import stats
@@ -54,33 +54,39 @@ MODELLED = (OURS, "Random")  # whose trials recommend is tried on: its own sampl
 Studies = Mapping[tuple[str, int], Study]
 
 
-def open_folder(folder: Path, name: str, task: Task) -> tuple[Losses, BaseStorage]:
-    """A task's losses and studies as the folder has them."""
-    stem = folder / name.replace(" ", "-").replace(",", "")
-    storage = JournalStorage(JournalFileBackend(str(stem.with_suffix(".journal"))))
-    return Losses(task, stem.with_suffix(".csv")), storage
+def open_folder(folder: Path, name: str, task: Task) -> tuple[Losses, Trials]:
+    """A task's losses and trials as the folder has them."""
+    stem = name.replace(" ", "-").replace(",", "")
+    return Losses(task, folder / f"{stem}.csv"), Trials(folder / f"{stem}.trials.csv")
 
 
 def search(
     name: str,
     space: RankSpace,
     scores: Losses,
-    storage: BaseStorage,
+    known: Trials,
     n_trials: int,
     seeds: int,
     who: Sequence[str] | None = None,
+    storage: BaseStorage | None = None,
 ) -> Studies:
     """Runs a task's studies side by side, so that trials are recovered together; those that were stopped go on.
 
     The seed is that of the sampler and of the recoveries: all samplers of a seed see the same losses.
     """
     keys = [(sampler, seed) for sampler in who or samplers() for seed in range(seeds)]
-    studies = {(who, seed): open_study(f"{name}/{who}/{seed}", who, space, seed, storage) for who, seed in keys}
+
+    def opened(who: str, seed: int) -> Study:
+        so_far, study_name = known.of(who, seed), f"{name}/{who}/{seed}"
+        return open_study(who, space, seed, so_far, lambda r: scores([(r, seed)])[0], storage, study_name)
+
+    studies = {key: opened(*key) for key in keys}
     while waiting := [key for key in keys if len(finished(studies[key])) < n_trials]:
         trials = {key: studies[key].ask() for key in waiting}
         losses = scores([(ranks_of(who, space, trial), seed) for (who, seed), trial in trials.items()])
         for (key, trial), loss in zip(trials.items(), losses, strict=True):
             studies[key].tell(trial, loss)
+        known.add({key: list(trial.params.values()) for key, trial in trials.items() if key[0] not in STATEFUL})
         done = sum(len(finished(study)) for study in studies.values())
         print(f"{name}: {done} of {len(keys) * n_trials} trials, {scores.n_computed} recoveries", file=sys.stderr)
     return studies
@@ -108,11 +114,13 @@ def found_by(who: str, study: Study, space: RankSpace, n: int) -> dict[str, Rank
     return found
 
 
-def race(name: str, task: Task, folder: Path, n_trials: int, seeds: int) -> dict[str, Any]:
+def race(
+    name: str, task: Task, folder: Path, n_trials: int, seeds: int, storage: BaseStorage | None = None
+) -> dict[str, Any]:
     """All samplers on one task: losses on fresh seeds by competitor and number of trials, (seeds,) each."""
     space = task.space
-    scores, storage = open_folder(folder, name, task)
-    studies = search(name, space, scores, storage, n_trials, seeds)
+    scores, known = open_folder(folder, name, task)
+    studies = search(name, space, scores, known, n_trials, seeds, storage=storage)
     checkpoints = [n for n in CHECKPOINTS if n <= n_trials]
     chosen: dict[tuple[str, int, int], Ranks] = {
         (competitor, n, seed): ranks
@@ -235,7 +243,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds, 10 trials, first task and first world")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=50)
-    parser.add_argument("--folder", type=Path, default=FOLDER / "race", help="studies and scores")
+    parser.add_argument("--folder", type=Path, default=FOLDER / "race", help="trials, losses and models")
+    parser.add_argument("--studies", metavar="FILE", help="also write the studies to a new SQLite file")
+    parser.add_argument("--compile", action="store_true", help="compile each task's model; needs a C++ compiler")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.trials = 2, 10
@@ -249,11 +259,12 @@ def main() -> None:
     one = 1 if args.quick else None
     names = args.tasks or [*[spec.name for spec in TEST][:one], *list(worlds)[:one]]
     checkpoints = [n for n in CHECKPOINTS if n <= args.trials]
+    storage = RDBStorage(f"sqlite:///{args.studies}") if args.studies else None
     for output, chosen in (("race", specs), ("race_synthetic", worlds)):
         found, start = [], time.process_time()
         for name in [n for n in names if n in chosen]:
-            task: Task = worlds[name] if name in worlds else load_task(specs[name])
-            found.append(race(name, task, args.folder, args.trials, args.seeds))
+            task: Task = worlds.get(name) or load_task(specs[name], kept=args.folder, compiled=args.compile)
+            found.append(race(name, task, args.folder, args.trials, args.seeds, storage))
         if found:
             show([discrimination(one) for one in found])
             rows, checks = summarise(found, checkpoints)

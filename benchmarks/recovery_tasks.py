@@ -223,9 +223,19 @@ class RecoveryTask:
         pruned: The pruned model; the task takes it over.
         dense_loss: Loss of the model before pruning.
         parts: The texts.
+        compiled: Whether torch compiles the model, with a C++ compiler: once, for over a CPU minute, after which a
+            recovery takes two thirds of the time.
     """
 
-    def __init__(self, spec: TaskSpec, pruned: Any, dense_loss: float, parts: Parts) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        spec: TaskSpec,
+        pruned: Any,  # noqa: ANN401
+        dense_loss: float,
+        parts: Parts,
+        *,
+        compiled: bool = False,
+    ) -> None:
         self.spec = spec
         self.space = RankSpace.from_model(pruned, spec.candidates, spec.budget, unpruned_rank=spec.unpruned_rank)
         self._train = _blocks(parts.recovery)
@@ -240,6 +250,7 @@ class RecoveryTask:
                     stacked = _Stacked(module)
                     layer.set_submodule(name, stacked)
                     self._modules[index, name] = stacked
+        self._compiled = torch.compile(self._block_losses, dynamic=False) if compiled else None
 
     def losses(
         self, configurations: Sequence[Mapping[int, int]], seed: int | Sequence[int], *, report: bool = False
@@ -258,18 +269,24 @@ class RecoveryTask:
         asked = list(zip(map(self.space.with_fixed, configurations), each, strict=True))
         found: list[float] = []
         for start in range(0, len(asked), TOGETHER):
-            found += self._recover(asked[start : start + TOGETHER], self._held_out[report])
+            chunk = asked[start : start + TOGETHER]
+            found += self._recover(chunk, self._held_out[report])[: len(chunk)]
         return found
 
     def _recover(self, chunk: list[tuple[dict[int, int], int]], held_out: torch.Tensor) -> list[float]:
-        config, n = self.spec.recovery, len(chunk)
-        flat, shapes = self._initial(chunk)
+        config, rank = self.spec.recovery, max(1, *(r for ranks, _ in chunk for r in ranks.values()))
+        block_losses, most = self._block_losses, max(self.spec.candidates)
+        if self._compiled and rank <= most and len(chunk) > TOGETHER // 2:  # of one shape, not to be compiled anew
+            block_losses, rank = self._compiled, most
+            chunk = chunk + chunk[-1:] * (TOGETHER - len(chunk))
+        n = len(chunk)
+        flat, shapes = self._initial(chunk, rank)
         optimizer = torch.optim.AdamW([flat], config.learning_rate, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
         try:
             for rows in zip(*(batches(len(self._train), config, seed) for _, seed in chunk), strict=True):
                 self._attach(flat, shapes)
-                loss: Any = self._block_losses(self._train[np.concatenate(rows)], n).mean(1).sum()
+                loss: Any = block_losses(self._train[np.concatenate(rows)], n).mean(1).sum()
                 loss.backward()
                 assert flat.grad is not None
                 norm = flat.grad.norm(dim=1, keepdim=True)  # of each configuration's own gradient
@@ -279,19 +296,20 @@ class RecoveryTask:
                 optimizer.zero_grad()
             with torch.inference_mode():
                 self._attach(flat.detach(), shapes)
-                found = [self._block_losses(blocks.repeat(n, 1), n) for blocks in torch.split(held_out, 16)]
+                found = [block_losses(blocks.repeat(n, 1), n) for blocks in torch.split(held_out, 16)]
                 return torch.cat(found, 1).mean(1).tolist()
         finally:
             for module in self._modules.values():
                 module.factors = None
 
-    def _initial(self, chunk: list[tuple[dict[int, int], int]]) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+    def _initial(
+        self, chunk: list[tuple[dict[int, int], int]], rank: int
+    ) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
         """All factors of all configurations, (K, parameters), and the shapes that they are cut into.
 
         Rows of A beyond a configuration's rank are zero, and so are columns of B: each is a factor of the other's
         gradient, so they stay zero.
         """
-        rank = max(1, *(r for ranks, _ in chunk for r in ranks.values()))
         factors: list[torch.Tensor] = []
         shapes: list[tuple[int, ...]] = []
         for (layer, name), module in self._modules.items():
@@ -334,16 +352,41 @@ def dense_model(dense: Dense, cache: Path | None = None, data: Path | None = Non
     return folder, parts, json.loads((folder / "task.json").read_text())["loss"]
 
 
-def load_task(spec: TaskSpec, cache: Path | None = None, data: Path | None = None) -> RecoveryTask:
+def load_task(
+    spec: TaskSpec,
+    cache: Path | None = None,
+    data: Path | None = None,
+    kept: Path | None = None,
+    *,
+    compiled: bool = False,
+) -> RecoveryTask:
     """Opens a task; its model is trained and pruned on the first call.
 
     Args:
         spec: The task.
         cache: Folder of the models. Default: the user's cache folder.
         data: Folder of the texts. Default: see the module.
+        kept: Where the pruned model is taken from if it is there, else put, in bfloat16, so that other machines, whose
+            training would round otherwise, go on with the same one.
+        compiled: See ``RecoveryTask``.
     """
-    pruned, parts, loss = _models(spec, cache, data)
-    return RecoveryTask(spec, load_pruned(pruned, dtype=torch.float32), loss, parts)
+    if kept is None:
+        pruned, parts, loss = _models(spec, cache, data)
+    else:
+
+        def keep(folder: Path) -> None:
+            pruned, _, loss = _models(spec, cache, data)
+            save_pruned(load_pruned(pruned, dtype=torch.bfloat16), folder)
+            for name in ("modeling.py", "generation_config.json"):  # for those who open it without this package
+                (folder / name).unlink(missing_ok=True)
+            (folder / "task.json").write_text(json.dumps({"spec": settings(spec), "loss": loss}))
+
+        pruned, parts = _made(kept, spec.name, keep), read_parts(spec.dense.text, data)
+        about = json.loads((pruned / "task.json").read_text())
+        if about["spec"] != settings(spec):
+            raise ValueError(f"{pruned} is the model of other settings of {spec.name}; move it away.")
+        loss = about["loss"]
+    return RecoveryTask(spec, load_pruned(pruned, dtype=torch.float32), loss, parts, compiled=compiled)
 
 
 def load_pruned_model(spec: TaskSpec, cache: Path | None = None, data: Path | None = None) -> Any:  # noqa: ANN401

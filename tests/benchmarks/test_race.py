@@ -31,8 +31,7 @@ def found(race, task, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:AutoSampler is left out")
 def test_every_competitor_starts_from_uniform_and_keeps_the_budget(race, task, tmp_path):
-    scores, storage = race.open_folder(tmp_path, "tiny", task)
-    for (who, _), study in race.search("tiny", task.space, scores, storage, 4, 1).items():
+    for (who, _), study in race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 4, 1).items():
         trials = race.finished(study)
         ranks = [race.ranks_of(who, task.space, optuna.trial.FixedTrial(t.params)) for t in trials]
         assert ranks[0] == task.space.uniform()
@@ -42,16 +41,28 @@ def test_every_competitor_starts_from_uniform_and_keeps_the_budget(race, task, t
 
 @pytest.mark.filterwarnings("ignore:AutoSampler is left out")
 def test_a_race_that_was_stopped_goes_on_and_computes_nothing_twice(race, task, tmp_path):
-    who = ["RankAdaptor", "Random"]
+    who = ["RankAdaptor", "Random", "CMA-ES"]
     first = race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 3, 1, who)
     before = {key: [t.params for t in race.finished(study)] for key, study in first.items()}
-    scores, storage = race.open_folder(tmp_path, "tiny", task)
-    longer = race.search("tiny", task.space, scores, storage, 5, 2, who)
+    scores, known = race.open_folder(tmp_path, "tiny", task)
+    longer = race.search("tiny", task.space, scores, known, 5, 2, who)
     assert all(len(race.finished(study)) == 5 for study in longer.values())
     assert {key: [t.params for t in race.finished(longer[key])][:3] for key in before} == before
-    again, storage = race.open_folder(tmp_path, "tiny", task)
-    race.search("tiny", task.space, again, storage, 5, 2, who)
+    again, known = race.open_folder(tmp_path, "tiny", task)
+    same = race.search("tiny", task.space, again, known, 5, 2, who)
     assert scores.n_computed > again.n_computed == 0
+    for key, study in same.items():
+        assert [(t.params, t.value) for t in race.finished(study)] == [
+            (t.params, t.value) for t in race.finished(longer[key])
+        ]
+
+
+@pytest.mark.filterwarnings("ignore:AutoSampler is left out")
+def test_the_studies_of_a_race_can_be_kept_to_be_browsed(race, task, tmp_path):
+    storage = race.RDBStorage(f"sqlite:///{tmp_path / 'race.db'}")
+    race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 3, 1, ["TPE"], storage)
+    study = optuna.load_study(study_name="tiny/TPE/0", storage=storage)
+    assert len(race.finished(study)) == 3
 
 
 @pytest.mark.filterwarnings("ignore:AutoSampler is left out")

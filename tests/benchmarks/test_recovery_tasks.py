@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -77,6 +78,23 @@ def test_models_are_made_once(task, cache, monkeypatch):
     again = tasks.load_task(SPEC, cache)
     assert (again.dense_loss, again.pruned_loss) == (task.dense_loss, task.pruned_loss)
     assert again.losses(CONFIGURATIONS, seed=0) == task.losses(CONFIGURATIONS, seed=0)
+
+
+def test_a_kept_model_is_what_another_machine_goes_on_with(cache, tmp_path, monkeypatch):
+    first = tasks.load_task(SPEC, cache, kept=tmp_path)
+    monkeypatch.setattr(tasks, "_models", None)
+    again = tasks.load_task(SPEC, None, kept=tmp_path)
+    assert again.dense_loss == first.dense_loss
+    assert again.losses(CONFIGURATIONS, seed=0) == first.losses(CONFIGURATIONS, seed=0)
+    with pytest.raises(ValueError, match="other settings"):
+        tasks.load_task(dataclasses.replace(SPEC, budget="uniform:2"), None, kept=tmp_path)
+
+
+def test_compiled_or_not_a_loss_is_the_same(task, cache, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # needs no C++ compiler
+    compiled = tasks.load_task(SPEC, cache, compiled=True)
+    asked = [*CONFIGURATIONS, *CONFIGURATIONS[:2]]  # fewer than are recovered together
+    assert compiled.losses(asked, [0, 0, 0, 1, 1]) == pytest.approx(task.losses(asked, [0, 0, 0, 1, 1]), abs=2e-5)
 
 
 def test_the_space_counts_what_an_adapter_trains(task, cache):
