@@ -39,6 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="rankadaptor", description="Finds a LoRA rank for each layer of a pruned language model.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    finished = _Parser(add_help=False)  # what is done with a study's result
+    finished.add_argument("--storage", required=True, metavar="URL", help="Optuna storage")
+    finished.add_argument("--study", default="search", metavar="NAME", help="study name (default: %(default)s)")
+    finished.add_argument(
+        "--pruned", type=Path, metavar="DIR", help="the pruned model (default: made as the recipe says)"
+    )
 
     quick = commands.add_parser(
         "quickstart",
@@ -94,17 +100,21 @@ def _parser() -> argparse.ArgumentParser:
         help="where the performance model starts: pretrained, none, a file, or db:NAME[@VERSION] of --storage; a study "
         "that runs already keeps its own (default: %(default)s)",
     )
+    look.add_argument(
+        "--on-bad-prior",
+        choices=("raise", "pretrained"),
+        default="raise",
+        help="what a missing, corrupt or newer prior means: an error, or going on with the shipped one",
+    )
     look.set_defaults(run=_search)
 
     give = commands.add_parser(
         "export",
+        parents=[finished],
         help="train the recommended ranks of a study and write them for others",
         description="Trains the recommended ranks and writes a PEFT adapter, rank_pattern.json and a model card.",
     )
     give.add_argument("out", type=Path, metavar="OUT", help="folder to create")
-    give.add_argument("--storage", required=True, metavar="URL", help="Optuna storage")
-    give.add_argument("--study", default="search", metavar="NAME", help="study name (default: %(default)s)")
-    give.add_argument("--pruned", type=Path, metavar="DIR", help="the pruned model (default: made as the recipe says)")
     give.add_argument("--steps", type=int, metavar="N", help="training steps (default: the recipe's)")
     give.add_argument("--seed", type=int, metavar="S", help="of data order and initialisation (default: the recipe's)")
     give.add_argument("--merge", action="store_true", help="write the merged model too")
@@ -112,17 +122,13 @@ def _parser() -> argparse.ArgumentParser:
 
     versus = commands.add_parser(
         "compare",
+        parents=[finished],
         help="the recommended ranks beside uniform LoRA, AdaLoRA, EVA and Fisher-proportional ranks",
         description="Recovers with each, on the same data and fresh seeds, within the same parameters, and prints a "
         "table. Run it again with the same --out to go on where it stopped.",
     )
-    versus.add_argument("--storage", required=True, metavar="URL", help="Optuna storage")
-    versus.add_argument("--study", default="search", metavar="NAME", help="study name (default: %(default)s)")
     versus.add_argument(
         "--out", type=Path, default=Path("rankadaptor-compare"), metavar="DIR", help="default: %(default)s"
-    )
-    versus.add_argument(
-        "--pruned", type=Path, metavar="DIR", help="the pruned model (default: made as the recipe says)"
     )
     versus.add_argument("--seeds", type=int, default=3, metavar="N", help="fresh seeds (default: %(default)s)")
     versus.add_argument("--tasks", metavar="T,T,...", help="lm-eval tasks (default: the recipe's)")
@@ -255,6 +261,7 @@ def _search(args: argparse.Namespace) -> None:
         storage=args.storage,
         study_name=args.study,
         prior=None if args.prior == "none" else args.prior,
+        on_bad_prior=args.on_bad_prior,
         say=lambda line: print(line, flush=True),
     )
     if place()[0] == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution
@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankadaptor_optuna.history import PROPOSAL_ATTR, EncodedTrials, History, announced
 from rankadaptor_optuna.space import BUDGET, RankSpace
-from rankadaptor_optuna.study_prior import PRIOR_ATTR, PriorChoice, PriorLike
+from rankadaptor_optuna.study_prior import PRIOR_ATTR, OnBadPrior, PriorChoice, PriorLike
 from rankadaptor_optuna.surrogate.encoding import Encoding
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
 from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel
@@ -68,7 +68,7 @@ class RankAdaptorSampler(BaseSampler):
         independent_sampler: BaseSampler | None = None,
         seed: int | None = None,
         prior_storage: str | None = None,
-        on_bad_prior: Literal["raise", "pretrained"] = "raise",
+        on_bad_prior: OnBadPrior = "raise",
     ) -> None:
         if n_startup_trials < 0:
             raise ValueError(f"n_startup_trials must be at least 0, got {n_startup_trials}.")

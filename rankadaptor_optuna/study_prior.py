@@ -15,6 +15,7 @@ from rankadaptor_optuna.surrogate.store import PriorStore, Use, Version, parse_r
 
 PRIOR_ATTR = "rankadaptor:prior"
 _NONE, _SHIPPED, _CUSTOM = "none", "pretrained", "custom"  # what an identity may be, besides db:NAME@VERSION
+OnBadPrior: TypeAlias = Literal["raise", "pretrained"]
 Given: TypeAlias = Prior | str | os.PathLike[str] | None
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
@@ -42,7 +43,7 @@ class PriorChoice:
         given: Given = "pretrained",
         *,
         storage: str | None = None,
-        on_bad: Literal["raise", "pretrained"] = "raise",
+        on_bad: OnBadPrior = "raise",
     ) -> None:
         if on_bad not in ("raise", "pretrained"):
             raise ValueError(f'on_bad_prior must be "raise" or "pretrained", got {on_bad!r}.')

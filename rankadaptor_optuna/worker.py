@@ -25,6 +25,7 @@ from rankadaptor_optuna.recommendation import Recommendation, recommend
 from rankadaptor_optuna.recovery.processes import join, main_first, place
 from rankadaptor_optuna.sampler import RankAdaptorSampler
 from rankadaptor_optuna.study import RECIPE_ATTR, check_recipe, create_study, differences, masked, open_storage
+from rankadaptor_optuna.study_prior import OnBadPrior
 
 
 def write_text(path: Path, text: str) -> None:
@@ -180,6 +181,7 @@ def search(
     storage: str | None = None,
     study_name: str = "search",
     prior: str | None = "pretrained",
+    on_bad_prior: OnBadPrior = "raise",
     say: Callable[[str], None] = print,
 ) -> Recommendation:
     """Prunes the model if it is dense, searches ranks up to a number of trials, and recommends.
@@ -195,6 +197,7 @@ def search(
         storage: Optuna storage URL. Default: SQLite in ``out``.
         study_name: Name of the study.
         prior: See ``RankAdaptorSampler``; one of a database must be in ``storage``.
+        on_bad_prior: See ``RankAdaptorSampler``.
         say: Receives one line for each step.
 
     Raises:
@@ -210,7 +213,7 @@ def search(
     with main_first():
         check_out(out, settings)
         shared = open_shared(storage, study_name, settings)
-        if prior is not None:
+        if prior is not None and on_bad_prior == "raise":
             read_prior(prior, storage)  # before there is any work to lose
         folder = out / "pruned"
         if folder.exists():
@@ -233,7 +236,7 @@ def search(
     study = create_study(
         storage=shared or url,
         study_name=study_name,
-        sampler=RankAdaptorSampler(job.space, prior=prior, seed=recipe.seed),
+        sampler=RankAdaptorSampler(job.space, prior=prior, seed=recipe.seed, on_bad_prior=on_bad_prior),
         direction=job.direction,
         recipe=settings,
         pruner=pruner,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import sqlite3
 import sys
 
@@ -102,6 +103,33 @@ def tokenizer():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="Ā")
+
+
+@pytest.fixture
+def storage(request, tmp_path):
+    """A fresh storage of the kind that a test asks for (indirectly): memory, sqlite, journal or grpc."""
+    import optuna
+
+    if request.param == "memory":
+        yield optuna.storages.InMemoryStorage()
+    elif request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'study.db'}"
+    elif request.param == "journal":
+        backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log"))
+        yield optuna.storages.JournalStorage(backend)
+    else:
+        from optuna.storages._grpc.server import make_server
+
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        server = make_server(optuna.storages.InMemoryStorage(), "localhost", port)
+        server.start()
+        proxy = optuna.storages.GrpcStorageProxy(host="localhost", port=port)
+        proxy.wait_server_ready(timeout=60)
+        yield proxy
+        proxy.close()
+        server.stop(None).wait()
 
 
 @pytest.fixture

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import pickle
-import socket
 import subprocess
 import sys
 
@@ -267,30 +265,8 @@ def test_a_pickled_sampler_carries_no_trials():
     assert pickle.dumps(study.sampler) == before
 
 
-@contextlib.contextmanager
-def opened(kind, folder):
-    """A fresh storage of a kind."""
-    if kind == "sqlite":
-        yield f"sqlite:///{folder / 'study.db'}"
-    elif kind == "journal":
-        yield JournalStorage(JournalFileBackend(str(folder / "study.log")))
-    else:
-        from optuna.storages._grpc.server import make_server
-
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        server = make_server(optuna.storages.InMemoryStorage(), "localhost", port)
-        server.start()
-        proxy = optuna.storages.GrpcStorageProxy(host="localhost", port=port)
-        proxy.wait_server_ready(timeout=60)
-        yield proxy
-        proxy.close()
-        server.stop(None).wait()
-
-
-@pytest.mark.parametrize("kind", ["sqlite", "journal", "grpc"])
-def test_every_storage_gives_the_same_proposals_as_memory(kind, tmp_path):
+@pytest.mark.parametrize("storage", ["sqlite", "journal", "grpc"], indirect=True)
+def test_every_storage_gives_the_same_proposals_as_memory(storage):
     def run(trial):
         off = abs(np.log10(trial.suggest_float("z_rate", 1e-5, 1e-1, log=True)) + 3)
         off += trial.suggest_categorical("kind", ["a", "b", None]) != "b"
@@ -302,10 +278,9 @@ def test_every_storage_gives_the_same_proposals_as_memory(kind, tmp_path):
 
     in_memory = new_study()
     in_memory.optimize(run, n_trials=10)
-    with opened(kind, tmp_path) as storage:
-        stored = new_study(storage=storage)
-        stored.optimize(run, n_trials=10)
-        assert [t.params for t in stored.trials] == [t.params for t in in_memory.trials]
+    stored = new_study(storage=storage)
+    stored.optimize(run, n_trials=10)
+    assert [t.params for t in stored.trials] == [t.params for t in in_memory.trials]
 
 
 def test_the_order_in_which_trials_finish_does_not_matter():

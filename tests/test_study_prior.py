@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-import contextlib
 import logging
 import pickle
-import socket
 from dataclasses import replace
 
 import optuna
 import pytest
 import sqlalchemy
 from optuna.samplers import PartialFixedSampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
@@ -130,40 +126,17 @@ def test_recommend_uses_the_studys_prior_whatever_it_is_given(url):
     assert PRIOR_ATTR not in copied.user_attrs  # who only reads leaves no trace
 
 
-@contextlib.contextmanager
-def no_database(kind, folder):
-    """A storage without database connections of its own."""
-    if kind == "memory":
-        yield optuna.storages.InMemoryStorage()
-    elif kind == "journal":
-        yield JournalStorage(JournalFileBackend(str(folder / "study.log")))
-    else:
-        from optuna.storages._grpc.server import make_server
-
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        server = make_server(optuna.storages.InMemoryStorage(), "localhost", port)
-        server.start()
-        proxy = optuna.storages.GrpcStorageProxy(host="localhost", port=port)
-        proxy.wait_server_ready(timeout=60)
-        yield proxy
-        proxy.close()
-        server.stop(None).wait()
-
-
-@pytest.mark.parametrize("kind", ["memory", "journal", "grpc"])
-def test_a_storage_that_is_no_database_needs_the_url_of_one(url, kind, tmp_path):
-    with no_database(kind, tmp_path) as storage:
-        with pytest.raises(ValueError, match="study 't' is in no database that could hold priors; name one: prior_"):
-            run(storage, "db:mine", name="t")
-        study = run(storage, "db:mine", 4, prior_storage=url)
-        assert identity(study) == "db:mine@1"
-        assert recommend(study).predicted == recommend(run(None, OTHER, 4)).predicted
-        opened = optuna.load_study(study_name="s", storage=storage)
-        assert recommend(opened, prior=PriorChoice(storage=url)).predicted == recommend(study).predicted
-        assert PriorStore(url).versions()[0].studies == ("s",)
-        assert PriorStore(url).collect([]) == ([], [])  # who could tell whether the study is gone?
+@pytest.mark.parametrize("storage", ["memory", "journal", "grpc"], indirect=True)
+def test_a_storage_that_is_no_database_needs_the_url_of_one(url, storage):
+    with pytest.raises(ValueError, match="study 't' is in no database that could hold priors; name one: prior_"):
+        run(storage, "db:mine", name="t")
+    study = run(storage, "db:mine", 4, prior_storage=url)
+    assert identity(study) == "db:mine@1"
+    assert recommend(study).predicted == recommend(run(None, OTHER, 4)).predicted
+    opened = optuna.load_study(study_name="s", storage=storage)
+    assert recommend(opened, prior=PriorChoice(storage=url)).predicted == recommend(study).predicted
+    assert PriorStore(url).versions()[0].studies == ("s",)
+    assert PriorStore(url).collect([]) == ([], [])  # who could tell whether the study is gone?
 
 
 def break_weights(url):

@@ -198,3 +198,15 @@ def test_a_search_can_start_from_a_prior_of_its_database(recipe, tmp_path, capsy
     assert main([*command, "--prior", "none"]) == 0
     stored = optuna.load_study(study_name="search", storage=url).user_attrs["rankadaptor:prior"]
     assert stored == "db:mine@1"
+
+
+def test_a_worker_may_go_on_with_the_shipped_prior_where_its_own_is_bad(recipe, tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    command = ["search", "--storage", url, "--trials", "1", "--out", str(tmp_path / "a"), "--prior", "db:gone"]
+    search(
+        recipe, tmp_path / "a", trials=1, storage=url, prior="db:gone", on_bad_prior="pretrained", say=lambda _: None
+    )
+    stored = optuna.load_study(study_name="search", storage=url).user_attrs["rankadaptor:prior"]
+    assert stored.startswith("pretrained:")
+    assert main(command) == 2
+    assert main([*command, "--on-bad-prior", "pretrained"]) == 0
