@@ -1,4 +1,4 @@
-"""Evaluation by lm-eval: tasks and requests built once, run on any number of models."""
+"""Evaluation by lm-eval's tasks: requests built once, run on any number of models, shared contexts computed once."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
 
 Part = Literal["all", "search", "report"]
 Metric = Literal["loss", "margin", "accuracy"]
@@ -73,7 +70,8 @@ class TaskSuite:
         limit: At most so many items of each task (of a group: of each of its tasks).
         num_fewshot: Examples before each item, where the task's own configuration does not say 0. Default: the task's.
         include_path: Folder of further task YAML files.
-        batch_size: Requests per forward pass. Never "auto": on a CPU that tries 64 full-length sequences.
+        batch_size: Requests per forward pass; more where they share a context, of which no pass holds more tokens. Never
+            "auto": on a CPU that tries 64 full-length sequences.
 
     Attributes:
         weights: Weight of each task, summing to 1.
@@ -100,6 +98,7 @@ class TaskSuite:
         if not tasks:
             raise ValueError("tasks must not be empty: name at least one lm-eval task.")
         self._tokenizer, self._batch_size = tokenizer, batch_size
+        self._agreeing: dict[Any, bool] = {}
         with _quiet():
             self._built = {
                 name: [(leaf, _items(leaf, part, limit, num_fewshot)) for leaf in leaves]
@@ -127,21 +126,16 @@ class TaskSuite:
 
         Args:
             model: A causal language model, with or without an adapter attached.
-            on_requests: Called with the number of sequences of each forward pass.
+            on_requests: Called with the number of requests of each forward pass.
         """
-        from lm_eval.models.huggingface import HFLM
-
-        class Reporting(HFLM):  # type: ignore[misc]
-            def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
-                if on_requests is not None:
-                    on_requests(len(inps))
-                return super()._model_call(inps, *args, **kwargs)
+        from rankadaptor_optuna.recovery.shared_context import SharedContextLM
 
         was_training = model.training
         model.eval()
         try:
             with _quiet():
-                lm = Reporting(pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size)
+                lm = SharedContextLM(pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size)
+                lm.on_requests, lm.agreeing = on_requests, self._agreeing
                 for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                     requests = [request for request in self._requests(kind) for _ in range(request.repeats)]
                     for request in requests:
