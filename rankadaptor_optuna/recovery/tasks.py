@@ -70,8 +70,8 @@ class TaskSuite:
         limit: At most so many items of each task (of a group: of each of its tasks).
         num_fewshot: Examples before each item, where the task's own configuration does not say 0. Default: the task's.
         include_path: Folder of further task YAML files.
-        batch_size: Requests per forward pass; more where they share a context, of which no pass holds more tokens. Never
-            "auto": on a CPU that tries 64 full-length sequences.
+        batch_size: Requests per forward pass; more, in no more tokens, where they share their contexts. Never "auto":
+            on a CPU that tries 64 full-length sequences.
 
     Attributes:
         weights: Weight of each task, summing to 1.
