@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,6 +47,7 @@ class RecoveryObjective:
     after any batch. A trial that was stopped is PRUNED: the performance model learns what its reports predict, never a
     mean over some of the items. Trials that verify a recommendation do not report. A finished trial has the user
     attributes ``trainable_parameters``, ``seconds``, ``tokens_per_second`` (of training), on a GPU ``peak_gpu_mib``,
+    elsewhere ``peak_rss_mib`` (the process's largest resident set so far, earlier trials included; none on Windows),
     and with tasks ``loss``, ``accuracy``, ``margin`` (weighted means) and ``TASK:accuracy``, ``TASK:margin`` of each.
 
     Args:
@@ -218,7 +220,7 @@ class RecoveryObjective:
         start, failed = time.perf_counter(), None
         try:
             with (
-                _gpu_peak(trial, next(self.model.parameters()).device),
+                _peak_memory(trial, next(self.model.parameters()).device),
                 self.recovered(ranks, seed=seed, on_step=report if seed is None else None, on_trained=note) as model,
             ):
                 score = self._score(trial, model, by_item=self._report_items and seed is None)
@@ -302,15 +304,27 @@ def _free_memory() -> None:
 
 
 @contextmanager
-def _gpu_peak(trial: Trial, device: Any) -> Iterator[None]:  # noqa: ANN401
-    """Notes the most GPU memory that was allocated meanwhile, in MiB, where the model is on a GPU."""
+def _peak_memory(trial: Trial, device: Any) -> Iterator[None]:  # noqa: ANN401
+    """Notes the most memory in MiB: on a GPU what was allocated meanwhile, else what the process has held so far."""
     import torch
 
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.reset_peak_memory_stats(device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         yield
     finally:
-        trial.set_user_attr("peak_gpu_mib", round(torch.cuda.max_memory_allocated(device) / 2**20))
+        if on_gpu:
+            trial.set_user_attr("peak_gpu_mib", round(torch.cuda.max_memory_allocated(device) / 2**20))
+        elif (peak := _peak_rss()) is not None:
+            trial.set_user_attr("peak_rss_mib", round(peak / 2**20))
+
+
+def _peak_rss() -> int | None:
+    """Bytes of the process's largest resident set; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

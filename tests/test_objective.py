@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -346,6 +348,23 @@ def test_a_finished_trial_says_how_fast_it_trained(job):
     attributes = run(job, 1).trials[0].user_attrs
     assert attributes["tokens_per_second"] > 0
     assert attributes["tokens_per_second"] >= 3 * 2 * 32 / attributes["seconds"] * 0.9
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_on_a_cpu_a_trial_says_how_much_memory_its_process_has_held(job, monkeypatch, platform, unit):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=300 * 2**20 // unit))
+    monkeypatch.setattr(rankadaptor_optuna.objective, "sys", SimpleNamespace(platform=platform))
+    attributes = run(job, 1).trials[0].user_attrs
+    assert attributes["peak_rss_mib"] == 300
+    assert "peak_gpu_mib" not in attributes
+
+
+def test_where_the_system_does_not_tell_the_memory_it_is_left_out(job, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    (trial,) = run(job, 1).trials
+    assert trial.value is not None
+    assert "peak_rss_mib" not in trial.user_attrs
 
 
 RECORDS = [{"instruction": f"Say {i}.", "input": "", "output": f"{i} is what I say."} for i in range(12)]
