@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds and trials")
     parser.add_argument("--trials", type=int, default=100, help="of the memory measurement")
     args = parser.parse_args()
-    rounds, limit, trials = (2, 8, 10) if args.quick else (6, 24, args.trials)
+    rounds, limit, trials = (2, 8, 10) if args.quick else (5, 16, args.trials)
     quiet()
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -225,7 +225,7 @@ def main() -> None:
     texts = load_texts()
     model = prune(dense, tokenizer, ratio=0.25, calibration=texts.train).model
     space = RankSpace.from_model(model, candidates=(2, 4, 6, 8, 10, 12), budget="uniform:8")
-    job = objective(model, tokenizer, space, texts, TrainingConfig(steps=3, batch_size=2), blocks=1)
+    job = objective(model, tokenizer, space, texts, TrainingConfig(steps=2, batch_size=2), blocks=1)
     rows: list[dict[str, Any]] = [{"what": "loading the model, once, s", "ours": f"{loading:.2g}"}]
     trained, ratio = training(job, rounds)
     left, seconds = overhead(model, tokenizer, space, texts, rounds)

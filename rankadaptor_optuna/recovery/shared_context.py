@@ -70,7 +70,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]
         """Groups of two or more, the longest sequence first; no more requests in one than in a batch."""
         if self.backend != "causal" or self.config._attn_implementation not in ("eager", "sdpa"):
             return []
-        windows = (getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        text = self.config.get_text_config()
+        windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
         limit = min([self.max_length, *(window for window in windows if window)])
         found = []
         for context, run in groupby(range(len(requests)), key=lambda i: requests[i][1]):

@@ -61,7 +61,8 @@ class _Item:
 class TaskSuite:
     """lm-eval tasks, loaded and made into requests once, to evaluate many models on.
 
-    The documents of each task are split, whatever the limit, into a part for searching and another for reporting.
+    The documents of each task are split, whatever the limit, into a part for searching and another for reporting. The
+    answers are lm-eval's up to rounding; a context that choices share is computed once.
 
     Args:
         tokenizer: The models' tokenizer.
