@@ -13,13 +13,12 @@ from tqdm import tqdm
 
 from rankadaptor_optuna.history import History
 from rankadaptor_optuna.study import RECIPE_ATTR, masked, open_storage, study_encoding
-from rankadaptor_optuna.surrogate.meta import MetaTask, meta_train
+from rankadaptor_optuna.surrogate.meta import MAX_EPOCHS, MetaTask, meta_train
 from rankadaptor_optuna.surrogate.model import PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior
 from rankadaptor_optuna.surrogate.store import PriorStore, Version, parse_reference
 
 MIN_TRIALS = 10
-_EPOCHS = 60
 
 
 def meta_task(study: Study, *, min_trials: int = MIN_TRIALS) -> MetaTask:
@@ -126,11 +125,11 @@ def train_prior(
     if len(tasks) < 2:
         raise ValueError(f"{masked(storage_url)} has {len(tasks)} studies to learn from; meta-learning needs two.")
     say(f"Learning from {len(tasks)} studies, {sum(len(task.scores) for task in tasks)} trials")
-    with tqdm(total=_EPOCHS, desc="meta-train", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=MAX_EPOCHS, desc="meta-train", leave=False, dynamic_ncols=True) as bar:
 
         def progress(epoch: int, loss: float) -> None:
             bar.set_postfix_str(f"held-out loss {loss:.3f}", refresh=False)
             bar.update()
 
-        prior = meta_train(tasks, max_epochs=_EPOCHS, seed=seed, progress=progress)
+        prior = meta_train(tasks, seed=seed, progress=progress)
     return PriorStore(storage_url).add(name, prior), prior

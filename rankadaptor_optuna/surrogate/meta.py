@@ -20,6 +20,7 @@ from rankadaptor_optuna.surrogate.features import MLP, Array, RankGrid, mlp_inpu
 from rankadaptor_optuna.surrogate.model import PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior
 
+MAX_EPOCHS = 200
 _NOISE = 0.2
 _KIND: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever torch's defaults are
 
@@ -60,8 +61,8 @@ def meta_train(
     held_out: float = 0.2,
     n_features: int = 8,
     hidden: int = 32,
-    max_epochs: int = 60,
-    patience: int = 6,
+    max_epochs: int = MAX_EPOCHS,
+    patience: int = 20,
     subset: int = 32,
     learning_rate: float = 3e-3,
     seed: int = 0,
