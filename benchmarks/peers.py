@@ -28,7 +28,15 @@ OURS = "RankAdaptor"
 RIDGE = "ridge + TS"
 PAPER = "paper's MLP"
 PROPOSES_RANKS = (OURS, RIDGE, PAPER)  # the others propose candidates' places
+SOURCE_ATTR = "source"  # of trials that were another task's
 STATEFUL = ("CMA-ES",)  # keep more with their trials than parameters and value: a search of theirs is always replayed
+
+Makers = Mapping[str, Callable[[RankSpace, int], BaseSampler]]  # samplers of a space and a seed, by name
+
+
+def sampler_of(name: str) -> str:
+    """The sampler of a competitor: what comes before the comma, as in "RankAdaptor, no prior"."""
+    return name.partition(",")[0]
 
 
 class _RankSampler(BaseSampler):
@@ -106,9 +114,9 @@ class PaperSampler(_RankSampler):
 
 
 @cache
-def samplers() -> dict[str, Callable[[RankSpace, int], BaseSampler]]:
+def samplers() -> Makers:
     """The competitors by name, each made from a space and a seed; AutoSampler only where OptunaHub is reachable."""
-    known: dict[str, Callable[[RankSpace, int], BaseSampler]] = {
+    known = {
         OURS: lambda space, seed: RankAdaptorSampler(space, prior=None, seed=seed),
         "TPE": lambda _, seed: TPESampler(seed=seed),
         "GP": lambda _, seed: GPSampler(seed=seed),
@@ -135,6 +143,8 @@ def open_study(
     loss: Callable[[dict[int, int]], float] | None = None,
     storage: BaseStorage | None = None,
     study_name: str | None = None,
+    makers: Makers | None = None,
+    source: Sequence[tuple[Mapping[int, int], float]] = (),
 ) -> Study:
     """A study that minimises, with the sampler ``name``, which goes on after the trials that are known.
 
@@ -146,21 +156,28 @@ def open_study(
         loss: Their loss, by configuration.
         storage: Default: in memory.
         study_name: Default: Optuna's.
+        makers: The samplers by name. Default: ``samplers()``.
+        source: Configurations and losses of trials of other tasks (for samplers of places), which come first and have ``SOURCE_ATTR``.
     """
     study = optuna.create_study(storage=storage, study_name=study_name, direction="minimize")
     distributions = dict(space.distributions())
-    if name not in PROPOSES_RANKS:
+    if sampler_of(name) not in PROPOSES_RANKS:
         distributions = dict.fromkeys(distributions, IntDistribution(0, len(space.candidates) - 1))
+    for ranks, value in source:
+        params = {space.name(layer): space.candidates.index(rank) for layer, rank in ranks.items()}
+        study.add_trial(
+            optuna.create_trial(params=params, distributions=distributions, value=value, user_attrs={SOURCE_ATTR: True})
+        )
     for values in known:
         params = dict(zip(distributions, values, strict=True))
         assert loss is not None
         value = loss(ranks_of(name, space, FixedTrial(params)))
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=value))
     # one that goes on must not repeat its first draws
-    study.sampler = samplers()[name](space, seed + 1000 * len(known))
-    if not known and name != OURS:
+    study.sampler = (makers or samplers())[name](space, seed + 1000 * len(known))
+    if not known and sampler_of(name) != OURS:
         uniform = {space.name(layer): rank for layer, rank in space.uniform().items()}
-        if name not in PROPOSES_RANKS:
+        if sampler_of(name) not in PROPOSES_RANKS:
             uniform = {key: space.candidates.index(rank) for key, rank in uniform.items()}
         study.enqueue_trial(uniform)
     return study
@@ -168,7 +185,7 @@ def open_study(
 
 def ranks_of(name: str, space: RankSpace, trial: BaseTrial) -> dict[int, int]:
     """The configuration that a trial of the sampler ``name`` stands for."""
-    if name in PROPOSES_RANKS:
+    if sampler_of(name) in PROPOSES_RANKS:
         return space.suggest(trial)
     last = len(space.candidates) - 1
     return projected(space, {i: space.candidates[trial.suggest_int(space.name(i), 0, last)] for i in space.layers})

@@ -33,7 +33,7 @@ import torch
 from losses import Losses, Ranks, Task, Trials
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
-from peers import OURS, STATEFUL, open_study, ranks_of, samplers
+from peers import OURS, SOURCE_ATTR, STATEFUL, Makers, open_study, ranks_of, samplers
 from recovery_tasks import DEVELOPMENT, TEST, load_task, random_ranks
 from results import FOLDER, check, interval, show, write
 from scipy import stats
@@ -41,6 +41,7 @@ from synthetic_tasks import SYNTHETIC, Synthetic
 
 from rankadaptor_optuna import RankSpace, recommend
 from rankadaptor_optuna.surrogate.features import Array
+from rankadaptor_optuna.surrogate.prior import Prior
 
 CHECKPOINTS = (10, 25, 50)
 FRESH = (101, 102, 103)
@@ -69,16 +70,20 @@ def search(
     seeds: int,
     who: Sequence[str] | None = None,
     storage: BaseStorage | None = None,
+    makers: Makers | None = None,
+    sources: Mapping[tuple[str, int], Sequence[tuple[Ranks, float]]] | None = None,
 ) -> Studies:
     """Runs a task's studies side by side, so that trials are recovered together; those that were stopped go on.
 
-    The seed is that of the sampler and of the recoveries: all samplers of a seed see the same losses.
+    The seed is that of the sampler and of the recoveries: all samplers of a seed see the same losses. Other samplers
+    than the race's are given as ``makers``, other tasks' trials for a competitor and a seed to begin with as ``sources``.
     """
-    keys = [(sampler, seed) for sampler in who or samplers() for seed in range(seeds)]
+    keys = [(sampler, seed) for sampler in who or makers or samplers() for seed in range(seeds)]
 
     def opened(who: str, seed: int) -> Study:
-        so_far, study_name = known.of(who, seed), f"{name}/{who}/{seed}"
-        return open_study(who, space, seed, so_far, lambda r: scores([(r, seed)])[0], storage, study_name)
+        so_far, study_name, source = known.of(who, seed), f"{name}/{who}/{seed}", (sources or {}).get((who, seed), ())
+        loss = lambda r: scores([(r, seed)])[0]  # noqa: E731
+        return open_study(who, space, seed, so_far, loss, storage, study_name, makers, source)
 
     studies = {key: opened(*key) for key in keys}
     while waiting := [key for key in keys if len(finished(studies[key])) < n_trials]:
@@ -93,25 +98,33 @@ def search(
 
 
 def finished(study: Study) -> list[optuna.trial.FrozenTrial]:
-    """Its completed trials; one that a stopped run left behind is not."""
-    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    """Its completed trials, but for those of other tasks; one that a stopped run left behind is not."""
+    trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    return [trial for trial in trials if SOURCE_ATTR not in trial.user_attrs]
 
 
 def found_by(who: str, study: Study, space: RankSpace, n: int) -> dict[str, Ranks]:
     """What a study's first ``n`` trials lead to: the best of them, and what ``recommend`` makes of them."""
-    trials = finished(study)[:n]
-    best = min(trials, key=lambda t: float(t.values[0]))
-    found: dict[str, Ranks] = {who: ranks_of(who, space, optuna.trial.FixedTrial(best.params))}
+    found = {who: best_trial(who, study, space, n)}
     if who in MODELLED:
-        until = optuna.create_study(direction="minimize")
-        for t in trials:
-            ranks = ranks_of(who, space, optuna.trial.FixedTrial(t.params))
-            params = {space.name(layer): rank for layer, rank in ranks.items()}
-            until.add_trial(
-                optuna.trial.create_trial(params=params, distributions=space.distributions(), value=t.value)
-            )
-        found[f"{who}, recommend"] = recommend(until, space=space, prior=None).ranks
+        found[f"{who}, recommend"] = recommended(who, study, space, n)
     return found
+
+
+def best_trial(who: str, study: Study, space: RankSpace, n: int) -> Ranks:
+    """The configuration of the best of a study's first ``n`` trials."""
+    best = min(finished(study)[:n], key=lambda t: float(t.values[0]))
+    return ranks_of(who, space, optuna.trial.FixedTrial(best.params))
+
+
+def recommended(who: str, study: Study, space: RankSpace, n: int, prior: Prior | None = None) -> Ranks:
+    """What ``recommend`` makes, with a prior, of a study's first ``n`` trials."""
+    until = optuna.create_study(direction="minimize")
+    for t in finished(study)[:n]:
+        ranks = ranks_of(who, space, optuna.trial.FixedTrial(t.params))
+        params = {space.name(layer): rank for layer, rank in ranks.items()}
+        until.add_trial(optuna.trial.create_trial(params=params, distributions=space.distributions(), value=t.value))
+    return recommend(until, space=space, prior=prior).ranks
 
 
 def race(
@@ -128,6 +141,16 @@ def race(
         for n in checkpoints
         for competitor, ranks in found_by(who, study, space, n).items()
     }
+    return measure(name, task, scores, chosen)
+
+
+def measure(name: str, task: Task, scores: Losses, chosen: Mapping[tuple[str, int, int], Ranks]) -> dict[str, Any]:
+    """Losses on fresh seeds of what was found, by competitor, number of trials and seed, and what to compare them with.
+
+    Returns:
+        ``losses`` by competitor and number of trials, (seeds,) each; those of the references, ``best`` and others.
+    """
+    space = task.space
     rng = np.random.default_rng(12345)
     uniform = next(iter(space.uniform().values()))
     references: dict[tuple[str, int], Ranks] = {
@@ -142,8 +165,12 @@ def race(
         scores([(r, seed) for r in everything.values() for seed in FRESH], report=True), (-1, len(FRESH))
     )
     by_key = dict(zip(everything, losses.mean(1).tolist(), strict=True))
-    ends = [ranks for (_, n, _), ranks in chosen.items() if n == checkpoints[-1]]
+    last = max(n for _, n, _ in chosen)
+    ends = [ranks for (_, n, _), ranks in chosen.items() if n == last]
     best = _best([*ends, *(r for k, r in references.items() if k[0] == "optimum"), space.uniform()], scores)
+    by_competitor: dict[str, dict[int, list[float]]] = {}
+    for who, n, seed in chosen:
+        by_competitor.setdefault(who, {}).setdefault(n, []).append(by_key[who, n, seed])
     random = losses[[key[0] == "random" for key in everything]]
     between = [stats.spearmanr(*pair).statistic for pair in itertools.combinations(random.T, 2)]
     return {
@@ -155,10 +182,7 @@ def race(
         "best": float(np.mean(scores([(best, seed) for seed in FRESH], report=True))),
         "best ranks": list(best.values()),
         "curve": {key[1]: loss for key, loss in by_key.items() if key[0] == "uniform"},
-        "losses": {
-            who: {n: [by_key[who, n, seed] for seed in range(seeds)] for n in checkpoints}
-            for who in dict.fromkeys(key[0] for key in chosen)
-        },
+        "losses": by_competitor,
     }
 
 
