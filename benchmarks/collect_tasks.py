@@ -5,7 +5,7 @@ pruned, and recovered a hundred times: with uniform ranks, with random ones, and
 depth. It is written as results/tasks/NAME.csv: a line of JSON that says all about it, then ranks and loss. Run it again
 and it goes on where it stopped; several may collect different tasks at the same time.
 
-    python benchmarks/collect_tasks.py [NAME ...]        # all tasks by default; --list tells them
+    python benchmarks/collect_tasks.py [NAME ...]        # all tasks of small models by default; --list tells them
     python benchmarks/collect_tasks.py --studies FILE    # the tasks so far as studies in an SQLite file, to browse
 """
 
@@ -37,6 +37,7 @@ from recovery_tasks import (
     weighted_ranks,
 )
 from results import FOLDER, show
+from smollm2_task import SMOLLM2, SmolLM2Spec, SmolLM2Task, load_smollm2
 from tqdm import tqdm
 
 from rankadaptor_optuna import RankSpace
@@ -92,14 +93,21 @@ def configurations(space: RankSpace, n: int = N_RECOVERIES, seed: int = 0) -> li
     return list(found.values())
 
 
-def collect(spec: TaskSpec, folder: Path = TASKS, n: int = N_RECOVERIES, cache: Path | None = None) -> Path:
+def open_task(spec: TaskSpec | SmolLM2Spec, cache: Path | None = None) -> RecoveryTask | SmolLM2Task:
+    """Opens a task of a small model, or of SmolLM2-135M."""
+    return load_smollm2(spec, cache) if isinstance(spec, SmolLM2Spec) else load_task(spec, cache)
+
+
+def collect(
+    spec: TaskSpec | SmolLM2Spec, folder: Path = TASKS, n: int = N_RECOVERIES, cache: Path | None = None
+) -> Path:
     """Recovers what is missing of a task; its file holds what is done so far at any time."""
     file = folder / f"{spec.name}.csv"
     head, rows = _read(file) if file.exists() else ({}, [])
     if len(rows) >= n:
         return file
     start = time.process_time()
-    task = load_task(spec, cache)
+    task = open_task(spec, cache)
     wanted = configurations(task.space, n)
     head = head or _head(spec, task)
     _check(head, spec, file)
@@ -116,7 +124,7 @@ def collect(spec: TaskSpec, folder: Path = TASKS, n: int = N_RECOVERIES, cache: 
     return file
 
 
-def _head(spec: TaskSpec, task: RecoveryTask) -> dict[str, Any]:
+def _head(spec: TaskSpec | SmolLM2Spec, task: RecoveryTask | SmolLM2Task) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "spec": settings(spec),
@@ -133,7 +141,7 @@ def _head(spec: TaskSpec, task: RecoveryTask) -> dict[str, Any]:
     }
 
 
-def _check(head: dict[str, Any], spec: TaskSpec, file: Path) -> None:
+def _check(head: dict[str, Any], spec: TaskSpec | SmolLM2Spec, file: Path) -> None:
     if head["spec"] != settings(spec):
         raise ValueError(f"{file.name} is of other settings; move it away to collect the task anew.")
 
@@ -174,7 +182,14 @@ def read_task(file: Path) -> MetaTask:
     )
 
 
+def read_pruned_loss(file: Path) -> float:
+    """The loss that a collected task has without recovery."""
+    return float(_read(file)[0]["pruned_loss"])
+
+
 def _family(head: dict[str, Any]) -> str:
+    if "family" in head["spec"]:
+        return str(head["spec"]["family"])
     dense = head["spec"]["dense"]
     return f"{dense['text']}-{dense['n_layers']}x{dense['hidden']}"
 
@@ -201,13 +216,14 @@ def add_study(file: Path, storage: Any) -> None:  # noqa: ANN401
 def main() -> None:
     """Collects, and prints a row per task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="tasks to collect; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="tasks to collect; default: all of small models")
     parser.add_argument("--list", action="store_true", help="only tell which tasks there are")
     parser.add_argument("--studies", type=Path, metavar="FILE", help="only write the tasks so far as studies")
     parser.add_argument("--cache", type=Path, help="folder of the models")
     args = parser.parse_args()
     torch.set_num_threads(1)  # tensors this small lose more by threads than they gain
-    known = {spec.name: spec for spec in specs()}
+    small = {spec.name: spec for spec in specs()}
+    known: dict[str, TaskSpec | SmolLM2Spec] = {**small, SMOLLM2.name: SMOLLM2}
     if unknown := set(args.names) - set(known):
         parser.error(f"no task named {', '.join(sorted(unknown))}; --list tells which there are")
     if args.list:
@@ -220,7 +236,7 @@ def main() -> None:
             add_study(file, storage)
     else:
         rows = []
-        for name in args.names or known:
+        for name in args.names or small:
             head, found = _read(collect(known[name], cache=args.cache))
             losses = np.asarray(found)[:, -1]
             row = {"task": name, "dense": head["dense_loss"], "pruned": head["pruned_loss"], "uniform": losses[0]}

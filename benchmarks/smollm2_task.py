@@ -1,0 +1,102 @@
+"""A recovery task on SmolLM2-135M, the embedded model, for what the small models of ``recovery_tasks.py`` cannot show.
+
+Pruned by the package (global Taylor ranking, so layers differ), recovered and scored on the embedded text. It computes
+in float32: bfloat16 would be faster on a CPU that has it, but rounds by as much as rank configurations differ, and
+otherwise on each machine (``embedded.search_dtype``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from losses import Ranks
+from recovery_tasks import _made
+
+from rankadaptor_optuna import RankSpace, RecoveryObjective
+from rankadaptor_optuna.embedded import cache_dir, load_model
+from rankadaptor_optuna.objective import examples_of
+from rankadaptor_optuna.pruning import load_pruned, prune
+from rankadaptor_optuna.pruning.checkpoint import save_pruned
+from rankadaptor_optuna.recovery.evaluate import block_losses
+from rankadaptor_optuna.recovery.train import TrainingConfig
+from rankadaptor_optuna.texts import load_texts
+
+
+@dataclass(frozen=True)
+class SmolLM2Spec:
+    """Everything that defines the task; ``held_out`` blocks of ``length`` tokens are scored on."""
+
+    name: str
+    family: str
+    ratio: float
+    recovery: TrainingConfig
+    candidates: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
+    budget: str = "uniform:8"
+    length: int = 128
+    held_out: int = 24
+
+
+SMOLLM2 = SmolLM2Spec("smollm2-135m-taylor", "smollm2", 0.35, TrainingConfig(10, 4, 3e-3))
+
+
+class SmolLM2Task:
+    """A pruned model of real size as the benchmarks take a task, one recovery at a time.
+
+    Args:
+        spec: What the task is.
+        pruned: The pruned model.
+        tokenizer: Its tokenizer.
+        dense_loss: Loss of the model before pruning.
+    """
+
+    def __init__(self, spec: SmolLM2Spec, pruned: Any, tokenizer: Any, dense_loss: float) -> None:  # noqa: ANN401
+        self.spec, self.dense_loss = spec, dense_loss
+        self.space = RankSpace.from_model(pruned, spec.candidates, spec.budget)
+        texts = load_texts()
+        self._objective = RecoveryObjective(
+            pruned,
+            tokenizer,
+            self.space,
+            train=texts.train,
+            validation=texts.validation,
+            training=spec.recovery,
+            block_length=spec.length,
+            validation_blocks=spec.held_out,
+        )
+        report = examples_of(tokenizer, texts.report, length=spec.length, mask_prompt=True, limit=spec.held_out)
+        self._held_out = {False: self._objective.held_out, True: report}
+        self.pruned_loss = float(block_losses(pruned, self._held_out[False]).mean())
+
+    def losses(
+        self, configurations: Sequence[Ranks], seed: int | Sequence[int], *, report: bool = False
+    ) -> list[float]:
+        """Losses after recovery, nats per token; see ``RecoveryTask.losses``."""
+        each = [seed] * len(configurations) if isinstance(seed, int) else seed
+        found = []
+        for ranks, own in zip(configurations, each, strict=True):
+            with self._objective.recovered(ranks, seed=own) as model:
+                found.append(float(block_losses(model, self._held_out[report]).mean()))
+        return found
+
+
+def load_smollm2(spec: SmolLM2Spec = SMOLLM2, cache: Path | None = None) -> SmolLM2Task:
+    """Opens the task; the model is fetched and pruned on the first call.
+
+    Args:
+        spec: The task.
+        cache: Folder of the pruned model. Default: the user's cache folder.
+    """
+    dense, tokenizer = load_model(dtype=torch.float32, device="cpu")
+    texts = load_texts()
+
+    def keep(folder: Path) -> None:
+        save_pruned(prune(dense, tokenizer, ratio=spec.ratio, calibration=texts.train).model, folder)
+
+    pruned = _made(cache or cache_dir() / "tasks", f"{spec.name}-{spec.ratio:g}", keep)
+    held_out = examples_of(tokenizer, texts.validation, length=spec.length, mask_prompt=True, limit=spec.held_out)
+    dense_loss = float(block_losses(dense, held_out).mean())
+    return SmolLM2Task(spec, load_pruned(pruned, dtype=torch.float32), tokenizer, dense_loss)
