@@ -157,7 +157,8 @@ def open_study(
         storage: Default: in memory.
         study_name: Default: Optuna's.
         makers: The samplers by name. Default: ``samplers()``.
-        source: Configurations and losses of trials of other tasks (for samplers of places), which come first and have ``SOURCE_ATTR``.
+        source: Configurations and losses of other tasks' trials, which come first, with ``SOURCE_ATTR``; for samplers
+            that propose places.
     """
     study = optuna.create_study(storage=storage, study_name=study_name, direction="minimize")
     distributions = dict(space.distributions())

@@ -76,7 +76,7 @@ def search(
     """Runs a task's studies side by side, so that trials are recovered together; those that were stopped go on.
 
     The seed is that of the sampler and of the recoveries: all samplers of a seed see the same losses. Other samplers
-    than the race's are given as ``makers``, other tasks' trials for a competitor and a seed to begin with as ``sources``.
+    than the race's are given as ``makers``; ``sources`` are other tasks' trials, by competitor and seed, to begin with.
     """
     keys = [(sampler, seed) for sampler in who or makers or samplers() for seed in range(seeds)]
 

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rankadaptor_optuna import RankSpace
+from rankadaptor_optuna.surrogate.features import RankGrid
+from rankadaptor_optuna.surrogate.meta import MetaTask
+
+
+@pytest.fixture(scope="module")
+def transfer():
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import transfer
+
+    yield transfer
+    sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def sources(transfer):
+    """Two tasks of each of two families; later layers are worth more rank."""
+
+    def source(name, n_layers):
+        from collect_tasks import configurations
+
+        space = RankSpace(n_layers, (0, 2, 4, 8, 12), "uniform:4")
+        ranks = np.asarray([list(ranks.values()) for ranks in configurations(space, 12)], dtype=float)
+        scores = np.log1p(ranks) @ np.linspace(0, 1, n_layers)
+        task = MetaTask(RankGrid.from_space(space), ranks, scores, name=name, family=name[0])
+        return transfer.Source(task, float(-scores.min()) + 1)
+
+    return [source("a one", 5), source("a two", 6), source("b one", 7), source("b two", 9)]
+
+
+@pytest.fixture
+def task(transfer):
+    from synthetic_tasks import Synthetic
+
+    task = Synthetic("tiny", smooth=True, noise=0.5, seed=9)
+    task.pruned_loss = task.losses([dict.fromkeys(task.space.layers, 2)], [0])[0] + 1.0
+    return task
+
+
+def test_a_source_keeps_the_budget_and_the_trend_along_the_depth(transfer, sources):
+    space = RankSpace(11, (0, 4, 8, 16, 32), "uniform:8", costs=np.linspace(1, 1.5, 11))
+    depth = np.linspace(0, 1, 6)
+    for ranks in ([2, 2, 4, 8, 8, 12], [12, 8, 8, 4, 2, 2]):
+        found = transfer.mapped(np.asarray(ranks, float), depth, space)
+        assert space.is_feasible(found)
+        assert space.cost(found) > 0.9 * space.budget
+        along = np.polyfit(np.arange(11), list(found.values()), 1)[0]
+        assert np.sign(along) == np.sign(ranks[-1] - ranks[0])
+    assert transfer.mapped(np.zeros(6), depth, space) == space.uniform()
+
+
+def test_source_trials_are_on_the_targets_scale_of_losses(transfer, sources, monkeypatch):
+    monkeypatch.setattr(transfer, "N_BEST", 3)
+    monkeypatch.setattr(transfer, "N_RANDOM", 2)
+    space = RankSpace(10, budget="uniform:8")
+    found = transfer.source_trials(sources[:2], space, uniform=2.0, pruned=3.0)
+    assert len(found) == 2 * 5
+    assert found == transfer.source_trials(sources[:2], space, uniform=2.0, pruned=3.0)
+    losses = -sources[0].task.scores
+    best = 2.0 + (losses.min() - losses[0]) / (sources[0].pruned_loss - losses[0])
+    assert min(loss for _, loss in found[:5]) == pytest.approx(best)
+    assert best < 2.0
+
+
+def test_a_family_held_out_is_not_learned_from(transfer, sources, task, tmp_path):
+    found = transfer.transfer("a", task, sources, tmp_path, 5, 1)
+    assert found["learned from"] == ["b one", "b two"]
+    for who in ("prior", "adversarial"):
+        prior = transfer.Prior.load(next(tmp_path.glob(f"{who}-*.safetensors")))
+        assert [one["name"] for one in prior.card["tasks"]] == ["b one", "b two"]
+    assert set(found["losses"]) == {transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, *transfer.PEERS}
+    with pytest.raises(ValueError, match="a prior for b needs two tasks of other families, 0 are collected"):
+        transfer.others(sources[2:], "b")
+
+
+def test_an_adversarial_prior_expects_the_opposite(transfer, sources, tmp_path):
+    from rankadaptor_optuna import PerformanceModel
+
+    _, priors = transfer.priors_of(sources, tmp_path)
+    space = RankSpace(8, (0, 2, 4, 8, 12), "uniform:4")
+    rising, falling = np.asarray([[0, 0, 2, 2, 4, 4, 8, 12], [12, 8, 4, 4, 2, 2, 0, 0]])
+    gains = {}
+    for who, prior in priors.items():
+        predicted = PerformanceModel(space, prior=prior).predict(np.stack([rising, falling]))[0]
+        gains[who] = float(predicted[0] - predicted[1])
+    assert gains[transfer.PRIOR] > gains[transfer.NONE] > gains[transfer.ADVERSARIAL]
+
+
+def test_a_run_goes_on_without_a_recovery_that_is_known_and_searches_anew_with_other_sources(
+    transfer, sources, task, tmp_path, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(transfer, "Losses", lambda *args: made.append(losses_of(*args)) or made[-1])
+    from losses import Losses as losses_of
+
+    before = transfer.transfer("a", task, sources, tmp_path, 5, 1)
+    trials = next(tmp_path.glob("a-*.trials.csv")).read_text()
+    again = transfer.transfer("a", task, sources, tmp_path, 5, 1)
+    assert made[0].n_computed > made[1].n_computed == 0
+    assert again == before
+    transfer.transfer("a", task, [*sources, sources[2]], tmp_path, 5, 1)
+    assert len(list(tmp_path.glob("a-*.trials.csv"))) == 2
+    assert trials in [file.read_text() for file in tmp_path.glob("a-*.trials.csv")]
+
+
+def test_only_tpe_that_is_warm_started_sees_the_source_trials(transfer, sources, task, tmp_path, monkeypatch):
+    studies = {}
+    search = transfer.search
+    monkeypatch.setattr(transfer, "search", lambda *args, **kw: studies.update(search(*args, **kw)) or studies)
+    transfer.transfer("a", task, sources, tmp_path, 5, 1)
+    for (who, _), study in studies.items():
+        is_source = ["source" in trial.user_attrs for trial in study.trials]
+        assert is_source == ([True] * 24 + [False] * 5 if who == transfer.WARM else [False] * 5)
+        first = next(t for t in study.trials if "source" not in t.user_attrs)
+        assert transfer.best_trial(who, study, task.space, 1) == task.space.uniform()
+        assert first.value == task.losses([task.space.uniform()], [0])[0]
+
+
+def test_trials_needed_are_read_off_the_monotone_curve(transfer):
+    curve = {5: 0.8, 10: 0.4, 15: 0.6, 20: 0.4, 25: 0.2}
+    assert transfer.needed(curve, 0.9) == 5
+    assert transfer.needed(curve, 0.6) == pytest.approx(7.5)
+    assert transfer.needed(curve, 0.4) == 10
+    assert transfer.needed(curve, 0.3) == pytest.approx(22.5)
+    assert transfer.needed(curve, 0.1) == 50  # never
+
+
+def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior_does_not_help(transfer):
+    checkpoints = transfer.CHECKPOINTS
+
+    def found(name, prior):
+        def losses(*values):
+            return {n: [v, v + 0.02] for n, v in zip(checkpoints, values, strict=True)}
+
+        slow = losses(0.9, 0.8, 0.7, 0.65, 0.6, 0.5, 0.4, 0.4)
+        who = {transfer.PRIOR: losses(*[prior] * 8), transfer.NONE: slow}
+        who[transfer.ADVERSARIAL] = losses(0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
+        return {"task": name, "best": 0.0, "random": 1.0, "losses": who | dict.fromkeys(transfer.PEERS, slow)}
+
+    rows, checks, where = transfer.summarise([found("helped", 0.3), found("not helped", 0.75)])
+    first, second = checks.values()
+    assert first["value"] == pytest.approx((0.525 + 0.01) / 0.41, abs=1e-3)
+    assert not first["ok"]
+    assert second == {"value": 1.2, "goal": "<= 1.2", "ok": True}
+    assert where == "After 10 trials the prior does not help on: not helped."
+    of_all = next(row for row in rows if (row["family"], row["who"]) == ("all", transfer.PRIOR))
+    assert of_all["regret@10"].startswith("0.535 ±")
+    assert {"p to none@5", "p to none@10"} <= of_all.keys()
