@@ -17,7 +17,7 @@ from losses import Ranks
 from recovery_tasks import _made
 
 from rankadaptor_optuna import RankSpace, RecoveryObjective
-from rankadaptor_optuna.embedded import cache_dir, load_model
+from rankadaptor_optuna.embedded import cache_dir, load_model, quiet
 from rankadaptor_optuna.objective import examples_of
 from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.pruning.checkpoint import save_pruned
@@ -90,6 +90,7 @@ def load_smollm2(spec: SmolLM2Spec = SMOLLM2, cache: Path | None = None) -> Smol
         spec: The task.
         cache: Folder of the pruned model. Default: the user's cache folder.
     """
+    quiet()
     dense, tokenizer = load_model(dtype=torch.float32, device="cpu")
     texts = load_texts()
 
