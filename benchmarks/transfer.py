@@ -7,12 +7,12 @@ and an adversarial one from the same with their scores negated. Then studies are
 ``race.py``: RankAdaptor with either prior and with none, TPE, TPE warm-started with trials that the prior is learned
 from, GP and random search. What a study found after some trials (RankAdaptor: what ``recommend`` makes of them with the
 study's prior; others: the best) is recovered again with fresh seeds and scored on text that no search saw, as
-normalised regret: 0 is the best that anything found, 1 the mean of random allocations.
+normalised regret: 0 is the best that anything ended with, 1 the mean of random allocations.
 
 For the warm start, a source's log ranks are interpolated along the relative depth onto the target's layers and
 projected onto its candidates and budget (``peers.projected``). Losses are compared on the scale that is known before:
 0 is the uniform configuration's, 1 the pruned model's. Of each source its 25 best and 25 random trials are taken.
-MetaLearnTPE is not among the competitors: OptunaHub fetches it from GitHub, and no package index has it.
+MetaLearnTPE is not among the competitors: OptunaHub fetches it from GitHub, and its author's ``tpe`` on PyPI has none.
 
 Trials needed to reach a regret are read off the mean curve over families, made monotone, along straight lines between
 the checkpoints; a curve that never gets there counts as twice the trials that were run. Priors, proposals, losses and
