@@ -348,7 +348,7 @@ def dense_model(dense: Dense, cache: Path | None = None, data: Path | None = Non
         (folder / "task.json").write_text(json.dumps({"dense": asdict(dense), "loss": loss}))
 
     family = f"{dense.text}-{dense.n_layers}x{dense.hidden}"
-    folder = _made(cache or cache_dir() / "tasks", f"{family}-{_digest(dense)}", make_dense)
+    folder = made(cache or cache_dir() / "tasks", f"{family}-{_digest(dense)}", make_dense)
     return folder, parts, json.loads((folder / "task.json").read_text())["loss"]
 
 
@@ -381,7 +381,7 @@ def load_task(
                 (folder / name).unlink(missing_ok=True)
             (folder / "task.json").write_text(json.dumps({"spec": settings(spec), "loss": loss}))
 
-        pruned, parts = _made(kept, spec.name, keep), read_parts(spec.dense.text, data)
+        pruned, parts = made(kept, spec.name, keep), read_parts(spec.dense.text, data)
         about = json.loads((pruned / "task.json").read_text())
         if about["spec"] != settings(spec):
             raise ValueError(f"{pruned} is the model of other settings of {spec.name}; move it away.")
@@ -406,7 +406,7 @@ def _models(spec: TaskSpec, cache: Path | None, data: Path | None) -> tuple[Path
         (folder / "task.json").write_text(json.dumps({"dense": asdict(spec.dense), "damage": asdict(spec.damage)}))
 
     name = f"{spec.family}-{spec.damage.kind}-{_digest(spec.dense, spec.damage)}"
-    return _made(cache or cache_dir() / "tasks", name, make_pruned), parts, loss
+    return made(cache or cache_dir() / "tasks", name, make_pruned), parts, loss
 
 
 def settings(spec: TaskSpec | Dense | Damage | TrainingConfig) -> dict[str, Any]:
@@ -425,7 +425,7 @@ def _digest(*parts: Dense | Damage) -> str:
     return hashlib.sha256(json.dumps([settings(part) for part in parts]).encode()).hexdigest()[:8]
 
 
-def _made(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
+def made(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
     """The folder of that name, made first if it is not there; never half made."""
     target = cache / name
     if not target.exists():

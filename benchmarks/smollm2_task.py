@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from losses import Ranks
-from recovery_tasks import _made
+from recovery_tasks import made
 
 from rankadaptor_optuna import RankSpace, RecoveryObjective
 from rankadaptor_optuna.embedded import cache_dir, load_model, quiet
@@ -97,7 +97,7 @@ def load_smollm2(spec: SmolLM2Spec = SMOLLM2, cache: Path | None = None) -> Smol
     def keep(folder: Path) -> None:
         save_pruned(prune(dense, tokenizer, ratio=spec.ratio, calibration=texts.train).model, folder)
 
-    pruned = _made(cache or cache_dir() / "tasks", f"{spec.name}-{spec.ratio:g}", keep)
+    pruned = made(cache or cache_dir() / "tasks", f"{spec.name}-{spec.ratio:g}", keep)
     held_out = examples_of(tokenizer, texts.validation, length=spec.length, mask_prompt=True, limit=spec.held_out)
     dense_loss = float(block_losses(dense, held_out).mean())
     return SmolLM2Task(spec, load_pruned(pruned, dtype=torch.float32), tokenizer, dense_loss)
