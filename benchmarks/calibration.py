@@ -5,12 +5,15 @@
 On each of the race's tasks and seeds, both modes learn from the first 10 and 25 trials of a RankAdaptor study, without
 a prior, and predict the losses of 24 random allocations recovered with the same seed, which they have not seen: how
 many lie inside the central 50, 80 and 95% intervals, and how do predicted and measured order agree (Spearman). The
-studies are those of ``race.py``; where its folder has them nothing is trained here.
+studies are those of ``race.py``; where its folder has them nothing is trained here. ``collected`` stands for all tasks
+of ``collect_tasks.py`` so far: there both learn from 10 and 25 of the recoveries, drawn anew for each seed, and predict
+the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
+from collect_tasks import files, read_task
 from peers import OURS, ranks_of
 from race import finished, open_folder, search
 from recovery_tasks import TEST, load_task
@@ -25,8 +29,9 @@ from results import FOLDER, check, interval, show, write
 from scipy import stats
 
 from rankadaptor_optuna import PerformanceModel, RankSpace
-from rankadaptor_optuna.surrogate.features import Array
+from rankadaptor_optuna.surrogate.features import Array, RankGrid
 
+COLLECTED = "collected"
 N_TRIALS = 25
 LEARNED_FROM = (10, 25)
 LEVELS = (0.5, 0.8, 0.95)
@@ -40,7 +45,9 @@ def measured(who: str, study: optuna.Study, space: RankSpace, which: slice) -> t
     return np.asarray(ranks, dtype=np.float64), np.asarray([t.values[0] for t in trials])
 
 
-def judged(mode: str, space: RankSpace, known: tuple[Array, Array], held_out: tuple[Array, Array]) -> list[float]:
+def judged(
+    mode: str, space: RankSpace | RankGrid, known: tuple[Array, Array], held_out: tuple[Array, Array]
+) -> list[float]:
     """Share of held-out losses in each interval, and the rank correlation."""
     model = PerformanceModel(space, mode=mode, prior=None, direction="minimize")
     model.update(*known)
@@ -50,6 +57,19 @@ def judged(mode: str, space: RankSpace, known: tuple[Array, Array], held_out: tu
     off = np.abs(held_out[1] - mean) / std
     covered = [float(np.mean(off <= stats.norm.ppf((1 + level) / 2))) for level in LEVELS]
     return [*covered, float(stats.spearmanr(mean, held_out[1]).statistic)]
+
+
+def on_collected(seeds: int) -> dict[tuple[str, int], list[list[float]]]:
+    """What ``judged`` says by mode and number of trials, for each collected task and seed."""
+    found: dict[tuple[str, int], list[list[float]]] = {}
+    for file in files():
+        task = read_task(file)
+        for seed in range(seeds):
+            order = np.random.default_rng([14, seed]).permutation(len(task.scores))
+            for n, mode in itertools.product(LEARNED_FROM, MODES):
+                known, held_out = ((task.ranks[rows], -task.scores[rows]) for rows in (order[:n], order[n:]))
+                found.setdefault((mode, n), []).append(judged(mode, task.grid, known, held_out))
+    return found
 
 
 def row(task: str, n: int, mode: str, found: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -64,41 +84,43 @@ def main() -> None:
     """Measures, prints a table and writes results/calibration.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     specs = {spec.name: spec for spec in TEST}
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"default: all of {', '.join(specs)}")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"default: all of {', '.join([*specs, COLLECTED])}")
     parser.add_argument("--quick", action="store_true", help="two seeds of the first task")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--folder", type=Path, default=FOLDER / "race", help="trials and losses of race.py")
     args = parser.parse_args()
-    if unknown := set(args.tasks) - specs.keys():
-        parser.error(f"no task named {', '.join(sorted(unknown))}; there are {', '.join(specs)}")
+    if unknown := set(args.tasks) - {*specs, COLLECTED}:
+        parser.error(f"no task named {', '.join(sorted(unknown))}; there are {', '.join([*specs, COLLECTED])}")
     seeds = 2 if args.quick else args.seeds
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    pooled: dict[tuple[str, int], list[list[float]]] = {}
-    for name in args.tasks or list(specs)[: 1 if args.quick else None]:
+    checks: dict[str, Any] = {}
+    names = args.tasks or ([next(iter(specs))] if args.quick else [*specs, COLLECTED])
+    raced: dict[tuple[str, int], list[list[float]]] = {}
+    for name in [n for n in names if n != COLLECTED]:
         task = load_task(specs[name], kept=args.folder)
         studies = search(name, task.space, *open_folder(args.folder, name, task), N_TRIALS, seeds, [OURS, "Random"])
-        for n in LEARNED_FROM:
-            for mode in MODES:
-                found = []
-                for seed in range(seeds):
-                    known = measured(OURS, studies[OURS, seed], task.space, slice(n))
-                    # without its first trial, which is uniform, as ours is
-                    held_out = measured("Random", studies["Random", seed], task.space, slice(1, N_TRIALS))
-                    found.append(judged(mode, task.space, known, held_out))
-                rows.append(row(name, n, mode, found))
-                pooled.setdefault((mode, n), []).extend(found)
-    for (mode, n), found in sorted(pooled.items(), key=lambda item: item[0][1]):
-        rows.append(row("all", n, mode, found))
+        for n, mode in itertools.product(LEARNED_FROM, MODES):
+            found = []
+            for seed in range(seeds):
+                known = measured(OURS, studies[OURS, seed], task.space, slice(n))
+                # without its first trial, which is uniform, as ours is
+                held_out = measured("Random", studies["Random", seed], task.space, slice(1, N_TRIALS))
+                found.append(judged(mode, task.space, known, held_out))
+            rows.append(row(name, n, mode, found))
+            raced.setdefault((mode, n), []).extend(found)
+    pooled = {"raced": raced, COLLECTED: on_collected(seeds) if COLLECTED in names else {}}
+    for what, by in pooled.items():
+        rows += [row(f"all {what}", n, mode, found) for (mode, n), found in by.items()]
+        for n in LEARNED_FROM if by else ():
+            ours, paper = (np.mean(by[mode, n], axis=0) for mode in MODES)
+            for level, share in zip(LEVELS, ours, strict=False):
+                checks[f"{what}: {level:.0%} interval after {n} trials, off by"] = check(abs(share - level), "<= 0.1")
+            gain = ours[-1] - paper[-1]
+            checks[f"{what}: rank correlation after {n} trials, above the paper mode's by"] = check(gain, ">= 0")
     show(rows)
-    checks = {}
-    for n in LEARNED_FROM:
-        ours, paper = (np.mean(pooled[mode, n], axis=0) for mode in MODES)
-        for level, share in zip(LEVELS, ours, strict=False):
-            checks[f"{level:.0%} interval after {n} trials, off by"] = check(abs(share - level), "<= 0.1")
-        checks[f"rank correlation after {n} trials, above the paper mode's by"] = check(ours[-1] - paper[-1], ">= 0")
     write("calibration_part" if args.quick or args.tasks else "calibration", rows, checks, seeds=seeds)
 
 
