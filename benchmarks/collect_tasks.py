@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pretrain_prior import smooth
 from recovery_tasks import (
     TOGETHER,
     Damage,
@@ -37,6 +36,7 @@ from recovery_tasks import (
     weighted_ranks,
 )
 from results import FOLDER, show
+from simulated_studies import smooth
 from smollm2_task import SMOLLM2, SmolLM2Spec, SmolLM2Task, load_smollm2
 from tqdm import tqdm
 
@@ -185,6 +185,11 @@ def read_task(file: Path) -> MetaTask:
 def read_pruned_loss(file: Path) -> float:
     """The loss that a collected task has without recovery."""
     return float(_read(file)[0]["pruned_loss"])
+
+
+def read_cost(file: Path) -> float:
+    """CPU seconds that a collected task took."""
+    return float(_read(file)[0]["cpu_seconds"])
 
 
 def _family(head: dict[str, Any]) -> str:

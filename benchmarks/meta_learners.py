@@ -1,6 +1,6 @@
 """How the paper's MLP profits from meta-learning, trained jointly or by Reptile, beside our own performance model.
 
-Simulated tasks (benchmarks/pretrain_prior.py), all of one depth, as the paper's MLP takes the rank vector itself. Every
+Simulated tasks (simulated_studies.py), all of one depth, as the paper's MLP takes the rank vector itself. Every
 model is meta-learned on the same tasks and predicts configurations of unseen tasks from their first trials.
 
     python benchmarks/meta_learners.py [--quick]
@@ -12,8 +12,8 @@ import argparse
 from typing import Any
 
 import numpy as np
-from pretrain_prior import World
 from results import check, interval, show, write
+from simulated_studies import World
 
 from rankadaptor_optuna.surrogate.meta import meta_train, rank_correlation
 from rankadaptor_optuna.surrogate.model import PerformanceModel

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--on-bad-prior",
         choices=("raise", "pretrained"),
         default="raise",
-        help="what a missing, corrupt or newer prior means: an error, or going on with the shipped one",
+        help="what a missing, corrupt or newer prior means: an error, or the shipped one (default: %(default)s)",
     )
     look.set_defaults(run=_search)
 
