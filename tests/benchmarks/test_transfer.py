@@ -147,10 +147,18 @@ def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior
 
     rows, checks, where = transfer.summarise([found("helped", 0.3), found("not helped", 0.75)])
     first, second = checks.values()
-    assert first["value"] == pytest.approx((0.525 + 0.01) / 0.41, abs=1e-3)
+    assert first["value"] == pytest.approx(0.525 - 0.4, abs=1e-3)
     assert not first["ok"]
     assert second == {"value": 1.2, "goal": "<= 1.2", "ok": True}
     assert where == "After 10 trials the prior does not help on: not helped."
     of_all = next(row for row in rows if (row["family"], row["who"]) == ("all", transfer.PRIOR))
     assert of_all["regret@10"].startswith("0.535 ±")
     assert {"p to none@5", "p to none@10"} <= of_all.keys()
+
+
+def test_a_peer_that_ends_with_the_best_is_no_trouble(transfer):
+    nothing = {n: [1.0, 1.0] for n in transfer.CHECKPOINTS}
+    who = dict.fromkeys((transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, *transfer.PEERS), nothing)
+    _, checks, where = transfer.summarise([{"task": "one", "best": 1.0, "random": 2.0, "losses": who}])
+    assert [(one["value"], one["ok"]) for one in checks.values()] == [(0, True), (1, True)]
+    assert where.endswith("does not help on: one.")
