@@ -1,8 +1,8 @@
 """Rank vector -> features, at any depth.
 
-Every feature is a sum over layers of a function of that layer alone (its rank, relative depth and pruning
-profile), so that one prior serves models of any number of layers, and a linear function of the features is a table
-``[layer, candidate]`` that can be optimised exactly under a budget.
+Every feature is a sum over layers of a function of that layer alone (its rank, place and pruning profile), so that one
+prior serves models of any number of layers, and a linear function of the features is a table ``[layer, candidate]``
+that can be optimised exactly under a budget.
 
 Where a layer has several ranks (attention and MLP, say) there are several series of them along the depth: functions
 that have something in common and differ otherwise. Each rank of a series counts as a layer below.
@@ -25,7 +25,8 @@ Array = NDArray[np.float64]
 N_SMOOTH = 8
 N_CURVATURE = 4
 N_PROFILE = 2
-N_FUNCTION = N_SMOOTH + N_CURVATURE + N_PROFILE  # what a function along the depth is made of
+N_ENDS = 2
+N_FUNCTION = N_SMOOTH + N_CURVATURE + N_PROFILE + N_ENDS  # what a function along the depth is made of
 
 
 @dataclass
@@ -146,6 +147,7 @@ def groups(n_layers: int, mlp: MLP | None, n_series: int = 1) -> dict[str, slice
         "smooth": N_SMOOTH,
         "curvature": N_CURVATURE,
         "profile": N_PROFILE,
+        "ends": N_ENDS,
         "residual": n_layers,
         "residual curvature": n_layers,
         "difference": N_FUNCTION * (n_series - 1),
@@ -177,6 +179,16 @@ def contrasts(n_series: int) -> Array:
     return scaled
 
 
+def _ends(grid: RankGrid) -> Array:
+    """How near each layer is to the first and to the last one of its series, (L, 2): e^-d at d layers from it."""
+    near = np.zeros((grid.n_layers, N_ENDS))
+    for series in np.unique(grid.series):
+        rows = np.flatnonzero(grid.series == series)
+        place = grid.depth[rows].argsort(kind="stable").argsort(kind="stable")
+        near[rows] = np.exp(-np.stack([place, len(rows) - 1 - place], axis=1))
+    return near
+
+
 def mlp_inputs(grid: RankGrid, ranks: Array) -> Array:
     """What the MLP sees of each layer: scaled rank, relative depth, standardised profile, (n, L, 3)."""
     t = grid.scaled(ranks)
@@ -189,7 +201,8 @@ def per_layer(grid: RankGrid, ranks: Array, mlp: MLP | None) -> Array:
     t = grid.scaled(ranks)[:, :, None]
     cosines = np.cos(np.pi * grid.depth[:, None] * np.arange(N_SMOOTH))
     profile = _profile(grid)[:, None]
-    function = np.concatenate([t * cosines, t**2 * cosines[:, :N_CURVATURE], t * profile, t**2 * profile], axis=2)
+    parts = [t * cosines, t**2 * cosines[:, :N_CURVATURE], t * profile, t**2 * profile, t * _ends(grid)]
+    function = np.concatenate(parts, axis=2)
     blocks = [function, t * np.eye(n_layers), t**2 * np.eye(n_layers)]
     blocks += [function * column[:, None] for column in contrasts(grid.n_series)[grid.series].T]
     if mlp is not None:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from rankadaptor_optuna.space import RankSpace
     from rankadaptor_optuna.surrogate.paper import Network
 
-FORMAT = "performance-model-2"  # of files; they hold features, so it rises where these change, too
+FORMAT = "performance-model-3"  # of files; they hold features, so it rises where these change, too
 _DIFFERENCE = 0.7  # how much series differ, as a share of what they have in common
+_ENDS = 4.0  # how far the first and the last layers may stand out, in units of how much layers vary
 _TREND = 2.0  # more rank helps, in units of how much layers vary, until the data says otherwise
 
 
@@ -93,9 +94,9 @@ class PerformanceModel:
     """Meta-learned MLP features and a closed-form Bayesian head (the role of the paper's section 3.2).
 
     The score is modelled as a sum over layers. Each layer's part has a component that is smooth along the depth, its
-    curvature in rank, one that follows what pruning took, a free residual with a curvature of its own, and the
-    meta-learned MLP's features. Beside the sum stands the square of the total (log) rank: the less of it there is, the
-    more each rank is worth.
+    curvature in rank, one that follows what pruning took, one for the first and the last layers, which stand out, a
+    free residual with a curvature of its own, and the meta-learned MLP's features. Beside the sum stands the square of
+    the total (log) rank: the less of it there is, the more each rank is worth.
 
     Args:
         space: The rank space (or a ``RankGrid`` of searched layers).
@@ -263,9 +264,10 @@ class PerformanceModel:
         mean[columns["smooth"].start] = trend * signal
         std[columns["curvature"]] = 0.5 * signal
         std[columns["profile"]] = 0.7 * signal
+        std[columns["ends"]] = _ENDS * signal
         std[columns["residual"]] = residual * signal
         std[columns["residual curvature"]] = 0.5 * residual * signal
-        std[columns["difference"]] = np.tile(_DIFFERENCE * std[: columns["profile"].stop], self.grid.n_series - 1)
+        std[columns["difference"]] = np.tile(_DIFFERENCE * std[: columns["ends"].stop], self.grid.n_series - 1)
         if self._prior is not None:
             std[columns["mlp"]] = belief * self._prior.std
             mean[columns["mlp"]] = belief * self._prior.mean

@@ -89,7 +89,7 @@ def two_series(n, mlp=None):
 def test_series_share_one_function_of_depth_and_differ_by_another(mlp):
     features, columns = two_series(5, mlp)
     assert columns["mlp"].stop == features.shape[1]
-    shared = features[:, : columns["profile"].stop]
+    shared = features[:, : columns["ends"].stop]
     sign = np.asarray([1, -1] * 5)[:, None]
     assert features[:, columns["difference"]] == pytest.approx(sign * shared)
     assert features[::2, columns["smooth"]] == pytest.approx(features[1::2, columns["smooth"]])
@@ -120,16 +120,30 @@ def test_the_residual_groups_tell_the_layers_apart(group, power):
 
 
 def test_features_at_a_depth_are_the_same_in_models_of_any_number_of_layers(mlp):
-    """Up to the residuals, which are the layers' own, and 1/sqrt(layers), which keeps the sum's scale."""
+    """Up to residuals and ends, which are of single layers, and 1/sqrt(layers), which keeps the sum's scale."""
     deep = RankGrid.from_space(RankSpace(17, (2, 4, 8), "uniform:5"))
     shallow = RankGrid.from_space(RankSpace(9, (2, 4, 8), "uniform:5"))
 
     def shared(grid):
         features = per_layer(grid, np.full((1, grid.n_layers), 8.0), mlp)[0] * np.sqrt(grid.n_layers)
         columns = groups(grid.n_layers, mlp)
-        return np.delete(features, np.r_[columns["residual"], columns["residual curvature"]], axis=1)
+        return np.delete(features, np.r_[columns["ends"], columns["residual"], columns["residual curvature"]], axis=1)
 
     assert shared(deep)[::2] == pytest.approx(shared(shallow))
+
+
+@pytest.mark.parametrize("n", [2, 9, 40])
+def test_the_ends_reach_equally_many_layers_in_models_of_any_number_of_layers(n):
+    grid = RankGrid.from_space(RankSpace(n, (2, 8)))
+    ends = per_layer(grid, np.full((1, n), 8.0), None)[0][:, groups(n, None)["ends"]] * np.sqrt(n)
+    assert ends[:2, 0] == pytest.approx([1, np.exp(-1)])
+    assert ends[::-1] == pytest.approx(ends[:, ::-1])
+
+
+def test_each_series_has_ends_of_its_own():
+    features, columns = two_series(5)
+    assert features[[0, 1], columns["ends"].start] == pytest.approx([1, 1])
+    assert features[[8, 9], columns["ends"].stop - 1] == pytest.approx([1, 1])
 
 
 def test_the_mlp_is_told_rank_depth_and_standardised_profile():

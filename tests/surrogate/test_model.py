@@ -359,7 +359,7 @@ def test_a_file_that_holds_no_model_is_refused_by_name(spoil, tmp_path):
 
 def test_a_model_is_no_prior(tmp_path):
     fitted().save(tmp_path / "m")
-    with pytest.raises(ValueError, match="/m' has format 'performance-model-2'; this version reads '1'"):
+    with pytest.raises(ValueError, match="/m' has format 'performance-model-3'; this version reads '1'"):
         PerformanceModel(SPACE, prior=tmp_path / "m")
 
 
