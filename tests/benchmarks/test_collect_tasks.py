@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.util
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from rankadaptor_optuna.meta_tasks import meta_task
 from rankadaptor_optuna.recovery.train import TrainingConfig
@@ -105,3 +108,16 @@ def test_as_a_study_it_is_the_same_task(collecting, spec, cache, tmp_path):
     np.testing.assert_array_equal(found.scores, expected.scores)
     for name, array in expected.grid.tensors.items():
         np.testing.assert_array_equal(found.grid.tensors[name], array)
+
+
+def test_the_published_studies_are_the_collected_tasks(collecting, tmp_path):
+    journal = tmp_path / "tasks.journal"
+    journal.write_bytes(gzip.decompress((collecting.FOLDER / "tasks.journal.gz").read_bytes()))
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    files = list(collecting.files())
+    assert optuna.get_all_study_names(storage) == [file.stem for file in files]
+    for file in files:
+        trials = optuna.load_study(study_name=file.stem, storage=storage).get_trials(deepcopy=False)
+        task = collecting.read_task(file)
+        assert [list(trial.params.values()) for trial in trials] == task.ranks.tolist()
+        assert [-trial.value for trial in trials] == task.scores.tolist()
