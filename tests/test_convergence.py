@@ -101,23 +101,25 @@ def test_the_less_gain_is_tolerated_the_later_it_stops():
 
 
 def test_the_remaining_gain_shrinks_as_trials_come_in():
-    world = World(1)
-    world.study.optimize(world, n_trials=40)
-    found = Findings(world.study, None)
-    gains = [remaining_gain(found, n, 32) for n in (5, 15, 40)]
+    worlds = [World(seed) for seed in range(4)]
+    for world in worlds:
+        world.study.optimize(world, n_trials=40)
+    found = [Findings(world.study, None) for world in worlds]
+    gains = [sum(remaining_gain(each, n, 32) for each in found) for n in (5, 15, 40)]
     assert gains[0] > gains[1] > gains[2] > 0
 
 
 def test_another_parameter_that_is_not_settled_adds_to_the_remaining_gain():
-    studies = [optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0)) for _ in range(2)]
-    for with_rate, study in enumerate(studies):
-
-        def objective(trial, with_rate=with_rate):
+    def gain(seed, with_rate):
+        def objective(trial):
             value = sum(SPACE.suggest(trial).values())
             return float(value + (trial.suggest_float("rate", 0, 1) if with_rate else 0.5))
 
+        study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=seed))
         study.optimize(objective, n_trials=12)
-    without, beside = (remaining_gain(Findings(study, SPACE, None), 12, 32) for study in studies)
+        return remaining_gain(Findings(study, SPACE, None), 12, 32)
+
+    without, beside = (sum(gain(seed, with_rate) for seed in range(4)) for with_rate in (False, True))
     assert beside > 1.1 * without
 
 
