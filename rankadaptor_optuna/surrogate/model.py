@@ -237,7 +237,7 @@ class PerformanceModel:
     @cached_property
     def _head(self) -> BayesianHead:
         extra = self._variance / self.spread**2 + self._standardised.doubt
-        return BayesianHead(self.features, self.targets, self._hyperparameters(), extra)
+        return BayesianHead(self.features, self.targets, self._hyperparameters, extra)
 
     def constraint(self, features: Array, values: Array) -> Belief:
         """The posterior mean of a constraint (n,), another function of the same features (n, F): scaled, not centred.
@@ -245,9 +245,13 @@ class PerformanceModel:
         The mean and no Thompson draw: what to avoid need not be explored.
         """
         scale = float(np.sqrt(np.mean(values**2))) or 1.0
-        return self._belief(BayesianHead(features, values / scale, self._hyperparameters(trend=0)).mean)
+        return self._belief(BayesianHead(features, values / scale, self._grid_of(trend=0)).mean)
 
-    def _hyperparameters(self, trend: float = _TREND) -> list[Hyperparameters]:
+    @cached_property
+    def _hyperparameters(self) -> list[Hyperparameters]:
+        return self._grid_of(_TREND)
+
+    def _grid_of(self, trend: float) -> list[Hyperparameters]:
         """Signal size x free residual x noise x whether the meta-learned features are believed."""
         believed = (1.0, 1e-3) if self._prior is not None else (1e-3,)
         axes = itertools.product((0.25, 0.5, 1.0, 2.0, 4.0, 8.0), (0.2, 1.0), (0.1, 0.3, 0.9), believed)
