@@ -36,8 +36,8 @@ class SmolLM2Spec:
     recovery: TrainingConfig
     candidates: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
     budget: str = "uniform:8"
-    length: int = 128
-    held_out: int = 24
+    length: int = 64
+    held_out: int = 32
 
 
 SMOLLM2 = SmolLM2Spec("smollm2-135m-taylor", "smollm2", 0.35, TrainingConfig(10, 4, 3e-3))
