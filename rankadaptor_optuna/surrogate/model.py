@@ -152,6 +152,10 @@ class PerformanceModel:
         return per_layer(self.grid, self.grid.reference[None], self._mlp)[0]
 
     @cached_property
+    def _of_candidates(self) -> Array:
+        return per_layer(self.grid, self.grid.padded_values().T, self._mlp) - self._reference
+
+    @cached_property
     def _rank_width(self) -> int:
         return groups(self.grid.n_layers, self._mlp, self.grid.n_series)["mlp"].stop
 
@@ -312,7 +316,7 @@ class PerformanceModel:
         if self.grid.n_layers == 0:
             return Belief(np.zeros((0, 1)), rest, float(weights[0]))
         total = self._total_of_best
-        features = per_layer(self.grid, self.grid.padded_values().T, self._mlp) - self._reference
+        features = self._of_candidates
         table = (features @ ranks + 2 * square * total * features[:, :, 0]).T
         return Belief(table, rest, float(weights[0] - square[0] * total**2))
 
