@@ -2,11 +2,12 @@
 
     python benchmarks/transfer.py [--quick] [--families NAME ...] [--seeds 5] [--trials 30] [--folder DIR]
 
-For each family held out, a prior is meta-learned from the collected tasks (``collect_tasks.py``) of all other families,
-and an adversarial one from the same with their scores negated. Then studies are run on a task of that family, as in
+For each family held out, a prior is meta-learned from the collected tasks (``collect_tasks.py``) of all other
+families of small models (SmolLM2-135M is a target only: what small models teach of one of real size), and an
+adversarial one from the same with their scores negated. Then studies are run on a task of that family, as in
 ``race.py``: RankAdaptor with either prior and with none, TPE, TPE warm-started with trials that the prior is learned
-from, GP and random search. What a study found after some trials (RankAdaptor: what ``recommend`` makes of them with the
-study's prior; others: the best) is recovered again with fresh seeds and scored on text that no search saw, as
+from, GP and random search. What a study found after some trials (RankAdaptor: what ``recommend`` makes of them with
+the study's prior; others: the best) is recovered again with fresh seeds and scored on text that no search saw, as
 normalised regret: 0 is the best that anything ended with, 1 the mean of random allocations.
 
 For the warm start, a source's log ranks are interpolated along the relative depth onto the target's layers and
@@ -78,8 +79,9 @@ class Source:
 
 
 def read_sources(folder: Path = TASKS) -> list[Source]:
-    """All collected tasks."""
-    return [Source(read_task(file), read_pruned_loss(file)) for file in files(folder)]
+    """All collected tasks of small models."""
+    small = [file for file in files(folder) if file.stem != SMOLLM2.name]
+    return [Source(read_task(file), read_pruned_loss(file)) for file in small]
 
 
 def others(sources: Sequence[Source], family: str) -> list[Source]:
