@@ -106,9 +106,9 @@ def open_task(spec: TaskSpec | SmolLM2Spec, cache: Path | None = None) -> Recove
 def collect(
     spec: TaskSpec | SmolLM2Spec, folder: Path = TASKS, n: int = N_RECOVERIES, cache: Path | None = None
 ) -> Path:
-    """Recovers what is missing of a task; its file holds what is done so far at any time."""
-    file = folder / f"{spec.name}.csv"
-    head, rows = _read(file) if file.exists() else ({}, [])
+    """Recovers what is missing of a task; until all is done, what is so far is in NAME.csv.part."""
+    file, part = folder / f"{spec.name}.csv", folder / f"{spec.name}.csv.part"
+    head, rows = next((_read(one) for one in (part, file) if one.exists()), ({}, []))
     if len(rows) >= n:
         return file
     start = time.process_time()
@@ -124,8 +124,10 @@ def collect(
             rows += [[*ranks.values(), loss] for ranks, loss in zip(chunk, losses, strict=True)]
             now = time.process_time()
             head["cpu_seconds"], start = round(head["cpu_seconds"] + now - start, 1), now
-            write_text(file, _text(head, task.space, rows))
+            write_text(part, _text(head, task.space, rows))
             bar.update(len(chunk))
+    if part.exists():
+        part.replace(file)
     return file
 
 
@@ -170,7 +172,7 @@ def _read(file: Path) -> tuple[dict[str, Any], list[list[float]]]:
 
 
 def files(folder: Path = TASKS) -> Iterator[Path]:
-    """What has been collected, by name."""
+    """What has been collected in full, by name."""
     return iter(sorted(folder.glob("*.csv")))
 
 

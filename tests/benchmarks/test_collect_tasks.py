@@ -88,6 +88,24 @@ def test_a_task_is_collected_in_parts_and_read_back(collecting, spec, cache, tmp
     assert task.scores.tolist() == [-row[-1] for row in rows]
 
 
+def test_a_task_is_not_collected_until_it_is_whole(collecting, spec, cache, tmp_path, monkeypatch):
+    broken = collecting.load_task(spec, cache)
+    losses = broken.losses
+
+    def stopped(configurations, seed):
+        if (tmp_path / "tiny.csv.part").exists():
+            raise KeyboardInterrupt
+        return losses(configurations, seed)
+
+    monkeypatch.setattr(broken, "losses", stopped)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(collecting, "load_task", lambda *_: broken)
+        collecting.collect(spec, tmp_path, 12, cache)
+    assert list(collecting.files(tmp_path)) == []
+    file = collecting.collect(spec, tmp_path, 12, cache)
+    assert list(tmp_path.iterdir()) == list(collecting.files(tmp_path)) == [file]
+
+
 def test_a_task_of_other_settings_is_not_mixed_with_it(collecting, spec, cache, tmp_path):
     collecting.collect(spec, tmp_path, 2, cache)
     other = dataclasses.replace(spec, candidates=(2, 4, 6))
