@@ -45,32 +45,34 @@ class BayesianHead:
         std = np.stack([h.std for h in grid])
         noises = np.asarray([h.noise for h in grid])
         extra = np.zeros(len(targets)) if extra is None else extra
-        # the precision, and below it the projected residual: what the factorisation makes of that is all evidence needs
-        bordered = np.zeros((len(grid), width + 1, width + 1))
+        # the precision, and below it the projected residual: of that, the factorisation makes all that evidence needs;
+        # one after the other, as one fits a processor's cache
+        bordered = np.full((width + 1, width + 1), np.inf)
+        factors = [bordered] * len(grid)
         log_noise, squares = np.empty(len(grid)), np.empty(len(grid))
         for noise in np.unique(noises):  # all that runs over the observations, once per noise
             at = np.flatnonzero(noises == noise)
             variance = noise**2 + extra
             weighted = features / variance[:, None]
             residual = targets[None] - means[at] @ features.T
-            bordered[at, :width, :width] = weighted.T @ features
-            bordered[at, width, :width] = residual @ weighted
             log_noise[at] = np.log(2 * np.pi * variance).sum()
             squares[at] = (residual**2 / variance).sum(1)
-        bordered[:, np.arange(width), np.arange(width)] += 1 / std**2
-        bordered[:, width, width] = np.inf
-        bordered = np.linalg.cholesky(bordered)
+            precision = weighted.T @ features
+            for g, projected in zip(at, residual @ weighted, strict=True):
+                bordered[:width, :width], bordered[width, :width] = precision, projected
+                bordered[np.arange(width), np.arange(width)] += 1 / std[g] ** 2
+                factors[g] = np.linalg.cholesky(bordered)
         # precision = factor factor^T; a sample of w is mean + factor^-T z
-        factor, solved = bordered[:, :width, :width], bordered[:, width, :width]
-        log_det = 2 * np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1) + 2 * np.log(std).sum(1)
-        fit = squares - (solved**2).sum(1)
+        log_det = 2 * np.log([factor.diagonal()[:width] for factor in factors]).sum(1) + 2 * np.log(std).sum(1)
+        fit = squares - (np.asarray([factor[width, :width] for factor in factors]) ** 2).sum(1)
         evidence = -0.5 * (log_noise + log_det + fit) + np.asarray([h.log_prior for h in grid])
         self.log_evidence = float(np.logaddexp.reduce(evidence))
         weights = np.exp(evidence - self.log_evidence)
-        kept = weights > _NEGLIGIBLE
+        kept = np.flatnonzero(weights > _NEGLIGIBLE)
         self.weights = weights[kept] / weights[kept].sum()
-        self._factor = factor[kept]
-        shift = np.linalg.solve(self._factor.transpose(0, 2, 1), solved[kept][:, :, None])
+        solved = np.stack([factors[g] for g in kept])
+        self._factor = solved[:, :width, :width]
+        shift = np.linalg.solve(self._factor.transpose(0, 2, 1), solved[:, width, :width, None])
         self._mean = means[kept] + shift[:, :, 0]
         self.mean: Array = self.weights @ self._mean
         self.noise = float(np.sqrt(self.weights @ noises[kept] ** 2))

@@ -161,18 +161,20 @@ def solve(values: Array, costs: Array, budget: float, max_sweeps: int = 50) -> C
     def at(price: float) -> Choice:
         return (values - price * costs).argmax(1)
 
-    choice, low, high = cheapest, 0.0, 1.0
+    over, choice, low, high = choice, cheapest, 0.0, 1.0
     for _ in range(100):
         if costs[rows, at(high)].sum() <= budget:
             break
         low, high = high, 2 * high
     for _ in range(60):
+        if (over != choice).sum() <= 1:  # what is between them is a single move
+            break
         price = (low + high) / 2
         priced = at(price)
         if costs[rows, priced].sum() <= budget:
             choice, high = priced, price
         else:
-            low = price
+            over, low = priced, price
     if values.size > _MAX_PAIRED:  # the pairs of all moves would be many: those worth most at the final price will do
         worth = np.where(allowed, values - high * costs, -np.inf)
         worth[rows, choice] = np.inf

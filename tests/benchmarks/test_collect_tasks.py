@@ -98,9 +98,10 @@ def test_a_task_is_not_collected_until_it_is_whole(collecting, spec, cache, tmp_
         return losses(configurations, seed)
 
     monkeypatch.setattr(broken, "losses", stopped)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(collecting, "load_task", lambda *_: broken)
-        collecting.collect(spec, tmp_path, 12, cache)
+        with pytest.raises(KeyboardInterrupt):
+            collecting.collect(spec, tmp_path, 12, cache)
     assert list(collecting.files(tmp_path)) == []
     file = collecting.collect(spec, tmp_path, 12, cache)
     assert list(tmp_path.iterdir()) == list(collecting.files(tmp_path)) == [file]
