@@ -50,15 +50,17 @@ class BayesianHead:
         bordered = np.full((width + 1, width + 1), np.inf)
         factors = [bordered] * len(grid)
         log_noise, squares = np.empty(len(grid)), np.empty(len(grid))
-        for noise in np.unique(noises):  # all that runs over the observations, once per noise
+        plain = extra == 0
+        squared, crossed, own = _statistics(features[plain], targets[plain], np.ones(int(plain.sum())))
+        for noise in np.unique(noises):  # what runs over the observations without extra variance is done once
             at = np.flatnonzero(noises == noise)
             variance = noise**2 + extra
-            weighted = features / variance[:, None]
-            residual = targets[None] - means[at] @ features.T
+            rest = _statistics(features[~plain], targets[~plain], 1 / variance[~plain])
+            precision, right = squared / noise**2 + rest[0], crossed / noise**2 + rest[1]
+            projections = right - means[at] @ precision
             log_noise[at] = np.log(2 * np.pi * variance).sum()
-            squares[at] = (residual**2 / variance).sum(1)
-            precision = weighted.T @ features
-            for g, projected in zip(at, residual @ weighted, strict=True):
+            squares[at] = own / noise**2 + rest[2] - means[at] @ right - (means[at] * projections).sum(1)
+            for g, projected in zip(at, projections, strict=True):
                 bordered[:width, :width], bordered[width, :width] = precision, projected
                 bordered[np.arange(width), np.arange(width)] += 1 / std[g] ** 2
                 factors[g] = np.linalg.cholesky(bordered)
@@ -95,3 +97,9 @@ class BayesianHead:
         mean = means @ self.weights
         variance = (spreads + means**2) @ self.weights - mean**2
         return mean, np.sqrt(np.maximum(variance, 0))
+
+
+def _statistics(features: Array, targets: Array, weights: Array) -> tuple[Array, Array, float]:
+    """All that a linear regression needs of its observations: X'WX, X'Wy and y'Wy."""
+    weighted = features * weights[:, None]
+    return weighted.T @ features, weighted.T @ targets, float(weights @ targets**2)
