@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("file", type=Path, metavar="FILE", help="pytorch_model.bin as LLM-Pruner writes it")
     convert.add_argument("out", type=Path, metavar="OUT", help="folder to create")
     convert.add_argument("--tokenizer", metavar="NAME", help="folder or Hub name (default: the one in FILE)")
+    convert.add_argument("--allow-pickle", action="store_true", help="read FILE, a pickle; without it, FILE is refused")
 
     learn = commands.add_parser(
         "meta-train",
@@ -344,7 +345,7 @@ def _import(args: argparse.Namespace) -> None:
     from rankadaptor_optuna.pruning.importing import import_checkpoint
 
     quiet()
-    found = import_checkpoint(args.file, args.out, args.tokenizer)
+    found = import_checkpoint(args.file, args.out, args.tokenizer, allow_pickle=args.allow_pickle)
     parameters = sum(p.numel() for p in found.model.parameters())
     print(
         f"{args.file}: {len(found.profile)} layers, {parameters:,} parameters, {found.parameters_removed:.2%} of the "

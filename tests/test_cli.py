@@ -223,9 +223,9 @@ def test_import_checkpoint_converts_or_refuses_in_one_line(model, tokenizer, tmp
 
     torch.save({"model": model, "tokenizer": tokenizer}, tmp_path / "model.bin")
     torch.save({"model": print}, tmp_path / "bad.bin")
-    assert main(["import-checkpoint", str(tmp_path / "model.bin"), str(tmp_path / "out")]) == 0
+    assert main(["import-checkpoint", str(tmp_path / "model.bin"), str(tmp_path / "out"), "--allow-pickle"]) == 0
     assert "4 layers" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").exists()
-    assert main(["import-checkpoint", str(tmp_path / "bad.bin"), str(tmp_path / "other")]) == 2
+    assert main(["import-checkpoint", str(tmp_path / "bad.bin"), str(tmp_path / "other"), "--allow-pickle"]) == 2
     assert "print" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

@@ -72,7 +72,11 @@ class Imported:
 
 
 def import_checkpoint(
-    file: str | PathLike[str], out: str | PathLike[str], tokenizer: str | PathLike[str] | None = None
+    file: str | PathLike[str],
+    out: str | PathLike[str],
+    tokenizer: str | PathLike[str] | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> Imported:
     """Converts a checkpoint of LLM-Pruner to safetensors and JSON.
 
@@ -81,11 +85,18 @@ def import_checkpoint(
         out: Folder to create.
         tokenizer: Folder or Hub name to take the tokenizer from. Default: the file's, if it can be read: fast ones hold
             their JSON, slow LLaMA ones their sentencepiece model.
+        allow_pickle: Says that a pickle is to be read, which is refused otherwise (as numpy's ``load`` has it).
 
     Raises:
-        ValueError: There is no such file, it names something that has no place in such a file, or it holds no LLaMA.
+        ValueError: Pickles are not allowed, there is no such file, it names something that has no place in such a file,
+            or it holds no LLaMA.
     """
     file, out = Path(file), Path(out)
+    if not allow_pickle:
+        raise ValueError(
+            f"{file} is a pickle. torch's restricted unpickler, which runs nothing of it, reads it if you say so: "
+            "allow_pickle=True (--allow-pickle)"
+        )
     check_out(out)
     content = _read(file)
     model = content.get("model") if isinstance(content, Mapping) else None

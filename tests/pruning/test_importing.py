@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import io
 import os
 from contextlib import suppress
@@ -9,10 +10,11 @@ import torch
 from transformers import AutoTokenizer
 from transformers.models.llama import modeling_llama
 
-from rankadaptor_optuna.pruning import load_pruned, profile_of
-from rankadaptor_optuna.pruning.importing import import_checkpoint
+from rankadaptor_optuna.pruning import importing, load_pruned, profile_of
 
 KEPT = {1: ([0], range(40)), 2: ([0, 1], range(0, 64, 2)), 3: ([1], range(8, 64))}  # heads, channels
+
+import_checkpoint = functools.partial(importing.import_checkpoint, allow_pickle=True)
 
 
 @pytest.fixture
@@ -173,4 +175,10 @@ def test_other_files_are_refused(model, save, tmp_path):
     file.write_bytes(damaged)
     with pytest.raises(ValueError, match="cannot be read"):
         import_checkpoint(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_is_read_only_where_that_is_allowed(pruned, save, tmp_path):
+    with pytest.raises(ValueError, match=r"is a pickle.*allow_pickle=True \(--allow-pickle\)"):
+        importing.import_checkpoint(save({"model": pruned}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
