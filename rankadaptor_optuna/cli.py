@@ -1,4 +1,4 @@
-"""The ``rankadaptor`` command."""
+"""The ``rankadaptor`` command: the options of all its commands, which is why it is long; the work is done elsewhere."""
 
 from __future__ import annotations
 
