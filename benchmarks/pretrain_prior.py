@@ -81,8 +81,13 @@ def main() -> None:
         checks[f"gain in rank correlation on families held out, {n} recoveries"] = check(float(gains.mean()), ">= 0")
     print(f"{len(tasks)} tasks of {len(by_family)} families, each held out once")
     show(rows)
+    families = dict(zip(by_family, means.round(3).tolist(), strict=True))
+    for i, n in enumerate(LEARNED_FROM):
+        unhelped = [family for family, (with_it, without) in families.items() if with_it[i] <= without[i]]
+        print(f"After {n} recoveries it does not help on: {', '.join(unhelped) or 'none of these families'}.")
     name = "pretrain_prior_part" if args.quick else "pretrain_prior"
-    write(name, rows, checks, seeds=seeds, tasks=[task.name for task in tasks])
+    by_number = {"learned from": LEARNED_FROM, "with the prior, without": families}
+    write(name, rows, checks, seeds=seeds, tasks=[task.name for task in tasks], families=by_number)
     if args.write:
         prior = meta_train(tasks)
         told = [{key: str(value) for key, value in row.items()} for row in rows]
