@@ -14,8 +14,9 @@ a win or a loss, any other a tie; p by a paired t test, once more with Holm's co
 share one pruned model, one search and the same items, so what they tell is whether these ranks are better on this
 model: drawing other items would move an average by the standard error that is printed as well.
 
-What is done is kept in ``--folder``: a run that was stopped goes on, and runs with different ``--blocks`` add up to one
-table. Texts and tasks are looked for in ``$RANKADAPTOR_DATA``, by default ``../shared/data`` beside the repository.
+What is done is kept in ``--folder``, so that a run that was stopped goes on; blocks of the same size that the results
+have already stay in the table. Texts and tasks are looked for in ``$RANKADAPTOR_DATA``, by default ``../shared/data``
+beside the repository.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 from pruning import data_folder
-from results import check, interval, show, write
+from results import FOLDER, check, interval, show, write
 from scipy import stats
 
 from rankadaptor_optuna.compare import METHODS, OURS, UNIFORM, Row, compare
@@ -150,16 +151,14 @@ def run_block(block: str, recipe: Recipe, size: Size, folder: Path, tasks: Seque
         )
 
 
-def finished_block(block: str, recipe: Recipe, size: Size, folder: Path) -> list[Row] | None:
-    """What an earlier run made of a block; None where there is none of this size."""
-    file = folder / block / f"after-{size.trials}" / "compare.json"
-    if not file.exists():
+def finished_block(block: str, size: Size, file: Path) -> list[Row] | None:
+    """A block as an earlier run's results have it; None where there is none of this size."""
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if found.get("size") != asdict(size):
         return None
-    found = json.loads(file.read_text())
-    rows = [Row(**row) for row in found["rows"]]
-    same = found["settings"]["recipe"] == json.loads(json.dumps(recipe.to_dict()))
-    same = same and found["settings"]["limit"] == size.items and len(rows[-1].losses) == size.seeds
-    return rows if same else None
+    names = {field.name for field in fields(Row)}
+    those = [measured for measured in found["measured"] if measured["block"] == block]
+    return [Row(**{name: measured[name] for name in names}) for measured in those] or None
 
 
 def averages(row: Row) -> list[float]:
@@ -326,7 +325,7 @@ def main() -> None:
     parser.add_argument(
         "--blocks", nargs="*", choices=BLOCKS, metavar="NAME", help=f"of {', '.join(BLOCKS)}; none: only tell"
     )
-    parser.add_argument("--folder", type=Path, default=cache_dir() / "paper_table", help="results so far")
+    parser.add_argument("--folder", type=Path, default=cache_dir() / "paper_table", help="models and trials")
     for field in fields(Size):
         kind = str if field.name == "dtype" else int
         told = ", ".join(f"{getattr(size, field.name)} with {name}" for name, size in SIZES.items())
@@ -346,17 +345,16 @@ def main() -> None:
     blocks = args.blocks if args.blocks is not None else list(BLOCKS)[: 1 if args.quick else None]
     folder = args.folder / preset
     print(f"{preset}: {size}\nAbout {size.hours:.1f} hours a block on two CPU cores; {len(blocks)} to do.", flush=True)
-    found = {}
+    name = "paper_table_part" if args.quick else "paper_table"
+    results, found = FOLDER / f"{name}.json", {}
     for block in BLOCKS:
-        recipe = recipe_of(block, size)
-        rows = (
-            run_block(block, recipe, size, folder) if block in blocks else finished_block(block, recipe, size, folder)
-        )
-        if rows is not None:
-            found[block] = rows
+        if block in blocks:
+            found[block] = run_block(block, recipe_of(block, size), size, folder)
+        elif known := finished_block(block, size, results):
+            found[block] = known
     if not found:
-        parser.error(f"{folder} holds no block of this size; name some to run.")
-    report(found, size, "paper_table_part" if args.quick else "paper_table")
+        parser.error(f"{results.name} holds no block of this size; name some to run.")
+    report(found, size, name)
 
 
 if __name__ == "__main__":

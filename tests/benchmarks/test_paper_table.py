@@ -141,7 +141,6 @@ def test_a_block_is_searched_compared_and_not_run_again(
     tokenizer.save_pretrained(tmp_path / "dense")
     size = paper.Size(2, 2, 3, steps=5, batch_size=2, length=300, records=40, validation=3, dtype="float32")
     recipe = paper.recipe_of(block, size, str(tmp_path / "dense"))
-    assert paper.finished_block(block, recipe, size, tmp_path / "folder") is None
     first = paper.run_block(block, recipe, size, tmp_path / "folder", ("boolq", "piqa"))
     assert [row.method for row in first] == list(METHODS)
     assert set(first[-1].accuracies) == {"local_boolq", "local_piqa"}
@@ -149,9 +148,19 @@ def test_a_block_is_searched_compared_and_not_run_again(
     assert all(0.5 * budget < row.parameters <= 1.005 * budget for row in first[1:])
     monkeypatch.setattr(compare_module, "_recover_and_measure", lambda *args: pytest.fail("computed again"))
     assert paper.run_block(block, recipe, size, tmp_path / "folder", ("boolq", "piqa")) == first
-    assert paper.finished_block(block, recipe, size, tmp_path / "folder") == first
-    other = replace(size, steps=6)
-    assert paper.finished_block(block, paper.recipe_of(block, other), other, tmp_path / "folder") is None
+
+
+def test_blocks_of_the_same_size_add_up_to_one_table(paper, blocks, tmp_path, monkeypatch):
+    import results
+
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    size = paper.Size()
+    paper.report(blocks, size, "paper_table")
+    for block, found in blocks.items():
+        assert paper.finished_block(block, size, tmp_path / "paper_table.json") == found
+    assert paper.finished_block(block, replace(size, steps=6), tmp_path / "paper_table.json") is None
+    assert paper.finished_block(block, size, tmp_path / "none.json") is None
+    assert paper.finished_block("no such block", size, tmp_path / "paper_table.json") is None
 
 
 @pytest.fixture
