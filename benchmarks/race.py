@@ -12,9 +12,10 @@ which is best is decided on seeds of its own; what it is worth, on those that al
 
 What the samplers proposed, the losses and the pruned models are in ``--folder``: a run that was stopped goes on, more
 seeds or trials add to what is there, and two processes may take different tasks. What the results rest on comes with
-this file, so that the table can be made again without a recovery, on any machine; where a sampler has changed, take its
-lines out of ``TASK.trials.csv``, and it alone searches anew. ``--studies`` writes the studies to an SQLite file, to be
-browsed. All of it anew, in another ``--folder``, takes about 4 CPU hours, two thirds of that with ``--compile``.
+this file, so that the table can be made again without a recovery on any machine, but for those of CMA-ES: its search
+is replayed, and goes elsewhere where the processor rounds otherwise. Where a sampler has changed, take its lines out
+of ``TASK.trials.csv``, and it alone searches anew. ``--studies`` writes the studies to an SQLite file, to be browsed.
+All of it anew, in another ``--folder``, takes about 4 CPU hours, two thirds of that with ``--compile``.
 """
 
 from __future__ import annotations
