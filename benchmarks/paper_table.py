@@ -151,14 +151,14 @@ def run_block(block: str, recipe: Recipe, size: Size, folder: Path, tasks: Seque
         )
 
 
-def finished_block(block: str, size: Size, file: Path) -> list[Row] | None:
-    """A block as an earlier run's results have it; None where there is none of this size."""
+def finished_block(block: str, size: Size, file: Path) -> list[Row]:
+    """A block as an earlier run's results have it; empty where there is none of this size."""
     found = json.loads(file.read_text()) if file.exists() else {}
     if found.get("size") != asdict(size):
-        return None
+        return []
     names = {field.name for field in fields(Row)}
     those = [measured for measured in found["measured"] if measured["block"] == block]
-    return [Row(**{name: measured[name] for name in names}) for measured in those] or None
+    return [Row(**{name: measured[name] for name in names}) for measured in those]
 
 
 def averages(row: Row) -> list[float]:

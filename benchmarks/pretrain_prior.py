@@ -86,8 +86,8 @@ def main() -> None:
         unhelped = [family for family, (with_it, without) in families.items() if with_it[i] <= without[i]]
         print(f"After {n} recoveries it does not help on: {', '.join(unhelped) or 'none of these families'}.")
     name = "pretrain_prior_part" if args.quick else "pretrain_prior"
-    by_number = {"learned from": LEARNED_FROM, "with the prior, without": families}
-    write(name, rows, checks, seeds=seeds, tasks=[task.name for task in tasks], families=by_number)
+    kept = {"learned from": LEARNED_FROM, "with the prior, without": families}
+    write(name, rows, checks, seeds=seeds, tasks=[task.name for task in tasks], families=kept)
     if args.write:
         prior = meta_train(tasks)
         told = [{key: str(value) for key, value in row.items()} for row in rows]

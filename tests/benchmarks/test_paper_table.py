@@ -158,9 +158,9 @@ def test_blocks_of_the_same_size_add_up_to_one_table(paper, blocks, tmp_path, mo
     paper.report(blocks, size, "paper_table")
     for block, found in blocks.items():
         assert paper.finished_block(block, size, tmp_path / "paper_table.json") == found
-    assert paper.finished_block(block, replace(size, steps=6), tmp_path / "paper_table.json") is None
-    assert paper.finished_block(block, size, tmp_path / "none.json") is None
-    assert paper.finished_block("no such block", size, tmp_path / "paper_table.json") is None
+    assert paper.finished_block(block, replace(size, steps=6), tmp_path / "paper_table.json") == []
+    assert paper.finished_block(block, size, tmp_path / "none.json") == []
+    assert paper.finished_block("no such block", size, tmp_path / "paper_table.json") == []
 
 
 @pytest.fixture
