@@ -104,3 +104,13 @@ class Trials:
             writer.writerows([*key, " ".join(map(str, params))] for key, params in trials.items())
         for key, params in trials.items():
             self._known.setdefault(key, []).append(list(params))
+
+    def put(self, who: str, seed: int, trials: Sequence[Sequence[int]]) -> None:
+        """Writes down a whole study's trials, instead of those that there were."""
+        self._known[who, seed] = [list(params) for params in trials]
+        part = self._file.with_suffix(".part")
+        with part.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("who", "seed", "params"))
+            writer.writerows([*key, " ".join(map(str, row))] for key, rows in self._known.items() for row in rows)
+        part.replace(self._file)

@@ -29,7 +29,7 @@ RIDGE = "ridge + TS"
 PAPER = "paper's MLP"
 PROPOSES_RANKS = (OURS, RIDGE, PAPER)  # the others propose candidates' places
 SOURCE_ATTR = "source"  # of trials that were another task's
-STATEFUL = ("CMA-ES",)  # keep more with their trials than parameters and value: a search of theirs is always replayed
+STATEFUL = ("CMA-ES",)  # keep more with their trials than parameters and value: a search that was stopped is replayed
 
 Makers = Mapping[str, Callable[[RankSpace, int], BaseSampler]]  # samplers of a space and a seed, by name
 

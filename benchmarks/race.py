@@ -12,10 +12,9 @@ which is best is decided on seeds of its own; what it is worth, on those that al
 
 What the samplers proposed, the losses and the pruned models are in ``--folder``: a run that was stopped goes on, more
 seeds or trials add to what is there, and two processes may take different tasks. What the results rest on comes with
-this file, so that the table can be made again without a recovery on any machine, but for those of CMA-ES: its search
-is replayed, and goes elsewhere where the processor rounds otherwise. Where a sampler has changed, take its lines out
-of ``TASK.trials.csv``, and it alone searches anew. ``--studies`` writes the studies to an SQLite file, to be browsed.
-All of it anew, in another ``--folder``, takes about 4 CPU hours, two thirds of that with ``--compile``.
+this file, so that the table can be made again without a recovery on any machine. Where a sampler has changed, take its
+lines out of ``TASK.trials.csv``, and it alone searches anew. ``--studies`` writes the studies to an SQLite file, to be
+browsed. All of it anew, in another ``--folder``, takes about 4 CPU hours, two thirds of that with ``--compile``.
 """
 
 from __future__ import annotations
@@ -83,6 +82,8 @@ def search(
 
     def opened(who: str, seed: int) -> Study:
         so_far, study_name, source = known.of(who, seed), f"{name}/{who}/{seed}", (sources or {}).get((who, seed), ())
+        if who in STATEFUL and len(so_far) < n_trials:
+            so_far = []
         loss = lambda r: scores([(r, seed)])[0]  # noqa: E731
         return open_study(who, space, seed, so_far, loss, storage, study_name, makers, source)
 
@@ -95,6 +96,8 @@ def search(
         known.add({key: list(trial.params.values()) for key, trial in trials.items() if key[0] not in STATEFUL})
         done = sum(len(finished(study)) for study in studies.values())
         print(f"{name}: {done} of {len(keys) * n_trials} trials, {scores.n_computed} recoveries", file=sys.stderr)
+    for who, seed in (key for key in keys if key[0] in STATEFUL and len(known.of(*key)) < n_trials):
+        known.put(who, seed, [list(trial.params.values()) for trial in finished(studies[who, seed])])
     return studies
 
 

@@ -58,6 +58,16 @@ def test_a_race_that_was_stopped_goes_on_and_computes_nothing_twice(race, task, 
 
 
 @pytest.mark.filterwarnings("ignore:AutoSampler is left out")
+def test_a_finished_search_is_read_not_made_again(race, task, tmp_path, monkeypatch):
+    who = ["TPE", "CMA-ES"]
+    first = race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 4, 2, who)
+    monkeypatch.delattr(optuna.Study, "ask")
+    again = race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 4, 2, who)
+    for key, study in again.items():
+        assert [t.params for t in race.finished(study)] == [t.params for t in race.finished(first[key])]
+
+
+@pytest.mark.filterwarnings("ignore:AutoSampler is left out")
 def test_the_studies_of_a_race_can_be_kept_to_be_browsed(race, task, tmp_path):
     storage = race.RDBStorage(f"sqlite:///{tmp_path / 'race.db'}")
     race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 3, 1, ["TPE"], storage)
