@@ -22,6 +22,7 @@ from rankadaptor_optuna.verification import Configuration, Confirmation, Verific
 
 _MIN_SEEDS = 2
 _MAX_DEVIATION = 5
+_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -154,16 +155,36 @@ class Findings:
             self.data.margin,
         )
 
-    def best_few(self, belief: Belief, n: int, verifications: Verifications) -> list[dict[str, Any]]:
-        """Up to n configurations (one at least) with the best totals that keep the constraints, the best first."""
-        penalised, choice, point = self.best(belief)
+    def safest(self, model: PerformanceModel, n: int, verifications: Verifications) -> list[dict[str, Any]]:
+        """Configurations with the best lower bounds of a gain over uniform, the best first: up to n, one at least.
+
+        Uniform comes before them where all bounds are below 0. The bound is concave in the features: Frank and Wolfe's
+        algorithm, of whose steps, configurations all, the best one's neighbours by the bound's linear part are taken.
+        """
+        belief, best = model.mean(), -np.inf
+        average: Array = np.zeros(())
+        for step in range(_STEPS):
+            _, choice, point = self.best(belief)
+            difference = self._over_uniform(self.params(choice, point))
+            bound, _ = model.lower_bound(difference)
+            if bound > best:
+                best, chosen = bound, belief
+            average = average + 2 / (step + 2) * (difference - average)
+            _, belief = model.lower_bound(average)
+        penalised, choice, point = self.best(chosen)
 
         def is_possible(choice: Choice) -> bool:
             broke = verifications.configuration(self.params(choice, point)) in verifications.infeasible
             return not broke and keeps(self._constraints, choice, point, self.data.margin)
 
-        few = self.allocations.best_few(penalised.table, n, is_possible)
-        return [self.params(each, point) for each in few or [choice]]
+        few = self.allocations.best_few(penalised.table, n, is_possible) or [choice]
+        uniform = (self.allocations.ranks == self.encoding.grid.reference[:, None]).argmax(1)
+        if model.lower_bound(self._over_uniform(self.params(few[0], point)))[0] < 0 and is_possible(uniform):
+            few.insert(0, uniform)
+        return [self.params(each, point) for each in few]
+
+    def _over_uniform(self, params: Mapping[str, Any]) -> Array:
+        return self.encode(params) - self.encode(self.uniform(params))
 
     def is_within_budget(self, params: Mapping[str, Any]) -> bool:
         """Whether a configuration's ranks are within the budget."""
@@ -193,9 +214,12 @@ def recommend(
     verify: int = 0,
     seeds: int = 3,
 ) -> Recommendation:
-    """The configuration with the best posterior mean inside the budget: never just the luckiest trial.
+    """The configuration inside the budget that is expected to be best, with caution: never just the luckiest trial.
 
-    Where objectives set constraints, it is one that is expected to keep them.
+    What is maximised is the posterior mean of the gain over uniform less half its standard deviation: where a great
+    many predictions are compared, the best is one that errs upwards (the optimizer's curse: Smith & Winkler, 2006).
+    Where nothing is above 0 by that measure, it is uniform itself. Where objectives set constraints, it is one that is
+    expected to keep them.
 
     With ``verify=k``, trials that run the k best configurations (tried or not) and the uniform one on fresh seeds are
     enqueued, less those that are there already: ``study.optimize`` of any worker runs them, with an objective that
@@ -217,7 +241,7 @@ def recommend(
         raise ValueError(f"verify must be at least 0 and seeds at least {_MIN_SEEDS}, got {verify} and {seeds}.")
     found = Findings(study, space, prior)
     verifications = Verifications(study, found.encoding.rank_names + found.encoding.ordinary_names)
-    best = found.best_few(found.model.mean(), max(1, verify), verifications)
+    best = found.safest(found.model, verify + 1, verifications)  # one may be uniform
     differences = _differences(found, verifications)
     params = _preferred(found, verifications, differences) if differences else best[0]
     confirmed = None
@@ -226,7 +250,8 @@ def recommend(
         confirmed = Confirmation(float(np.mean(measured)), interval, len(measured), len(differences))
     recommendation = _explained(found, params, confirmed, len(differences))
     if verify:
-        wanted = [params, *(each for each in best if each != params)][:verify]
+        wanted = [params, *(each for each in best if each != params)]
+        wanted = [each for each in wanted if each != found.uniform(each)][:verify] or [params]
         verifications.enqueue([p for each in wanted for p in (each, found.uniform(each))], seeds)
     return recommendation
 
@@ -267,7 +292,7 @@ def _preferred(found: Findings, verifications: Verifications, differences: _Diff
     verified += [each for each in uniform if verifications.configuration(each) not in verifications.infeasible]
     encoded = np.stack([found.encode(params) for params in verified])
     best = int(informed.predict_difference(encoded, encoded[:1])[0].argmax())
-    optimum = found.best_few(informed.mean(), 1, verifications)[0]
+    optimum = found.safest(informed, 1, verifications)[0]
     ahead, std = (float(x[0]) for x in informed.predict_difference(found.encode(optimum)[None], encoded[best][None]))
     return optimum if ahead > 1.96 * std else verified[best]
 
@@ -310,7 +335,7 @@ def _statement(evidence: Evidence, is_uniform: bool, reference: Array, n_verifie
     uniform = f"rank {reference[0]:g} everywhere" if len(set(reference)) == 1 else "the middle of each rank's range"
     if is_uniform:
         verified = f" and {n_verified} verified on fresh seeds" if n_verified else ""
-        return f"After {n} trials{verified} {uniform} itself is expected to be best."
+        return f"After {n} trials{verified} {uniform} itself is recommended: nothing else is safely better."
     interval = f"95% interval {low:+.4f} to {high:+.4f}"
     detail = f"predicted gain over {uniform} {evidence.gain:+.4f}, {interval}, from {n} trials"
     if low > 0:

@@ -116,7 +116,24 @@ def test_a_clear_signal_is_said_to_be_supported():
 @pytest.mark.parametrize("seed", range(5))
 def test_pure_noise_is_said_to_support_nothing(seed):
     statement = recommend(run(20, signal=0, noise=1, seed=seed)).evidence.statement
-    assert "does not support" in statement or "itself is expected to be best" in statement
+    assert "does not support" in statement or "itself is recommended" in statement
+
+
+@pytest.mark.parametrize("signal", [0, 0.1, 1])
+def test_a_gain_is_recommended_only_where_it_exceeds_half_its_standard_deviation(signal):
+    for seed in range(3):
+        found = recommend(run(10, signal=signal, noise=1, seed=seed))
+        low, high = found.evidence.interval
+        assert found.ranks == SPACE.uniform() or found.evidence.gain > 0.5 * (high - low) / (2 * 1.96)
+
+
+def test_verifying_tries_others_also_where_uniform_is_recommended():
+    studies = [run(10, signal=0, noise=1, seed=seed) for seed in range(4)]
+    safe = next(study for study in studies if recommend(study).ranks == SPACE.uniform())
+    recommend(safe, verify=2, seeds=2)
+    waiting = {tuple(configured(t).values()) for t in verifying(safe, TrialState.WAITING)}
+    assert len(waiting) == 3
+    assert tuple(SPACE.uniform().values()) in waiting
 
 
 def test_the_uniform_configuration_may_be_the_answer():
@@ -125,7 +142,10 @@ def test_the_uniform_configuration_may_be_the_answer():
     study.optimize(lambda trial: float(score(space.suggest(trial))), n_trials=2)
     found = recommend(study)
     assert found.ranks == space.uniform()
-    assert found.evidence.statement == "After 2 trials rank 8 everywhere itself is expected to be best."
+    assert (
+        found.evidence.statement
+        == "After 2 trials rank 8 everywhere itself is recommended: nothing else is safely better."
+    )
 
 
 def test_under_noise_the_model_is_followed_and_not_the_luckiest_trial():
@@ -379,7 +399,7 @@ def test_where_verification_shows_a_loss_uniform_is_recommended():
     study.optimize(verifiable(gain=-1.0), n_trials=12)
     found = recommend(study)
     assert found.ranks == SPACE.uniform()
-    assert "3 verified on fresh seeds rank 8 everywhere itself is expected to be best" in found.evidence.statement
+    assert "3 verified on fresh seeds rank 8 everywhere itself is recommended" in found.evidence.statement
 
 
 def test_of_several_verified_configurations_the_one_that_did_well_is_preferred():

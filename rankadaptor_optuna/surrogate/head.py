@@ -90,6 +90,13 @@ class BayesianHead:
         drawn: Array = self._mean[g] + np.linalg.solve(self._factor[g].T, rng.standard_normal(self._mean.shape[1]))
         return drawn
 
+    def covariance_with(self, features: Array) -> Array:
+        """Covariance of each weight with features @ w, of one row of ``features`` (F,), over the mixture, (F,)."""
+        own = self._inverse.transpose(0, 2, 1) @ (self._inverse @ features)[:, :, None]
+        apart = self._mean - self.mean
+        covariance: Array = self.weights @ (own[:, :, 0] + apart * (apart @ features)[:, None])
+        return covariance
+
     def predict(self, features: Array) -> tuple[Array, Array]:
         """Mean and standard deviation (without noise) of features @ w, each (n,), over the mixture."""
         means = features @ self._mean.T

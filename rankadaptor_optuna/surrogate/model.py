@@ -27,6 +27,7 @@ FORMAT = "performance-model-3"  # of files; they hold features, so it rises wher
 _DIFFERENCE = 0.7  # how much series differ, as a share of what they have in common
 _ENDS = 4.0  # how far the first and the last layers may stand out, in units of how much layers vary
 _TREND = 2.0  # more rank helps, in units of how much layers vary, until the data says otherwise
+_CAUTION = 0.5  # standard deviations: the best of a great many predictions is one that errs upwards
 
 
 class Standardised(NamedTuple):
@@ -309,6 +310,21 @@ class PerformanceModel:
         """As ``predict_gain``, of configurations over others, both as ``encode`` makes them, (n, F)."""
         mean, std = self._head.predict(features - others)
         return self.spread * mean, self.spread * std
+
+    def lower_bound(self, difference: Array) -> tuple[float, Belief]:
+        """Half a standard deviation below the gain of a configuration over another.
+
+        Args:
+            difference: Their features' difference, as ``encode`` makes them, (F,).
+
+        Returns:
+            The bound, in standardised score units, and the function of the features that is this bound there and
+            nowhere below the bound of others.
+        """
+        covariance = self._head.covariance_with(difference)
+        std = float(np.sqrt(np.maximum(difference @ covariance, 0)))
+        weights = self._head.mean - _CAUTION * covariance / (std or 1.0)
+        return float(weights @ difference), self._belief(weights)
 
     def _belief(self, weights: Array) -> Belief:
         """The function of these weights; the square of the total by its tangent where the best trial is."""

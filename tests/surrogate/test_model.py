@@ -380,6 +380,21 @@ def test_the_gain_over_uniform_is_a_difference_of_configurations():
     assert np.asarray(same) == pytest.approx(np.asarray(model.predict_gain(test)))
 
 
+def test_a_lower_bound_is_half_a_standard_deviation_below_the_gain_and_bounded_by_its_belief():
+    model, best = fitted(20), configurations(20)[score(configurations(20)).argmax()]
+    test = np.stack([np.random.default_rng(i).permutation(best) for i in range(20)])  # where a belief is linear
+    columns = np.searchsorted(SPACE.candidates, test)
+    rows = model.encode(test)
+    bounds = [model.lower_bound(row - rows[0]) for row in rows]
+    gain, std = model.predict_difference(rows, rows[:1])
+    assert model.spread * np.asarray([b for b, _ in bounds]) == pytest.approx(gain - 0.5 * std)
+    for own, (bound, belief) in enumerate(bounds):
+        totals = belief.table[np.arange(10), columns].sum(1)
+        over_first = totals - totals[0]
+        assert over_first[own] == pytest.approx(bound)
+        assert (over_first > np.asarray([b for b, _ in bounds]) - 1e-9).all()
+
+
 def test_a_constraints_mean_has_its_sign():
     model, ranks, test = fitted(), configurations(60), configurations(50, seed=1)
     limit = ranks.sum(1) - 70
