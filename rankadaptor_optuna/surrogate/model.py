@@ -1,4 +1,7 @@
-"""PerformanceModel: predicts what a rank configuration will score, from the trials so far."""
+"""PerformanceModel: predicts what a rank configuration will score, from the trials so far.
+
+One class with its file format, so a little long: the mathematics is in ``head``, the features in ``features``.
+"""
 
 from __future__ import annotations
 
