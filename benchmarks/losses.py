@@ -97,11 +97,7 @@ class Trials:
 
     def add(self, trials: Mapping[tuple[str, int], Sequence[int]]) -> None:
         """Writes down one more trial of some studies."""
-        is_new = not self._file.exists()
-        with self._file.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([("who", "seed", "params")] if is_new else [])
-            writer.writerows([*key, " ".join(map(str, params))] for key, params in trials.items())
+        self._append(self._file, {key: [params] for key, params in trials.items()})
         for key, params in trials.items():
             self._known.setdefault(key, []).append(list(params))
 
@@ -109,8 +105,14 @@ class Trials:
         """Writes down a whole study's trials, instead of those that there were."""
         self._known[who, seed] = [list(params) for params in trials]
         part = self._file.with_suffix(".part")
-        with part.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("who", "seed", "params"))
-            writer.writerows([*key, " ".join(map(str, row))] for key, rows in self._known.items() for row in rows)
+        part.unlink(missing_ok=True)
+        self._append(part, self._known)
         part.replace(self._file)
+
+    @staticmethod
+    def _append(path: Path, trials: Mapping[tuple[str, int], Sequence[Sequence[int]]]) -> None:
+        is_new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([("who", "seed", "params")] if is_new else [])
+            writer.writerows([*key, " ".join(map(str, params))] for key, rows in trials.items() for params in rows)
