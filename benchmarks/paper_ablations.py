@@ -119,8 +119,8 @@ def prunings(spec: TaskSpec, folder: Path, seeds: int, n_trials: int, cache: Pat
                 "no recovery": _cell(pruned),
                 "LoRA, uniform": _cell(uniform),
                 "RankAdaptor": _cell(ours),
-                "RankAdaptor less uniform": _cell(np.subtract(ours, uniform).tolist()),
-                "less the first row": _cell(less) if name != next(iter(found)) else "",
+                "RankAdaptor less uniform": _cell(np.subtract(ours, uniform).tolist(), sign="+"),
+                "less the first row": _cell(less, sign="+") if name != next(iter(found)) else "",
                 "values": values,
             }
         )
@@ -136,13 +136,13 @@ def micro_batches(spec: TaskSpec, cache: Path | None = None, steps: int = 8) -> 
     ids = list(torch.split(stream[: sum(lengths)], lengths))
     held_out = torch.tensor(list("".join(parts.report).encode()))[: 64 * LENGTH].view(64, LENGTH)
     space = RankSpace.from_model(model, spec.candidates, spec.budget, unpruned_rank=spec.unpruned_rank)
-    rows = []
+    found = []
     for size in MICRO_BATCHES:
         config = TrainingConfig(steps, 16, spec.recovery.learning_rate, micro_batch_size=size)
         with attached(model, lora_config(space.with_fixed(space.uniform())), seed=0) as adapted:
             train(adapted, Examples(ids, ids), config, seed=0)
-            rows.append({"micro batch": size, "loss": float(block_losses(adapted, held_out).mean())})
-    found = [row["loss"] for row in rows]
+            found.append(float(block_losses(adapted, held_out).mean()))
+    rows = [{"micro batch": size, "loss": f"{loss:.7f}"} for size, loss in zip(MICRO_BATCHES, found, strict=True)]
     return rows, max(found) - min(found)
 
 
@@ -194,20 +194,21 @@ def model_rows(task: str, found: Mapping[tuple[str, int], Mapping[str, Sequence[
             "task": task,
             "performance model": name,
             "trials": n,
-            "rank correlation": _cell(values["order"], 3),
-            "gain over uniform": _cell(values["gain"]),
+            "rank correlation": _cell(values["order"], digits=3),
+            "gain over uniform": _cell(values["gain"], sign="+"),
             "gain less 32-32-32's": "",
             "values": values,
         }
         if name != "MLP 32-32-32":
-            row["gain less 32-32-32's"] = _cell(np.subtract(values["gain"], found["MLP 32-32-32", n]["gain"]).tolist())
+            less = np.subtract(values["gain"], found["MLP 32-32-32", n]["gain"]).tolist()
+            row["gain less 32-32-32's"] = _cell(less, sign="+")
         rows.append(row)
     return rows
 
 
-def _cell(values: Sequence[float], digits: int = 4) -> str:
+def _cell(values: Sequence[float], digits: int = 4, sign: str = "") -> str:
     mean, half = interval(values)
-    return f"{mean:+.{digits}f} ±{half:.{digits}f}"
+    return f"{mean:{sign}.{digits}f} ±{half:.{digits}f}"
 
 
 def run(folder: Path, *, quick: bool) -> None:
