@@ -194,6 +194,11 @@ def read_pruned_loss(file: Path) -> float:
     return float(_read(file)[0]["pruned_loss"])
 
 
+def read_space(file: Path) -> RankSpace:
+    """The rank space of a collected task."""
+    return RankSpace.from_dict(_read(file)[0]["space"])
+
+
 def read_cost(file: Path) -> float:
     """CPU seconds that a collected task took."""
     return float(_read(file)[0]["cpu_seconds"])

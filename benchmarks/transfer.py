@@ -157,15 +157,33 @@ def makers_of(priors: Mapping[str, Prior | None]) -> Makers:
 
 
 def transfer(
-    family: str, task: Target, sources: Sequence[Source], folder: Path, n_trials: int, seeds: int
+    family: str,
+    task: Target,
+    sources: Sequence[Source],
+    folder: Path,
+    n_trials: int,
+    seeds: int,
+    name: str | None = None,
+    learned: Path | None = None,
 ) -> dict[str, Any]:
-    """All competitors on a task of a family held out: see ``race.measure``."""
-    space, learned_from = task.space, others(sources, family)
-    key, priors = priors_of(learned_from, folder)
-    scores, known = Losses(task, folder / f"{family}.csv"), Trials(folder / f"{family}-{key}.trials.csv")
+    """All competitors on a task of a family held out: see ``race.measure``.
+
+    Args:
+        family: The family.
+        task: Its task.
+        sources: Of all families; the priors are learned from those of others.
+        folder: Keeps losses and trials.
+        n_trials: Of a search.
+        seeds: Searches of each competitor.
+        name: The task's. Default: the family's.
+        learned: Keeps the priors. Default: the folder.
+    """
+    space, learned_from, name = task.space, others(sources, family), name or family
+    key, priors = priors_of(learned_from, learned or folder)
+    scores, known = Losses(task, folder / f"{name}.csv"), Trials(folder / f"{name}-{key}.trials.csv")
     uniform = scores([(space.uniform(), seed) for seed in range(seeds)])  # every study's first trial
     warm = {(WARM, seed): source_trials(learned_from, space, uniform[seed], task.pruned_loss) for seed in range(seeds)}
-    studies = search(family, space, scores, known, n_trials, seeds, makers=makers_of(priors), sources=warm)
+    studies = search(name, space, scores, known, n_trials, seeds, makers=makers_of(priors), sources=warm)
     chosen: dict[tuple[str, int, int], Ranks] = {}
     for (who, seed), study in studies.items():
         for n in (n for n in CHECKPOINTS if n <= n_trials):
@@ -173,7 +191,7 @@ def transfer(
                 recommended(who, study, space, n, priors[who]) if who in priors else best_trial(who, study, space, n)
             )
             chosen[who, n, seed] = found
-    return {**measure(family, task, scores, chosen), "learned from": [source.task.name for source in learned_from]}
+    return {**measure(name, task, scores, chosen), "learned from": [source.task.name for source in learned_from]}
 
 
 def needed(curve: Mapping[int, float], goal: float) -> float:
@@ -188,18 +206,22 @@ def needed(curve: Mapping[int, float], goal: float) -> float:
     return float(trials[i - 1] + share * (trials[i] - trials[i - 1]))
 
 
-def summarise(all_found: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
+Regrets = Mapping[str, Mapping[int, Array]]  # by competitor and number of trials, (searches,) each
+
+
+def regrets(found: Mapping[str, Any]) -> Regrets:
+    """Normalised regrets on a task: see ``race.measure``."""
+    return {who: {n: regret(found, losses) for n, losses in by.items()} for who, by in found["losses"].items()}
+
+
+def summarise(by_family: Mapping[str, Regrets]) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
     """The table's rows, the checks, and where the prior does not help."""
-    checkpoints = list(next(iter(all_found[0]["losses"].values())))
+    first = next(iter(by_family.values()))
+    checkpoints = list(next(iter(first.values())))
     shown = [n for n in SHOWN if n in checkpoints]
     middle, final = (10, 25) if checkpoints[-1] >= 25 else (checkpoints[0], checkpoints[-1])
-    by_family = {
-        found["task"]: {who: {n: regret(found, v) for n, v in by.items()} for who, by in found["losses"].items()}
-        for found in all_found
-    }
     means = {
-        who: {n: np.asarray([by[who][n].mean() for by in by_family.values()]) for n in checkpoints}
-        for who in all_found[0]["losses"]
+        who: {n: np.asarray([by[who][n].mean() for by in by_family.values()]) for n in checkpoints} for who in first
     }
     rows: list[dict[str, Any]] = []
     for family, by in {**by_family, "all": means}.items():  # of all, a value a family, not a seed
@@ -260,7 +282,7 @@ def main() -> None:
         seeds = min(args.seeds, SMOLLM2_SEEDS) if family == SMOLLM2.family else args.seeds
         found.append(transfer(family, open_target(family, args.folder), sources, args.folder, args.trials, seeds))
     show([discrimination(one) for one in found])
-    rows, checks, where = summarise(found)
+    rows, checks, where = summarise({one["task"]: regrets(one) for one in found})
     show(rows)
     print(where)
     write(

@@ -136,16 +136,18 @@ def test_trials_needed_are_read_off_the_monotone_curve(transfer):
 def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior_does_not_help(transfer):
     checkpoints = transfer.CHECKPOINTS
 
-    def found(name, prior):
+    priors = {"helped": 0.3, "not helped": 0.75}
+
+    def found(prior):
         def losses(*values):
             return {n: [v, v + 0.02] for n, v in zip(checkpoints, values, strict=True)}
 
         slow = losses(0.9, 0.8, 0.7, 0.65, 0.6, 0.5, 0.4, 0.4)
         who = {transfer.PRIOR: losses(*[prior] * 8), transfer.NONE: slow}
         who[transfer.ADVERSARIAL] = losses(0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
-        return {"task": name, "best": 0.0, "random": 1.0, "losses": who | dict.fromkeys(transfer.PEERS, slow)}
+        return {"best": 0.0, "random": 1.0, "losses": who | dict.fromkeys(transfer.PEERS, slow)}
 
-    rows, checks, where = transfer.summarise([found("helped", 0.3), found("not helped", 0.75)])
+    rows, checks, where = transfer.summarise({name: transfer.regrets(found(prior)) for name, prior in priors.items()})
     first, second = checks.values()
     assert first["value"] == pytest.approx(0.525 - 0.4, abs=1e-3)
     assert not first["ok"]
@@ -159,6 +161,6 @@ def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior
 def test_a_peer_that_ends_with_the_best_is_no_trouble(transfer):
     nothing = {n: [1.0, 1.0] for n in transfer.CHECKPOINTS}
     who = dict.fromkeys((transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, *transfer.PEERS), nothing)
-    _, checks, where = transfer.summarise([{"task": "one", "best": 1.0, "random": 2.0, "losses": who}])
+    _, checks, where = transfer.summarise({"one": transfer.regrets({"best": 1.0, "random": 2.0, "losses": who})})
     assert [(one["value"], one["ok"]) for one in checks.values()] == [(0, True), (1, True)]
     assert where.endswith("does not help on: one.")
