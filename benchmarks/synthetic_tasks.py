@@ -50,10 +50,15 @@ class Synthetic:
         """Deterministic for a seed; the noise is in standard deviations of random allocations, none in the report."""
         found = []
         for ranks, own in zip(configurations, seed, strict=True):
-            key = hashlib.sha256(json.dumps([self.seed, own, *ranks.values()]).encode()).digest()[:8]
-            noise = np.random.default_rng(int.from_bytes(key)).standard_normal() * self.noise * self._scale
+            noise = standard_normal([self.seed, own, *ranks.values()]) * self.noise * self._scale
             found.append(-self._value(ranks) + (0.0 if report else noise))
         return found
+
+
+def standard_normal(key: Sequence[int | str]) -> float:
+    """A draw that is always the same for a key."""
+    digest = hashlib.sha256(json.dumps(key).encode()).digest()[:8]
+    return float(np.random.default_rng(int.from_bytes(digest)).standard_normal())
 
 
 SYNTHETIC = tuple(

@@ -13,8 +13,6 @@ Each family has up to three such tasks (as many as were collected); a family's r
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -33,6 +31,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
 from smollm2_task import SMOLLM2
+from synthetic_tasks import standard_normal
 from transfer import CHECKPOINTS, FAMILIES, Regrets, read_sources, regrets, summarise, transfer
 
 from rankadaptor_optuna.embedded import cache_dir
@@ -48,6 +47,8 @@ class FittedTask:
         file: The task, as ``collect_tasks.py`` keeps it.
 
     Attributes:
+        name: Its name.
+        family: Its family.
         space: Its rank space.
         pruned_loss: Its loss without recovery.
     """
@@ -100,14 +101,9 @@ class FittedTask:
         if report:
             return means
         return [
-            mean + self.noise * _standard_normal([self.name, own, *each.values()])
+            mean + self.noise * standard_normal([self.name, own, *each.values()])
             for mean, each, own in zip(means, configurations, seed, strict=True)
         ]
-
-
-def _standard_normal(key: Sequence[Any]) -> float:
-    digest = hashlib.sha256(json.dumps(key).encode()).digest()[:8]
-    return float(np.random.default_rng(int.from_bytes(digest)).standard_normal())
 
 
 def joined(tasks: Sequence[Regrets]) -> Regrets:
