@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,12 +9,10 @@ from rankadaptor_optuna.surrogate.meta import MetaTask
 
 
 @pytest.fixture(scope="module")
-def transfer():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+def transfer(importable):
     import transfer
 
-    yield transfer
-    sys.path.pop(0)
+    return transfer
 
 
 @pytest.fixture(scope="module")

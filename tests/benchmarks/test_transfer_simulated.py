@@ -1,19 +1,14 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 
 @pytest.fixture(scope="module")
-def simulated():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+def simulated(importable):
     import transfer_simulated
 
-    yield transfer_simulated
-    sys.path.pop(0)
+    return transfer_simulated
 
 
 @pytest.fixture(scope="module")
