@@ -1,19 +1,14 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 
 @pytest.fixture(scope="module")
-def calibration():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+def calibration(importable):
     import calibration
 
-    yield calibration
-    sys.path.pop(0)
+    return calibration
 
 
 def test_collected_tasks_are_judged_on_recoveries_that_were_not_learned_from(calibration, monkeypatch):

@@ -1,20 +1,15 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from rankadaptor_optuna.surrogate.prior import PRETRAINED, load_prior
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+def script(importable):
     import pretrain_prior
 
-    yield pretrain_prior
-    sys.path.pop(0)
+    return pretrain_prior
 
 
 def test_a_family_is_judged_with_a_prior_that_has_not_seen_it(script, monkeypatch):

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import optuna
 import pytest
@@ -11,12 +8,10 @@ from rankadaptor_optuna import RankSpace
 
 
 @pytest.fixture(scope="module")
-def race():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+def race(importable):
     import race
 
-    yield race
-    sys.path.pop(0)
+    return race
 
 
 @pytest.fixture
