@@ -1,6 +1,6 @@
 """How much compute Optuna's pruners save, at which cost to the result: real recoveries of a small LLaMA.
 
-    python benchmarks/pruner_savings.py [--quick] [--trials 40] [--seeds 5]
+    python benchmarks/pruner_savings.py [--quick] [--trials 40] [--seeds 10]
 
 The pruned model of a development task (benchmarks/recovery_tasks.py) is searched by ``RecoveryObjective`` and
 ``RankAdaptorSampler`` without a prior: without a pruner, with Optuna's Median and Hyperband pruners on the loss during
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="two seeds, 8 trials: shows that it runs, no result")
     parser.add_argument("--trials", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
     if args.quick:
         args.trials, args.seeds = 8, 2
