@@ -40,6 +40,7 @@ from scipy import stats
 from synthetic_tasks import SYNTHETIC, Synthetic
 
 from rankadaptor_optuna import RankSpace, recommend
+from rankadaptor_optuna.recommendation import Recommendation
 from rankadaptor_optuna.surrogate.features import Array
 from rankadaptor_optuna.surrogate.prior import Prior
 
@@ -111,7 +112,7 @@ def found_by(who: str, study: Study, space: RankSpace, n: int) -> dict[str, Rank
     """What a study's first ``n`` trials lead to: the best of them, and what ``recommend`` makes of them."""
     found = {who: best_trial(who, study, space, n)}
     if who in MODELLED:
-        found[f"{who}, recommend"] = recommended(who, study, space, n)
+        found[f"{who}, recommend"] = recommended(who, study, space, n).ranks
     return found
 
 
@@ -121,14 +122,14 @@ def best_trial(who: str, study: Study, space: RankSpace, n: int) -> Ranks:
     return ranks_of(who, space, optuna.trial.FixedTrial(best.params))
 
 
-def recommended(who: str, study: Study, space: RankSpace, n: int, prior: Prior | None = None) -> Ranks:
+def recommended(who: str, study: Study, space: RankSpace, n: int, prior: Prior | None = None) -> Recommendation:
     """What ``recommend`` makes, with a prior, of a study's first ``n`` trials."""
     until = optuna.create_study(direction="minimize")
     for t in finished(study)[:n]:
         ranks = ranks_of(who, space, optuna.trial.FixedTrial(t.params))
         params = {space.name(layer): rank for layer, rank in ranks.items()}
         until.add_trial(optuna.trial.create_trial(params=params, distributions=space.distributions(), value=t.value))
-    return recommend(until, space=space, prior=prior).ranks
+    return recommend(until, space=space, prior=prior)
 
 
 def race(

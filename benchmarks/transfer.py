@@ -187,10 +187,10 @@ def transfer(
     chosen: dict[tuple[str, int, int], Ranks] = {}
     for (who, seed), study in studies.items():
         for n in (n for n in CHECKPOINTS if n <= n_trials):
-            found = (
-                recommended(who, study, space, n, priors[who]) if who in priors else best_trial(who, study, space, n)
-            )
-            chosen[who, n, seed] = found
+            if who in priors:
+                chosen[who, n, seed] = recommended(who, study, space, n, priors[who]).ranks
+            else:
+                chosen[who, n, seed] = best_trial(who, study, space, n)
     return {**measure(name, task, scores, chosen), "learned from": [source.task.name for source in learned_from]}
 
 

@@ -345,7 +345,7 @@ def _statement(evidence: Evidence, is_uniform: bool, reference: Array, n_verifie
     else:
         said = f"The search alone does not support a gain: {detail}."
     if confirmed is None:
-        return said
+        return said if low <= 0 else f"{said} That is on the search's own seeds: fresh ones may keep less of it."
     low, high = confirmed.interval
     verdict = "Confirmed" if low > 0 else "Worse than uniform" if high < 0 else "Not confirmed"
     measured = f"measured gain {confirmed.gain:+.4f}, 95% interval {low:+.4f} to {high:+.4f}"
