@@ -8,7 +8,7 @@ otherwise on each machine (``embedded.search_dtype``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class SmolLM2Spec:
 
 
 SMOLLM2 = SmolLM2Spec("smollm2-135m-taylor", "smollm2", 0.35, TrainingConfig(10, 4, 3e-3))
+# to search on: allocations differ by twice as much, and their order more by themselves than by the seed
+SMOLLM2_WIDE = replace(SMOLLM2, candidates=(1, 2, 4, 8, 16, 32))
 
 
 class SmolLM2Task:

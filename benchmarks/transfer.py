@@ -42,7 +42,7 @@ from race import best_trial, discrimination, measure, recommended, regret, searc
 from recovery_tasks import load_task
 from results import FOLDER, check, interval, show, write
 from scipy import stats
-from smollm2_task import SMOLLM2, load_smollm2
+from smollm2_task import SMOLLM2, SMOLLM2_WIDE, load_smollm2
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace
 from rankadaptor_optuna.surrogate.features import Array, RankGrid
@@ -255,7 +255,7 @@ def summarise(by_family: Mapping[str, Regrets]) -> tuple[list[dict[str, Any]], d
 def open_target(family: str, folder: Path) -> Target:
     """The task of a family that is raced on."""
     if family == SMOLLM2.family:
-        return load_smollm2()
+        return load_smollm2(SMOLLM2_WIDE)
     return load_task(next(s for s in specs() if s.family == family and s.damage.kind == "taylor"), kept=folder)
 
 
