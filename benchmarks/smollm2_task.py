@@ -41,7 +41,7 @@ class SmolLM2Spec:
 
 
 SMOLLM2 = SmolLM2Spec("smollm2-135m-taylor", "smollm2", 0.35, TrainingConfig(10, 4, 3e-3))
-# to search on: allocations differ by twice as much, at the same cost
+# to search on: a wider range, so that allocations differ by more at the same cost
 SMOLLM2_WIDE = replace(SMOLLM2, candidates=(1, 2, 4, 8, 16, 32))
 
 
