@@ -1,8 +1,8 @@
 """Small real recovery tasks, for races between samplers that allocate LoRA ranks to layers.
 
 Byte-level LLaMAs of 8 to 16 layers are trained on real text, pruned, and recovered with a rank per layer. Everything is
-as in a large study (the package's pruning, nested initialisation, schedule), only small; eight configurations
-are recovered at once, on one thread, so that one costs under a CPU second.
+as in a large study (the package's pruning, nested initialisation, schedule), only small; several configurations
+are recovered at once, eight on a CPU's thread, so that one costs under a CPU second, or 64 on a GPU where there is one.
 
     python benchmarks/recovery_tasks.py [--quick] [NAME ...]
 
@@ -45,7 +45,8 @@ from rankadaptor_optuna.texts import load_texts
 
 LENGTH = 64  # bytes per block
 HELD_OUT = 128  # blocks per evaluation
-TOGETHER = 8  # configurations recovered at once
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOGETHER = 8 if DEVICE == "cpu" else 64  # configurations recovered at once
 _PASSAGE = 2000
 _PRETRAINING = TrainingConfig(steps=1500, batch_size=32, learning_rate=3e-3)
 
@@ -238,8 +239,10 @@ class RecoveryTask:
     ) -> None:
         self.spec = spec
         self.space = RankSpace.from_model(pruned, spec.candidates, spec.budget, unpruned_rank=spec.unpruned_rank)
-        self._train = _blocks(parts.recovery)
-        self._held_out = {False: _blocks(parts.validation, HELD_OUT), True: _blocks(parts.report, HELD_OUT)}
+        pruned.to(DEVICE)
+        self._train = _blocks(parts.recovery).to(DEVICE)
+        held_out = (_blocks(part, HELD_OUT).to(DEVICE) for part in (parts.validation, parts.report))
+        self._held_out = dict(zip((False, True), held_out, strict=True))
         self.dense_loss = dense_loss
         self.pruned_loss = float(block_losses(pruned, self._held_out[False], HELD_OUT).mean())
         self._model = pruned.requires_grad_(False)
@@ -286,7 +289,8 @@ class RecoveryTask:
         try:
             for rows in zip(*(batches(len(self._train), config, seed) for _, seed in chunk), strict=True):
                 self._attach(flat, shapes)
-                loss: Any = block_losses(self._train[np.concatenate(rows)], n).mean(1).sum()
+                chosen = torch.from_numpy(np.concatenate(rows)).to(DEVICE)
+                loss: Any = block_losses(self._train[chosen], n).mean(1).sum()
                 loss.backward()
                 assert flat.grad is not None
                 norm = flat.grad.norm(dim=1, keepdim=True)  # of each configuration's own gradient
@@ -322,7 +326,7 @@ class RecoveryTask:
                 row[ranks.get(layer, 0) :] = 0
             factors += [rows.flatten(1), torch.zeros(len(chunk), n_out * rank)]
             shapes += [(rank, n_in), (n_out, rank)]
-        return torch.cat(factors, 1).requires_grad_(), shapes
+        return torch.cat(factors, 1).to(DEVICE).requires_grad_(), shapes
 
     def _attach(self, flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> None:
         parts = torch.split(flat, [a * b for a, b in shapes], dim=1)

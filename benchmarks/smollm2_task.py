@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from losses import Ranks
-from recovery_tasks import made
+from recovery_tasks import DEVICE, made
 
 from rankadaptor_optuna import RankSpace, RecoveryObjective
 from rankadaptor_optuna.embedded import cache_dir, load_model, quiet
@@ -57,6 +57,7 @@ class SmolLM2Task:
 
     def __init__(self, spec: SmolLM2Spec, pruned: Any, tokenizer: Any, dense_loss: float) -> None:  # noqa: ANN401
         self.spec, self.dense_loss = spec, dense_loss
+        pruned.to(DEVICE)
         self.space = RankSpace.from_model(pruned, spec.candidates, spec.budget)
         texts = load_texts()
         self._objective = RecoveryObjective(
