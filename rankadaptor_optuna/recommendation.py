@@ -31,7 +31,8 @@ class Evidence:
 
     Attributes:
         n_trials: Finished trials of the search that the performance model learned from.
-        gain: Gain over the uniform configuration that the search predicts, in score units, positive is better.
+        gain: Gain over the uniform configuration that the search predicts for other seeds of the recovery and other
+            text, in score units, positive is better.
         interval: Its central 95% interval.
         closest: The nearest finished trials: (number, ranks that differ, score).
         statement: The same in a sentence or two.
@@ -302,7 +303,8 @@ def _explained(
 ) -> Recommendation:
     model, data, grid = found.model, found.data, found.encoding.grid
     chosen = np.asarray(found.encoding.ranks(params))
-    gain, gain_std = (float(x[0]) for x in model.predict_gain(chosen))
+    own_gain, own_std = (float(x[0]) for x in model.predict_gain(chosen))
+    gain, gain_std = (float(x[0]) for x in model.predict_lasting_gain(chosen))
     predicted, std = (float(x[0]) for x in model.predict(chosen, found.encoding.point(params)))
     ranks = {layer: params[name] for name, layer in found.names.items()}
     if len(ranks) < len(found.names):
@@ -324,28 +326,33 @@ def _explained(
         predicted=predicted,
         std=std,
         cost=float(chosen.sum()) if found.space is None else found.space.cost(ranks),
-        evidence=replace(evidence, statement=_statement(evidence, is_uniform, grid.reference, n_verified)),
+        evidence=replace(
+            evidence,
+            statement=_statement(evidence, is_uniform, own_gain > 1.96 * own_std, grid.reference, n_verified),
+        ),
         all_ranks=ranks if found.space is None else found.space.with_fixed(ranks),
         lora=found.lora,
     )
 
 
-def _statement(evidence: Evidence, is_uniform: bool, reference: Array, n_verified: int) -> str:
+def _statement(evidence: Evidence, is_uniform: bool, holds_on_own_seed: bool, reference: Array, n_verified: int) -> str:
     n, (low, high), confirmed = evidence.n_trials, evidence.interval, evidence.confirmed
     uniform = f"rank {reference[0]:g} everywhere" if len(set(reference)) == 1 else "the middle of each rank's range"
     if is_uniform:
         verified = f" and {n_verified} verified on fresh seeds" if n_verified else ""
         return f"After {n} trials{verified} {uniform} itself is recommended: nothing else is safely better."
     interval = f"95% interval {low:+.4f} to {high:+.4f}"
-    detail = f"predicted gain over {uniform} {evidence.gain:+.4f}, {interval}, from {n} trials"
+    detail = f"predicted gain over {uniform} {evidence.gain:+.4f} on fresh seeds, {interval}, from {n} trials"
     if low > 0:
         said = f"Supported by the data: {detail}."
-    elif confirmed is None:
-        said = f"The data does not support a gain yet: {detail}."
-    else:
+    elif confirmed is not None:
         said = f"The search alone does not support a gain: {detail}."
+    elif holds_on_own_seed:
+        said = f"Supported on the search's own seed alone: {detail}."
+    else:
+        said = f"The data does not support a gain yet: {detail}."
     if confirmed is None:
-        return said if low <= 0 else f"{said} That is on the search's own seeds: fresh ones may keep less of it."
+        return said
     low, high = confirmed.interval
     verdict = "Confirmed" if low > 0 else "Worse than uniform" if high < 0 else "Not confirmed"
     measured = f"measured gain {confirmed.gain:+.4f}, 95% interval {low:+.4f} to {high:+.4f}"

@@ -75,7 +75,8 @@ class BayesianHead:
         solved = np.stack([factors[g] for g in kept])
         self._factor = solved[:, :width, :width]
         shift = np.linalg.solve(self._factor.transpose(0, 2, 1), solved[:, width, :width, None])
-        self._mean = means[kept] + shift[:, :, 0]
+        self._prior_mean, self._prior_variance = means[kept], std[kept] ** 2
+        self._mean = self._prior_mean + shift[:, :, 0]
         self.mean: Array = self.weights @ self._mean
         self.noise = float(np.sqrt(self.weights @ noises[kept] ** 2))
 
@@ -99,8 +100,19 @@ class BayesianHead:
 
     def predict(self, features: Array) -> tuple[Array, Array]:
         """Mean and standard deviation (without noise) of features @ w, each (n,), over the mixture."""
-        means = features @ self._mean.T
+        return self.predict_shared(features, 0.0)
+
+    def predict_shared(self, features: Array, apart: float) -> tuple[Array, Array]:
+        """As ``predict``, of what other studies of the same task share with this one.
+
+        The weights are a sum of shared ones and of this study's own, whose prior variance is ``apart`` times the shared
+        ones'. Given the sum w ~ N(mean, std^2), the shared ones are N(mean + (w - mean) / (1 + apart), apart std^2 /
+        (1 + apart)^2).
+        """
+        keep = 1 / (1 + apart)
+        means = features @ (self._prior_mean + keep * (self._mean - self._prior_mean)).T
         spreads = np.stack([((features @ inverse.T) ** 2).sum(1) for inverse in self._inverse], axis=1)
+        spreads = keep**2 * (spreads + apart * features**2 @ self._prior_variance.T)
         mean = means @ self.weights
         variance = (spreads + means**2) @ self.weights - mean**2
         return mean, np.sqrt(np.maximum(variance, 0))

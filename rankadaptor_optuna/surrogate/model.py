@@ -30,6 +30,7 @@ FORMAT = "performance-model-3"  # of files; they hold features, so it rises wher
 _DIFFERENCE = 0.7  # how much series differ, as a share of what they have in common
 _ENDS = 4.0  # how far the first and the last layers may stand out, in units of how much layers vary
 _TREND = 2.0  # more rank helps, in units of how much layers vary, until the data says otherwise
+_APART = 1 / 3  # what a seed's recoveries do not share with others', by variance, to what they do (README, calibration)
 _CAUTION = 0.5  # standard deviations: the best of a great many predictions is one that errs upwards
 
 
@@ -308,6 +309,15 @@ class PerformanceModel:
         narrower than the difference of two predictions.
         """
         return self.predict_difference(self.encode(ranks), self.encode(self.grid.reference))
+
+    def predict_lasting_gain(self, ranks: ArrayLike) -> tuple[Array, Array]:
+        """As ``predict_gain``, of what lasts on other seeds of the recovery and on other text.
+
+        All trials of a study share a seed, of which a part of their differences is; no number of them tells that part
+        from the rest. It is taken to have a third of the variance of what lasts.
+        """
+        mean, std = self._head.predict_shared(self.encode(ranks) - self.encode(self.grid.reference), _APART)
+        return self.spread * mean, self.spread * std
 
     def predict_difference(self, features: Array, others: Array) -> tuple[Array, Array]:
         """As ``predict_gain``, of configurations over others, both as ``encode`` makes them, (n, F)."""

@@ -289,6 +289,14 @@ class PaperModel(PerformanceModel):
         differs = (rows != reference).any(1)
         return gain, np.where(differs, np.sqrt(2) * self.noise, 0)
 
+    def predict_lasting_gain(self, ranks: ArrayLike) -> tuple[Array, Array]:
+        """Not in paper mode.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise _no_tables("predict_lasting_gain")
+
     def sample(self, rng: np.random.Generator) -> Belief:
         """Not in paper mode.
 

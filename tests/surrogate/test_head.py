@@ -73,6 +73,20 @@ def test_without_observations_everything_is_the_prior():
     assert std == pytest.approx(np.sqrt((NEW**2) @ WIDE.std**2))
 
 
+@pytest.mark.parametrize("h", [NARROW, WIDE])
+@pytest.mark.parametrize("apart", [0, 0.25, 2])
+def test_what_is_shared_is_told_from_what_is_a_studys_own_as_by_a_gaussian(h, apart):
+    prior = np.diag(h.std**2)
+    shared = prior / (1 + apart)
+    cross = NEW @ shared @ X.T
+    off = Y - X @ h.mean
+    covariance = X @ prior @ X.T + h.noise**2 * np.eye(N)
+    mean, std = BayesianHead(X, Y, [h]).predict_shared(NEW, apart)
+    assert mean == pytest.approx(NEW @ h.mean + cross @ np.linalg.solve(covariance, off))
+    variance = NEW @ shared @ NEW.T - cross @ np.linalg.solve(covariance, cross.T)
+    assert std == pytest.approx(np.sqrt(np.diag(variance)))
+
+
 def test_samples_have_the_posteriors_mean_and_covariance():
     head, rng = BayesianHead(X, Y, [WIDE]), np.random.default_rng(1)
     draws = np.stack([head.sample(rng) for _ in range(4000)])

@@ -138,6 +138,20 @@ def test_the_gain_is_the_difference_of_predictions_and_surer_than_both():
     assert model.predict_gain([8.0] * 10)[1] == pytest.approx(0)
 
 
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_what_lasts_of_a_gain_is_less_and_less_sure_however_many_trials_there_are(direction):
+    ranks = configurations(200)
+    model = PerformanceModel(SPACE, prior=None, direction=direction)
+    model.update(ranks, score(ranks) if direction == "maximize" else -score(ranks))
+    best = ranks[score(ranks).argsort()[-5:]]
+    gain, std = model.predict_gain(best)
+    lasting, spread = model.predict_lasting_gain(best)
+    assert (lasting > 0).all()
+    assert (lasting < gain).all()
+    assert (spread > 3 * std).all()
+    assert np.ravel(model.predict_lasting_gain([8.0] * 10)).tolist() == [0, 0]
+
+
 def test_the_beliefs_table_says_what_predict_does_at_the_total_rank_of_the_best_trial():
     model, tried = fitted(), configurations(40)
     best = tried[score(tried).argmax()]

@@ -195,6 +195,7 @@ def test_ordinary_parameters_are_inputs_too():
         lambda m: m.sample(np.random.default_rng(0)),
         lambda m: m.mean(),
         lambda m: m.constraint(m.features, m.targets),
+        lambda m: m.predict_lasting_gain([8.0] * 10),
     ],
 )
 def test_there_are_no_tables_to_draw(call):
