@@ -214,12 +214,32 @@ def regrets(found: Mapping[str, Any]) -> Regrets:
     return {who: {n: regret(found, losses) for n, losses in by.items()} for who, by in found["losses"].items()}
 
 
+def differences(by_family: Mapping[str, Regrets]) -> list[dict[str, Any]]:
+    """Differences of regrets, paired by search, with the 95% interval that is due to the searches of these families."""
+    shown, middle, final = _checkpoints(by_family)
+    wanted = [(who, n, NONE, n) for who in (PRIOR, ADVERSARIAL) for n in shown]
+    rows = []
+    for who, n, other, m in (*wanted, *((PRIOR, middle, peer, final) for peer in PEERS)):
+        apart = [by[who][n] - by[other][m] for by in by_family.values()]
+        errors = [stats.sem(values) if len(values) > 1 else np.nan for values in apart]
+        half = 1.96 * np.linalg.norm(errors) / len(apart)
+        mean = np.mean([values.mean() for values in apart])
+        rows.append({"regret": f"{who} @{n}", "less that of": f"{other} @{m}", "is": f"{mean:+.3f} ±{half:.3f}"})
+    return rows
+
+
+def _checkpoints(by_family: Mapping[str, Regrets]) -> tuple[list[int], int, int]:
+    """Those shown, and the two that the goals are about."""
+    checkpoints = list(next(iter(next(iter(by_family.values())).values())))
+    middle, final = (10, 25) if checkpoints[-1] >= 25 else (checkpoints[0], checkpoints[-1])
+    return [n for n in SHOWN if n in checkpoints], middle, final
+
+
 def summarise(by_family: Mapping[str, Regrets]) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
     """The table's rows, the checks, and where the prior does not help."""
     first = next(iter(by_family.values()))
     checkpoints = list(next(iter(first.values())))
-    shown = [n for n in SHOWN if n in checkpoints]
-    middle, final = (10, 25) if checkpoints[-1] >= 25 else (checkpoints[0], checkpoints[-1])
+    shown, middle, final = _checkpoints(by_family)
     means = {
         who: {n: np.asarray([by[who][n].mean() for by in by_family.values()]) for n in checkpoints} for who in first
     }
@@ -282,8 +302,11 @@ def main() -> None:
         seeds = min(args.seeds, SMOLLM2_SEEDS) if family == SMOLLM2.family else args.seeds
         found.append(transfer(family, open_target(family, args.folder), sources, args.folder, args.trials, seeds))
     show([discrimination(one) for one in found])
-    rows, checks, where = summarise({one["task"]: regrets(one) for one in found})
+    by_family = {one["task"]: regrets(one) for one in found}
+    rows, checks, where = summarise(by_family)
+    paired = differences(by_family)
     show(rows)
+    show(paired)
     print(where)
     write(
         "transfer_part" if args.quick or args.families else "transfer",
@@ -291,6 +314,7 @@ def main() -> None:
         checks,
         seeds={"searches": args.seeds, SMOLLM2.family: min(args.seeds, SMOLLM2_SEEDS), "meta-training": 0},
         where=where,
+        differences=paired,
         cpu_seconds_of_this_run=round(time.process_time() - start),
         found=found,
     )

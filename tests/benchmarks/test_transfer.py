@@ -153,6 +153,21 @@ def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior
     assert {"p to none@5", "p to none@10"} <= of_all.keys()
 
 
+def test_differences_are_paired_by_search_and_as_sure_as_the_searches_are_alike(transfer):
+    def family(prior, none):
+        at = dict.fromkeys(transfer.CHECKPOINTS, np.zeros(4))
+        who = dict.fromkeys((transfer.ADVERSARIAL, *transfer.PEERS), at)
+        return who | {transfer.PRIOR: at | {10: np.asarray(prior)}, transfer.NONE: at | {10: np.asarray(none)}}
+
+    rows = transfer.differences(
+        {"one": family([0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.5, 0.6]), "other": family([0.5, 0, 0.5, 0], [0] * 4)}
+    )
+    found = {(row["regret"], row["less that of"]): row["is"] for row in rows}
+    half = 1.96 * np.sqrt(np.var([0.5, 0, 0.5, 0], ddof=1) / 4) / 2  # the first family's difference is always the same
+    assert found[f"{transfer.PRIOR} @10", f"{transfer.NONE} @10"] == f"+0.025 ±{half:.3f}"
+    assert found[f"{transfer.PRIOR} @10", "GP @25"].startswith("+0.250 ±")
+
+
 def test_a_peer_that_ends_with_the_best_is_no_trouble(transfer):
     nothing = {n: [1.0, 1.0] for n in transfer.CHECKPOINTS}
     who = dict.fromkeys((transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, *transfer.PEERS), nothing)
