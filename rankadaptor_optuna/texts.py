@@ -33,7 +33,7 @@ def load_texts() -> Texts:
     """The Python language reference, split 8 : 1 : 1 by passages of about 2,000 characters.
 
     Its topics repeat whole sections of each other; a paragraph that came before is dropped, so nothing of one part
-    stands in another.
+    stands in another. It is the running Python's: another version has another text, and other losses.
     """
     from pydoc_data.topics import topics
 
