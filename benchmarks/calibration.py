@@ -9,9 +9,9 @@ studies are those of ``race.py``; where its folder has them nothing is trained h
 of ``collect_tasks.py`` so far: there both learn from 10 and 25 of the recoveries, drawn anew for each seed, and predict
 the others.
 
-Then what becomes of a recommendation's promise: the gain over uniform that ``recommend`` predicts from the search's one
-seed and text, and what three fresh seeds measure of it on text that no search saw, in standard deviations of random
-allocations' losses.
+Then what becomes of a recommendation's promise: the gain over uniform that ``recommend`` predicts for other seeds and
+other text, and what three fresh seeds measure on text that no search saw, in standard deviations of random allocations'
+losses.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def kept(task: str, n: int, promised: Sequence[Sequence[float]]) -> dict[str, An
         "measured gain": f"{gain.mean():.2f}",
         "in the 95% interval": f"{inside(promised):.0%}",
         "below it": f"{np.mean(gain < low):.0%}",
+        "interval above 0": int((low > 0).sum()),
     }
 
 

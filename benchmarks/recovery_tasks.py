@@ -241,8 +241,10 @@ class RecoveryTask:
         self.space = RankSpace.from_model(pruned, spec.candidates, spec.budget, unpruned_rank=spec.unpruned_rank)
         pruned.to(DEVICE)
         self._train = _blocks(parts.recovery).to(DEVICE)
-        held_out = (_blocks(part, HELD_OUT).to(DEVICE) for part in (parts.validation, parts.report))
-        self._held_out = dict(zip((False, True), held_out, strict=True))
+        self._held_out = {
+            False: _blocks(parts.validation, HELD_OUT).to(DEVICE),
+            True: _blocks(parts.report, HELD_OUT).to(DEVICE),
+        }
         self.dense_loss = dense_loss
         self.pruned_loss = float(block_losses(pruned, self._held_out[False], HELD_OUT).mean())
         self._model = pruned.requires_grad_(False)

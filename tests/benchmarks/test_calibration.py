@@ -57,5 +57,5 @@ def test_what_a_search_promises_is_measured_on_fresh_seeds_and_in_random_spreads
 
 
 def test_promises_are_kept_where_the_measured_gain_is_in_the_interval(calibration):
-    row = calibration.kept("a task", 25, [[2, 1, 3, 2], [2, 1, 3, 0], [2, 1, 3, 0], [2, 1, 3, 4]])
-    assert list(row.values()) == ["a task", 25, 4, "2.00", "1.50", "25%", "50%"]
+    row = calibration.kept("a task", 25, [[2, 1, 3, 2], [2, 1, 3, 0], [2, 1, 3, 0], [2, -1, 3, 4]])
+    assert list(row.values()) == ["a task", 25, 4, "2.00", "1.50", "25%", "50%", 3]
