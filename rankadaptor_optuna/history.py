@@ -19,6 +19,7 @@ from rankadaptor_optuna.surrogate.model import PerformanceModel
 PROPOSAL_ATTR = "rankadaptor:proposal"
 VERIFY_ATTR = "rankadaptor:verify"
 ITEMS_ATTR = "rankadaptor:items"
+SENSITIVITY_ATTR = "rankadaptor:sensitivity"  # of a study
 _MIN_TO_EXTRAPOLATE = 3
 _LATEST = 10
 
@@ -32,6 +33,7 @@ class History:
         finished: Finished trials in the order in which they were read.
         unfinished: Waiting and running trials as of the last ``refresh``.
         common: Parameters that every completed trial has, with their latest distribution (a range may have changed).
+        sensitivity: What the study knows of its layers, by rank parameter: see ``Encoding``.
     """
 
     def __init__(self, study: Study) -> None:
@@ -43,6 +45,7 @@ class History:
         self.finished: list[FrozenTrial] = []
         self.unfinished: list[FrozenTrial] = []
         self.common: dict[str, BaseDistribution] = {}
+        self.sensitivity: dict[str, float] = {}
         self._latest, self._n_seen = -1, 0
         self._encoded = None
         self._n_values = len(self._storage.get_study_directions(self._study_id))
@@ -59,6 +62,8 @@ class History:
         trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
         if len(trials) < self._n_seen or (self.finished and not _is_in(self.finished[-1], trials)):
             self._reset()  # the study was deleted, and another one got its id
+        if not self.sensitivity:
+            self.sensitivity = self._storage.get_study_user_attrs(self._study_id).get(SENSITIVITY_ATTR, {})
         unread = [trials[t.number] for t in self.unfinished] + trials[self._n_seen :]
         unread = [t for t in unread if verification_seed(t) is None]
         self._n_seen = len(trials)

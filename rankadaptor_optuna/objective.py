@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
-from rankadaptor_optuna.history import ITEMS_ATTR, verification_seed
+from rankadaptor_optuna.history import ITEMS_ATTR, SENSITIVITY_ATTR, verification_seed
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, attached, lora_config
 from rankadaptor_optuna.recovery.processes import place, sent, together
+from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
 from rankadaptor_optuna.settings import check_reports
@@ -40,6 +41,9 @@ class RecoveryObjective:
 
     A trial that fails (loss not finite, out of memory, data that cannot be read) becomes a FAIL trial with its reason
     in the user attribute ``fail_reason``; what it held is freed, and the study goes on.
+
+    A trial of uniform ranks also measures how sensitive the loss is to each layer's adapter, once a study, by a forward
+    and a backward pass over the held-out data: the performance model expects rank to be worth most where that is high.
 
     With ``report_every`` a trial reports its loss on the first held-out blocks along the way (negative where higher is
     better), and stops where the study's pruner says so. With ``report_items`` it reports, once trained, the loss of
@@ -224,6 +228,8 @@ class RecoveryObjective:
                 self.recovered(ranks, seed=seed, on_step=report if seed is None else None, on_trained=note) as model,
             ):
                 score = self._score(trial, model, by_item=self._report_items and seed is None)
+                if seed is None and any(ranks.values()) and ranks == self.space.uniform():
+                    self._note_sensitivity(trial, model)
             if not math.isfinite(score):
                 raise FloatingPointError(f"the {self.metric} on held-out data is {score}.")
         except _FAILURES as error:
@@ -249,6 +255,12 @@ class RecoveryObjective:
             if value is not None:
                 trial.set_user_attr(name, value)
         return found[self.metric]
+
+    def _note_sensitivity(self, trial: Trial, model: Any) -> None:  # noqa: ANN401
+        study = getattr(trial, "study", None)  # which a FixedTrial has not
+        if study is not None and SENSITIVITY_ATTR not in study.user_attrs:
+            found = self.space.by_module(sensitivities(model, self.held_out))
+            study.set_user_attr(SENSITIVITY_ATTR, {self.space.name(module): value for module, value in found.items()})
 
     def _losses_by_item(self, trial: Trial, model: Any) -> NDArray[np.float64]:  # noqa: ANN401
         """Reports the loss of each held-out block; the order is shuffled lest the first ones decide every trial."""

@@ -137,7 +137,12 @@ class RankAdaptorSampler(BaseSampler):
         ranks = {} if self.space is None else self.space.distributions()
         ranked = not ranks.keys().isdisjoint(search_space)
         # PartialFixedSampler takes its names out of the search space; their ranks still cost
-        encoding = Encoding({**ranks, **search_space}, self._grid, list(ranks)) if ranked else Encoding(search_space)
+        with self._lock:
+            known = self._history(study).sensitivity
+        if ranked:
+            encoding = Encoding({**ranks, **search_space}, self._grid, list(ranks), known)
+        else:
+            encoding = Encoding(search_space, sensitivity=known)
         rng = self._rng(trial, "relative")
         given: dict[str, Any] = {}
         if encoding.rank_names:
@@ -152,7 +157,7 @@ class RankAdaptorSampler(BaseSampler):
             allocations = Allocations.of(encoding.grid, self._budget(encoding), rows)
             table, params = self._draw(study, trials, allocations, rng)
             if encoding.rank_names:
-                wants_uniform = encoding.grid is self._grid and not rows
+                wants_uniform = encoding.is_given and not rows
                 chosen = self._announce(study, trial, history, trials, allocations, table, wants_uniform, rng)
                 params |= dict(zip(encoding.rank_names, chosen, strict=True))
         return {name: value for name, value in params.items() if name in search_space}
@@ -188,7 +193,7 @@ class RankAdaptorSampler(BaseSampler):
         return PerformanceModel(encoding.grid, prior=prior, n_ordinary=encoding.width)
 
     def _budget(self, encoding: Encoding) -> float | None:
-        if encoding.grid is not self._grid or self.space is None or self.space.budget is None:
+        if not encoding.is_given or self.space is None or self.space.budget is None:
             return None
         return self.space.budget - self.space.fixed_cost
 

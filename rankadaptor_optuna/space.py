@@ -197,6 +197,17 @@ class RankSpace:
             granularity=granularity,
         )
 
+    def by_module(self, values: Mapping[str, float]) -> dict[Any, float]:
+        """Sums of what the model's modules have, by their names, over each searched layer (or sublayer)."""
+        found = dict.fromkeys(self.modules, 0.0)
+        for name, value in values.items():
+            match = _LAYER.search(name)
+            if match is not None:
+                module = int(match[1]) if self.granularity == "layer" else f"{match[1]}.{match[2]}"
+                if module in found:
+                    found[module] += value
+        return found
+
     def name(self, module: int | str) -> str:
         """Name of the study parameter that holds the rank of a layer, or of one of its sublayers."""
         layer, *sublayer = str(module).split(".")

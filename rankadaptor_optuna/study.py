@@ -140,9 +140,9 @@ def study_encoding(study: Study, history: History, space: RankSpace | None = Non
     """How the study's trials become ranks and points, by its space or else by their names; ``history`` is read."""
     space = space or study_space(study)
     if space is None:
-        return Encoding(history.searched)
+        return Encoding(history.searched, sensitivity=history.sensitivity)
     known = {**history.searched, **space.distributions()}
-    return Encoding(known, RankGrid.from_space(space), list(space.distributions()))
+    return Encoding(known, RankGrid.from_space(space), list(space.distributions()), history.sensitivity)
 
 
 def finished_trials(study: Study, space: RankSpace | None = None) -> list[FrozenTrial]:

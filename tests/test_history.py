@@ -13,6 +13,7 @@ from rankadaptor_optuna import RankAdaptorSampler
 from rankadaptor_optuna.history import (
     ITEMS_ATTR,
     PROPOSAL_ATTR,
+    SENSITIVITY_ATTR,
     VERIFY_ATTR,
     Data,
     History,
@@ -451,3 +452,12 @@ def test_the_margin_is_the_share_of_the_latest_trials_that_broke_a_constraint():
     assert margin() == 0
     assert margin(False, True) == 0.5
     assert margin(*[False] * 8, *[True] * 7) == 0.3
+
+
+def test_sensitivities_are_read_when_the_study_has_them():
+    study = optuna.create_study()
+    history = history_of(study)
+    assert history.sensitivity == {}
+    study.set_user_attr(SENSITIVITY_ATTR, {"r_0": 0.5})
+    history.refresh()
+    assert history.sensitivity == {"r_0": 0.5}

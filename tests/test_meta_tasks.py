@@ -9,6 +9,7 @@ from optuna.samplers import RandomSampler
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study, recommend
 from rankadaptor_optuna.cli import main
+from rankadaptor_optuna.history import SENSITIVITY_ATTR
 from rankadaptor_optuna.meta_tasks import meta_task, read_tasks, train_prior
 from rankadaptor_optuna.priors import as_text
 from rankadaptor_optuna.surrogate.store import PriorStore
@@ -203,3 +204,10 @@ def test_what_cannot_be_learned_is_an_error_in_one_line(url, capsys, arguments, 
     new_study(url, "empty")
     assert main(["meta-train", "--storage", url, *arguments]) == 2
     assert error in capsys.readouterr().err
+
+
+def test_a_study_that_knows_its_layers_sensitivities_teaches_them(url):
+    study = searched(url, "s")
+    known = {name: float(i) for i, name in enumerate(sorted(study.trials[0].params))}
+    study.set_user_attr(SENSITIVITY_ATTR, known)
+    assert meta_task(study).grid.sensitivity.tolist() == [0, 1, 2, 3]

@@ -12,11 +12,12 @@ from optuna.trial import TrialState
 
 import rankadaptor_optuna.objective
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective, create_study
-from rankadaptor_optuna.history import VERIFY_ATTR
+from rankadaptor_optuna.history import SENSITIVITY_ATTR, VERIFY_ATTR
 from rankadaptor_optuna.recommendation import Findings
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
+from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.tasks import TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
 
@@ -393,3 +394,44 @@ def test_records_are_recovered_on_and_scored_by_their_responses(make_job, tokeni
 def test_settings_that_cannot_work_are_refused(make_job, tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
         make_job(tokenizer, **settings)
+
+
+def test_the_uniform_trial_tells_the_study_once_how_sensitive_its_layers_are(job, monkeypatch):
+    study = run(job, 3)
+    with job.recovered(job.space.uniform()) as adapted:
+        found = job.space.by_module(sensitivities(adapted, job.held_out))
+    told = study.user_attrs[SENSITIVITY_ATTR]
+    assert list(told) == list(job.space.distributions())
+    assert list(told.values()) == pytest.approx(list(found.values()))
+    assert max(told.values()) > 0
+    monkeypatch.setattr(rankadaptor_optuna.objective, "sensitivities", None)
+    study.enqueue_trial({job.space.name(module): rank for module, rank in job.space.uniform().items()})
+    study.optimize(job, n_trials=1)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 4
+
+
+def test_no_other_trial_tells_of_sensitivity(job):
+    study = optuna.create_study(direction="minimize")
+    study.enqueue_trial(dict(zip(job.space.distributions(), (2, 8, 4, 2), strict=True)))
+    uniform = {job.space.name(module): rank for module, rank in job.space.uniform().items()}
+    study.enqueue_trial(uniform, user_attrs={VERIFY_ATTR: 5})  # of another seed
+    study.optimize(job, n_trials=2)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2
+    assert SENSITIVITY_ATTR not in study.user_attrs
+
+
+def test_a_uniform_trial_without_adapters_has_no_sensitivity(make_job, tokenizer):
+    job = make_job(tokenizer, candidates=(0, 8), budget="uniform:4")
+    study = run(job, 1)
+    assert set(study.trials[0].params.values()) == {0}
+    assert SENSITIVITY_ATTR not in study.user_attrs
+
+
+def test_attention_and_mlp_have_sensitivities_of_their_own(model, tokenizer, texts):
+    space = RankSpace.from_model(model, (0, 4, 8), "uniform:4", granularity="sublayer")
+    job = RecoveryObjective(
+        model, tokenizer, space, train=texts[:8], validation=texts[8:], training=TRAINING, block_length=32
+    )
+    told = run(job, 1).user_attrs[SENSITIVITY_ATTR]
+    assert list(told) == list(space.distributions())
+    assert len(set(told.values())) == 8

@@ -18,6 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from rankadaptor_optuna import PerformanceModel, RankAdaptorSampler, RankSpace, recommend
+from rankadaptor_optuna.history import SENSITIVITY_ATTR
 
 SPACE = RankSpace(8, budget="uniform:8", costs=[100, 110, 120, 130, 120, 110, 100, 90])
 RANK = SPACE.distributions()[SPACE.name(0)]
@@ -780,3 +781,46 @@ def test_a_negative_number_of_startup_trials_is_refused():
 def test_a_prior_that_cannot_be_read_is_refused_at_once():
     with pytest.raises(ValueError, match="cannot read the prior 'nowhere'"):
         RankAdaptorSampler(prior="nowhere")
+
+
+SENSITIVITY = {SPACE.name(layer): value for layer, value in enumerate([1.0, 1, 9, 1, 1, 6, 1, 1])}
+
+
+def test_proposals_follow_the_layers_sensitivities_from_the_second_on():
+    told, others = [], []
+    for seed in range(8):
+        study = new_study(seed=seed)
+        first = study.ask()
+        study.set_user_attr(SENSITIVITY_ATTR, SENSITIVITY)
+        study.tell(first, objective(first))
+        assert is_uniform(study.trials[0])
+        ranks = SPACE.suggest(study.ask())
+        told += [ranks[2], ranks[5]]
+        others += [rank for layer, rank in ranks.items() if layer not in (2, 5)]
+        assert SPACE.is_feasible(ranks)
+    assert np.mean(told) > np.mean(others) + 2
+
+
+def test_what_a_sampler_proposes_rests_on_the_stored_sensitivities_whichever_process_asks():
+    proposals = []
+    for known in (SENSITIVITY, SENSITIVITY, {}):
+        study = new_study()
+        study.optimize(objective, n_trials=3)
+        study.set_user_attr(SENSITIVITY_ATTR, known)
+        if len(proposals) == 1:
+            study.sampler = RankAdaptorSampler(SPACE, prior=None, seed=0)  # has not seen the trials before
+        proposals.append(SPACE.suggest(study.ask()))
+    assert proposals[0] == proposals[1] != proposals[2]
+
+
+def test_without_a_space_sensitivities_are_those_of_the_parameters_names():
+    study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
+    study.optimize(objective, n_trials=3)
+    study.set_user_attr(SENSITIVITY_ATTR, SENSITIVITY)
+    assert recommend(study, prior=None).params != recommend(without_sensitivity(study), prior=None).params
+
+
+def without_sensitivity(study):
+    other = optuna.create_study(direction="maximize")
+    other.add_trials(study.trials)
+    return other

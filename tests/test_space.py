@@ -297,3 +297,18 @@ def test_trials_of_another_sampler_over_the_budget_are_marked_infeasible():
     over = {t.number: t.value - space.budget for t in study.trials if t.value > space.budget}
     assert 0 < len(over) < 20
     assert {t.number: t.constraints["budget"] for t in study.trials if t.constraints} == over
+
+
+@pytest.mark.parametrize(
+    ("granularity", "expected"),
+    [
+        ("layer", {1: 7.0, 12: 40.0}),
+        ("sublayer", {"1.self_attn": 3.0, "1.mlp": 4.0, "12.self_attn": 0.0, "12.mlp": 40.0}),
+    ],
+)
+def test_what_modules_have_is_summed_over_what_has_a_rank(granularity, expected):
+    space = RankSpace(13, layers=[1, 12], granularity=granularity)
+    values = {"self_attn.q_proj": 1.0, "self_attn.o_proj": 2.0, "mlp.up_proj": 4.0}
+    named = {f"base_model.model.model.layers.1.{name}": value for name, value in values.items()}
+    named |= {"model.layers.2.mlp.up_proj": 100.0, "layers.12.mlp.up_proj": 40.0, "lm_head": 1000.0}
+    assert space.by_module(named) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,10 @@ class Encoding:
         space: Distributions by name.
         grid: Grid of the rank parameters where a ``RankSpace`` gives it; else it is read off the names.
         rank_names: Names of the rank parameters in the grid's order, with ``grid``.
+        sensitivity: The grid's, by name of the rank parameter; not heeded unless it has a number for each.
+
+    Attributes:
+        is_given: Whether the grid was given.
     """
 
     def __init__(
@@ -72,19 +77,23 @@ class Encoding:
         space: Mapping[str, BaseDistribution],
         grid: RankGrid | None = None,
         rank_names: list[str] | None = None,
+        sensitivity: Mapping[str, float] | None = None,
     ) -> None:
+        self.is_given = grid is not None
         if grid is None:
             found = _rank_series(space)
             rank_names, grid = list(found), _grid_of(space, found)
-        self.grid = grid
         self.rank_names = rank_names or []
+        known = np.asarray([(sensitivity or {}).get(name, np.nan) for name in self.rank_names], dtype=np.float64)
+        self.grid = replace(grid, sensitivity=known) if np.isfinite(known).all() else grid
         self.space = dict(space)
         self.ordinary_names = [name for name in space if name not in set(self.rank_names)]
         self.width = sum(_width(space[name]) for name in self.ordinary_names)
 
     def is_like(self, other: Encoding) -> bool:
-        """Whether both encode the same parameters."""
-        return self.space == other.space and self.rank_names == other.rank_names
+        """Whether both encode the same parameters alike."""
+        same = self.space == other.space and self.rank_names == other.rank_names
+        return same and np.array_equal(self.grid.sensitivity, other.grid.sensitivity)
 
     def ranks(self, params: Mapping[str, Any]) -> list[float]:
         """Rank values of a trial in the grid's order, as they are: a changed range does not matter."""

@@ -1,8 +1,8 @@
 """Rank vector -> features, at any depth.
 
-Every feature is a sum over layers of a function of that layer alone (its rank, place and pruning profile), so that one
-prior serves models of any number of layers, and a linear function of the features is a table ``[layer, candidate]``
-that can be optimised exactly under a budget.
+Every feature is a sum over layers of a function of that layer alone (its rank, place, pruning profile and sensitivity),
+so that one prior serves models of any number of layers, and a linear function of the features is a table ``[layer,
+candidate]`` that can be optimised exactly under a budget.
 
 Where a layer has several ranks (attention and MLP, say) there are several series of them along the depth: functions
 that have something in common and differ otherwise. Each rank of a series counts as a layer below.
@@ -25,8 +25,10 @@ Array = NDArray[np.float64]
 N_SMOOTH = 8
 N_CURVATURE = 4
 N_PROFILE = 2
+N_SENSITIVITY = 2
 N_ENDS = 2
-N_FUNCTION = N_SMOOTH + N_CURVATURE + N_PROFILE + N_ENDS  # what a function along the depth is made of
+N_INPUTS = 4  # of the MLP
+_POWER = 1.5  # of a sensitivity: what an adapter does at one rank says less than in proportion what more would add
 
 
 @dataclass
@@ -40,6 +42,8 @@ class RankGrid:
         costs: Cost of one rank in each layer, (L,).
         reference: The uniform configuration, (L,); features are differences from it.
         series: Which series of ranks along the depth each belongs to, (L,), from 0. Default: all to one.
+        sensitivity: How fast the loss fell as each layer's adapter was scaled up (``recovery.sensitivity``), (L,).
+            Default: unknown (zeros).
     """
 
     depth: Array
@@ -48,12 +52,15 @@ class RankGrid:
     costs: Array
     reference: Array
     series: NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, dtype=np.intp))
+    sensitivity: Array = field(default_factory=lambda: np.zeros(0))
     low: float = field(init=False, default=0.0)
     high: float = field(init=False, default=1.0)
 
     def __post_init__(self) -> None:
         if not len(self.series):
             self.series = np.zeros(len(self.depth), dtype=np.intp)
+        if not len(self.sensitivity):
+            self.sensitivity = np.zeros(len(self.depth))
         if len(self.values):
             self.low = float(min(v.min() for v in self.values))
             self.high = float(max(v.max() for v in self.values))
@@ -113,7 +120,7 @@ class RankGrid:
 
 @dataclass(frozen=True)
 class MLP:
-    """The meta-learned feature network: (scaled rank, depth, profile) of one layer -> M features, tanh inside.
+    """The meta-learned feature network: ``mlp_inputs`` of one layer -> M features, tanh inside.
 
     Attributes:
         weights: Matrices of the layers, each (in, out).
@@ -128,8 +135,8 @@ class MLP:
         object.__setattr__(self, "weights", [np.ascontiguousarray(weight) for weight in self.weights])
 
     def __call__(self, inputs: Array) -> Array:
-        """Maps (..., 3) to (..., M)."""
-        hidden = inputs
+        """Maps (..., 4) to (..., M)."""
+        hidden = inputs[..., : len(self.weights[0])]  # a prior of format 1 has not the last one
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             hidden = np.tanh(hidden @ weight + bias)
         out: Array = hidden @ self.weights[-1] + self.biases[-1]
@@ -141,16 +148,20 @@ class MLP:
         return int(self.weights[-1].shape[1])
 
 
-def groups(n_layers: int, mlp: MLP | None, n_series: int = 1) -> dict[str, slice]:
+def groups(grid: RankGrid, mlp: MLP | None) -> dict[str, slice]:
     """Columns of each feature group, in the order in which ``per_layer`` lays them out."""
-    sizes = {
+    function = {  # what a function along the depth is made of
         "smooth": N_SMOOTH,
         "curvature": N_CURVATURE,
         "profile": N_PROFILE,
+        "sensitivity": N_SENSITIVITY if _sensitivity(grid).any() else 0,
         "ends": N_ENDS,
-        "residual": n_layers,
-        "residual curvature": n_layers,
-        "difference": N_FUNCTION * (n_series - 1),
+    }
+    sizes = {
+        **function,
+        "residual": grid.n_layers,
+        "residual curvature": grid.n_layers,
+        "difference": sum(function.values()) * (grid.n_series - 1),
         "mlp": 0 if mlp is None else mlp.n_features,
     }
     ends = np.cumsum(list(sizes.values()))
@@ -166,6 +177,12 @@ def _profile(grid: RankGrid) -> Array:
         if spread > 1e-6:
             standardised[grid.series == series] = (profile - profile.mean()) / spread
     return standardised
+
+
+def _sensitivity(grid: RankGrid) -> Array:
+    """The layers' sensitivities relative to their mean, less 1, (L,); zeros where they are unknown."""
+    powers: Array = np.maximum(grid.sensitivity, 0) ** _POWER
+    return powers / powers.mean() - 1 if powers.any() else np.zeros(grid.n_layers)
 
 
 def contrasts(n_series: int) -> Array:
@@ -190,9 +207,9 @@ def _ends(grid: RankGrid) -> Array:
 
 
 def mlp_inputs(grid: RankGrid, ranks: Array) -> Array:
-    """What the MLP sees of each layer: scaled rank, relative depth, standardised profile, (n, L, 3)."""
+    """What the MLP sees of each layer: scaled rank, relative depth, standardised profile, sensitivity, (n, L, 4)."""
     t = grid.scaled(ranks)
-    return np.stack(np.broadcast_arrays(t, grid.depth, _profile(grid)), axis=2)
+    return np.stack(np.broadcast_arrays(t, grid.depth, _profile(grid), _sensitivity(grid)), axis=2)
 
 
 def per_layer(grid: RankGrid, ranks: Array, mlp: MLP | None) -> Array:
@@ -200,8 +217,10 @@ def per_layer(grid: RankGrid, ranks: Array, mlp: MLP | None) -> Array:
     n_layers = grid.n_layers
     t = grid.scaled(ranks)[:, :, None]
     cosines = np.cos(np.pi * grid.depth[:, None] * np.arange(N_SMOOTH))
-    profile = _profile(grid)[:, None]
-    parts = [t * cosines, t**2 * cosines[:, :N_CURVATURE], t * profile, t**2 * profile, t * _ends(grid)]
+    profile, sensitivity = _profile(grid)[:, None], _sensitivity(grid)[:, None]
+    parts = [t * cosines, t**2 * cosines[:, :N_CURVATURE], t * profile, t**2 * profile]
+    parts += [t * sensitivity, t**2 * sensitivity] if sensitivity.any() else []
+    parts.append(t * _ends(grid))
     function = np.concatenate(parts, axis=2)
     blocks = [function, t * np.eye(n_layers), t**2 * np.eye(n_layers)]
     blocks += [function * column[:, None] for column in contrasts(grid.n_series)[grid.series].T]

@@ -20,13 +20,13 @@ def dumps(tensors: Mapping[str, NDArray[np.generic]], metadata: dict[str, str]) 
     return save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata)
 
 
-def loads(data: bytes, what: str, version: str) -> tuple[dict[str, Array], dict[str, str]]:
-    """Tensors and metadata of ``data``, whose metadata must have ``version`` as its ``format``.
+def loads(data: bytes, what: str, *versions: str) -> tuple[dict[str, Array], dict[str, str]]:
+    """Tensors and metadata of ``data``, whose metadata must have one of the ``versions`` as its ``format``.
 
     Args:
         data: Content of a safetensors file.
         what: What it is, for messages.
-        version: The format that is read.
+        *versions: The formats that are read.
 
     Raises:
         ValueError: It is not safetensors, or of another format.
@@ -37,8 +37,8 @@ def loads(data: bytes, what: str, version: str) -> tuple[dict[str, Array], dict[
         raise ValueError(f"cannot read the {what}: {error}") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__") or {}
-    if (found := metadata.get("format")) != version:
-        raise ValueError(f"{what} has format {found!r}; this version reads {version!r}.")
+    if (found := metadata.get("format")) not in versions:
+        raise ValueError(f"{what} has format {found!r}; this version reads {' and '.join(map(repr, versions))}.")
     return tensors, metadata
 
 
@@ -54,7 +54,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, NDArray[np.generic
         raise ValueError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
 
-def read(path: str | os.PathLike[str], what: str, version: str) -> tuple[dict[str, Array], dict[str, str]]:
+def read(path: str | os.PathLike[str], what: str, *versions: str) -> tuple[dict[str, Array], dict[str, str]]:
     """Reads a file; see ``loads``.
 
     Raises:
@@ -64,4 +64,4 @@ def read(path: str | os.PathLike[str], what: str, version: str) -> tuple[dict[st
         data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read the {what} {os.fspath(path)!r}: {error}") from error
-    return loads(data, f"{what} {os.fspath(path)!r}", version)
+    return loads(data, f"{what} {os.fspath(path)!r}", *versions)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from rankadaptor_optuna import __version__
-from rankadaptor_optuna.surrogate.features import MLP, Array, RankGrid, mlp_inputs
+from rankadaptor_optuna.surrogate.features import MLP, N_INPUTS, Array, RankGrid, mlp_inputs
 from rankadaptor_optuna.surrogate.model import PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior
 
@@ -219,7 +219,7 @@ class _Prepared:
 class _Learner(torch.nn.Module):
     def __init__(self, n_features: int, hidden: int) -> None:
         super().__init__()
-        self._hidden = torch.nn.ModuleList(torch.nn.Linear(width, hidden, **_KIND) for width in (3, hidden))
+        self._hidden = torch.nn.ModuleList(torch.nn.Linear(width, hidden, **_KIND) for width in (N_INPUTS, hidden))
         self._out = torch.nn.Linear(hidden, n_features, **_KIND)
         self.mean = torch.nn.Parameter(torch.zeros(n_features, **_KIND))
         self.log_std = torch.nn.Parameter(torch.zeros(n_features, **_KIND))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FORMAT = "performance-model-3"  # of files; they hold features, so it rises where these change, too
 _DIFFERENCE = 0.7  # how much series differ, as a share of what they have in common
 _ENDS = 4.0  # how far the first and the last layers may stand out, in units of how much layers vary
+_SENSITIVITY = 0.7  # how far the worth of rank strays from being proportional to the layers' sensitivity, likewise
 _TREND = 2.0  # more rank helps, in units of how much layers vary, until the data says otherwise
 _APART = 1 / 3  # what a seed's recoveries do not share with others', by variance, to what they do (README, calibration)
 _CAUTION = 0.5  # standard deviations: the best of a great many predictions is one that errs upwards
@@ -99,8 +100,9 @@ class PerformanceModel:
     """Meta-learned MLP features and a closed-form Bayesian head (the role of the paper's section 3.2).
 
     The score is modelled as a sum over layers. Each layer's part has a component that is smooth along the depth, its
-    curvature in rank, one that follows what pruning took, one for the first and the last layers, which stand out, a
-    free residual with a curvature of its own, and the meta-learned MLP's features. Beside the sum stands the square of
+    curvature in rank, one that follows what pruning took, one that follows the layers' sensitivities where they are
+    known, one for the first and the last layers, which stand out, a free residual with a curvature of its own, and the
+    meta-learned MLP's features. Beside the sum stands the square of
     the total (log) rank: the less of it there is, the more each rank is worth.
 
     Args:
@@ -162,7 +164,7 @@ class PerformanceModel:
 
     @cached_property
     def _rank_width(self) -> int:
-        return groups(self.grid.n_layers, self._mlp, self.grid.n_series)["mlp"].stop
+        return groups(self.grid, self._mlp)["mlp"].stop
 
     @cached_property
     def _width(self) -> int:
@@ -271,12 +273,14 @@ class PerformanceModel:
         return self._point(0.5, 0.2, 0.3, 1e-3, _TREND)
 
     def _point(self, signal: float, residual: float, noise: float, belief: float, trend: float) -> Hyperparameters:
-        columns = groups(self.grid.n_layers, self._mlp, self.grid.n_series)
+        columns = groups(self.grid, self._mlp)
         mean, std = np.zeros(self._rank_width), np.empty(self._rank_width)
         std[columns["smooth"]] = signal / (1 + np.arange(N_SMOOTH) / 2)
         mean[columns["smooth"].start] = trend * signal
         std[columns["curvature"]] = 0.5 * signal
         std[columns["profile"]] = 0.7 * signal
+        std[columns["sensitivity"]] = _SENSITIVITY * signal
+        mean[columns["sensitivity"]] = np.resize([trend * signal, 0.0], len(mean[columns["sensitivity"]]))
         std[columns["ends"]] = _ENDS * signal
         std[columns["residual"]] = residual * signal
         std[columns["residual curvature"]] = 0.5 * residual * signal

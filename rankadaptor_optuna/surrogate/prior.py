@@ -15,7 +15,8 @@ import numpy as np
 from rankadaptor_optuna.surrogate.features import MLP, Array
 from rankadaptor_optuna.surrogate.files import dumps, loads, read, write
 
-FORMAT = "1"
+FORMAT = "2"
+_FORMATS = ("1", FORMAT)  # networks of the first did not see the layers' sensitivity
 PRETRAINED = Path(__file__).parent / "pretrained" / "prior.safetensors"
 
 
@@ -79,7 +80,7 @@ class Prior:
         Raises:
             ValueError: The file is missing, not safetensors, not a prior, or of another format.
         """
-        return cls._of(*read(path, "prior", FORMAT), f"prior {os.fspath(path)!r}")
+        return cls._of(*read(path, "prior", *_FORMATS), f"prior {os.fspath(path)!r}")
 
     def dumps(self) -> bytes:
         """The content of the file that ``save`` writes."""
@@ -92,7 +93,7 @@ class Prior:
         Raises:
             ValueError: It is not safetensors, not a prior, or of another format.
         """
-        return cls._of(*loads(data, what, FORMAT), what)
+        return cls._of(*loads(data, what, *_FORMATS), what)
 
     @classmethod
     def _of(cls, tensors: Mapping[str, Array], metadata: dict[str, str], what: str) -> Prior:

@@ -169,3 +169,20 @@ def test_values_of_an_earlier_range_are_placed_outside_or_nowhere():
     encoding = Encoding({"lr": SPACE["lr"], "optimizer": SPACE["optimizer"]})
     assert 1 < encoding.point({"lr": 1e-1, "optimizer": "sgd"})[0] <= 2
     assert encoding.point({"lr": 0.0, "optimizer": "sgd"}) == [-1, 0, 0, 0, 0]
+
+
+def test_sensitivities_go_to_the_ranks_of_their_names():
+    names = ["r_2", "r_10", "r_0"]
+    known = {"r_0": 1.0, "r_2": 2.0, "r_10": 3.0, "another": 4.0}
+    encoding = Encoding({**dict.fromkeys(names, RANK), "lr": SPACE["lr"]}, sensitivity=known)
+    assert encoding.rank_names == ["r_0", "r_2", "r_10"]
+    assert encoding.grid.sensitivity.tolist() == [1, 2, 3]
+    assert not encoding.is_like(Encoding(encoding.space))
+
+
+@pytest.mark.parametrize("known", [None, {}, {"r_0": 1.0, "r_1": 2.0}, {"r_0": 1.0, "r_1": 2.0, "r_2": float("nan")}])
+def test_sensitivities_of_some_ranks_alone_are_not_heeded(known):
+    names = ["r_0", "r_1", "r_2"]
+    encoding = Encoding(dict.fromkeys(names, RANK), sensitivity=known)
+    assert encoding.grid.sensitivity.tolist() == [0, 0, 0]
+    assert encoding.is_like(Encoding(encoding.space))

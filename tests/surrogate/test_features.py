@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -72,7 +74,7 @@ def test_a_layers_features_depend_on_its_own_rank_alone(mlp):
 
 def test_groups_name_every_column_once(mlp):
     for network in (None, mlp):
-        columns = groups(3, network)
+        columns = groups(GRID, network)
         covered = np.concatenate([np.arange(s.start, s.stop) for s in columns.values()])
         assert covered.tolist() == list(range(per_layer(GRID, RANKS, network).shape[2]))
     assert columns["mlp"].stop - columns["mlp"].start == mlp.n_features == 4
@@ -83,7 +85,7 @@ def test_groups_name_every_column_once(mlp):
 def two_series(n, mlp=None):
     """Features of each rank's largest candidate in n layers of two series, without 1/sqrt(2 n)."""
     grid = RankGrid.from_space(RankSpace(n, (2, 8), profile=np.linspace(0, 1, 2 * n) ** 2, granularity="sublayer"))
-    return per_layer(grid, np.full((1, 2 * n), 8.0), mlp)[0] * np.sqrt(2 * n), groups(2 * n, mlp, 2)
+    return per_layer(grid, np.full((1, 2 * n), 8.0), mlp)[0] * np.sqrt(2 * n), groups(grid, mlp)
 
 
 def test_series_share_one_function_of_depth_and_differ_by_another(mlp):
@@ -115,7 +117,7 @@ def test_contrasts_treat_all_series_alike(n):
 
 @pytest.mark.parametrize(("group", "power"), [("residual", 1), ("residual curvature", 2)])
 def test_the_residual_groups_tell_the_layers_apart(group, power):
-    residual = per_layer(GRID, RANKS, None)[:, :, groups(3, None)[group]]
+    residual = per_layer(GRID, RANKS, None)[:, :, groups(GRID, None)[group]]
     assert residual == pytest.approx(GRID.scaled(RANKS)[:, :, None] ** power * np.eye(3) / np.sqrt(3))
 
 
@@ -126,7 +128,7 @@ def test_features_at_a_depth_are_the_same_in_models_of_any_number_of_layers(mlp)
 
     def shared(grid):
         features = per_layer(grid, np.full((1, grid.n_layers), 8.0), mlp)[0] * np.sqrt(grid.n_layers)
-        columns = groups(grid.n_layers, mlp)
+        columns = groups(grid, mlp)
         return np.delete(features, np.r_[columns["ends"], columns["residual"], columns["residual curvature"]], axis=1)
 
     assert shared(deep)[::2] == pytest.approx(shared(shallow))
@@ -135,7 +137,7 @@ def test_features_at_a_depth_are_the_same_in_models_of_any_number_of_layers(mlp)
 @pytest.mark.parametrize("n", [2, 9, 40])
 def test_the_ends_reach_equally_many_layers_in_models_of_any_number_of_layers(n):
     grid = RankGrid.from_space(RankSpace(n, (2, 8)))
-    ends = per_layer(grid, np.full((1, n), 8.0), None)[0][:, groups(n, None)["ends"]] * np.sqrt(n)
+    ends = per_layer(grid, np.full((1, n), 8.0), None)[0][:, groups(grid, None)["ends"]] * np.sqrt(n)
     assert ends[:2, 0] == pytest.approx([1, np.exp(-1)])
     assert ends[::-1] == pytest.approx(ends[:, ::-1])
 
@@ -147,12 +149,13 @@ def test_each_series_has_ends_of_its_own():
 
 
 def test_the_mlp_is_told_rank_depth_and_standardised_profile():
-    rank, depth, profile = mlp_inputs(GRID, RANKS)[0].T
+    rank, depth, profile, sensitivity = mlp_inputs(GRID, RANKS)[0].T
     assert rank == pytest.approx(GRID.scaled(RANKS)[0])
     assert depth == pytest.approx(GRID.depth)
     assert profile.mean() == pytest.approx(0)
     assert profile.std() == pytest.approx(1)
     assert profile.argmax() == 2
+    assert (sensitivity == 0).all()  # unknown
 
 
 def test_an_even_profile_says_nothing():
@@ -183,3 +186,28 @@ def test_ordinary_features_approximate_an_rbf_kernel():
     found = (ordinary(a, 4096)[:, 4:] * ordinary(b, 4096)[:, 4:]).sum(1)
     kernel = np.exp(-((a - b) ** 2).sum(1) / (2 * 0.3**2))
     assert np.abs(found - kernel).max() < 0.1
+
+
+def test_sensitivities_are_relative_to_their_mean_and_negative_ones_count_as_none(mlp):
+    grid = replace(GRID, sensitivity=np.asarray([1.0, 4.0, -9.0]))
+    sensitivity = mlp_inputs(grid, RANKS)[0, :, 3]
+    assert sensitivity == pytest.approx([3 / 9 - 1, 3 * 8 / 9 - 1, -1])
+    again = replace(GRID, sensitivity=10 * grid.sensitivity)
+    assert mlp_inputs(again, RANKS) == pytest.approx(mlp_inputs(grid, RANKS))
+    columns = groups(grid, mlp)
+    t, features = grid.scaled(RANKS), per_layer(grid, RANKS, mlp) * np.sqrt(3)
+    assert features.shape[2] == columns["mlp"].stop
+    expected = np.stack([t * sensitivity, t**2 * sensitivity], axis=2)
+    assert features[:, :, columns["sensitivity"]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sensitivity", [[0.0, 0, 0], [-1.0, 0, -2], [3.0, 3, 3]])
+def test_a_sensitivity_that_says_nothing_leaves_the_features_as_they_were(mlp, sensitivity):
+    grid = replace(GRID, sensitivity=np.asarray(sensitivity))
+    assert groups(grid, mlp) == groups(GRID, mlp)
+    np.testing.assert_array_equal(per_layer(grid, RANKS, mlp), per_layer(GRID, RANKS, mlp))
+
+
+def test_a_network_of_three_inputs_does_not_see_the_sensitivity(mlp):
+    grid = replace(GRID, sensitivity=np.asarray([1.0, 4.0, 9.0]))
+    np.testing.assert_array_equal(mlp(mlp_inputs(grid, RANKS)), mlp(mlp_inputs(GRID, RANKS)))

@@ -141,7 +141,7 @@ def test_the_same_seed_learns_the_same_prior_and_leaves_torchs_generator_alone()
     priors = [meta_train(tasks, seed=seed, **settings) for seed in (1, 1, 2)]
     assert (torch.random.get_rng_state() == state).all()
     a, b, other = (p.mlp.weights[0] for p in priors)
-    assert a.shape == (3, 4)
+    assert a.shape == (4, 4)
     assert priors[0].mean.shape == priors[0].std.shape == (3,)
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(priors[0].mean, priors[1].mean)

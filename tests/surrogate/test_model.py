@@ -373,7 +373,7 @@ def test_a_file_that_holds_no_model_is_refused_by_name(spoil, tmp_path):
 
 def test_a_model_is_no_prior(tmp_path):
     fitted().save(tmp_path / "m")
-    with pytest.raises(ValueError, match="/m' has format 'performance-model-3'; this version reads '1'"):
+    with pytest.raises(ValueError, match="/m' has format 'performance-model-3'; this version reads '1' and '2'"):
         PerformanceModel(SPACE, prior=tmp_path / "m")
 
 
@@ -415,3 +415,29 @@ def test_a_constraints_mean_has_its_sign():
     mean = model.constraint(model.encode(ranks), limit)
     values = mean.offset + mean.table[np.arange(10), np.searchsorted(SPACE.candidates, test)].sum(1)
     assert np.mean((values > 0) == (test.sum(1) > 70)) > 0.9
+
+
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_rank_is_expected_to_be_worth_most_where_the_loss_is_sensitive(with_prior, prior):
+    sensitivity = np.asarray([1.0, 1, 1, 5, 1, 1, 1, 1, 3, 1])
+    grid = replace(RankGrid.from_space(SPACE), sensitivity=sensitivity)
+    table = PerformanceModel(grid, prior=None).mean().table
+    worth = table[:, -1] - table[:, 0]
+    assert worth.argsort()[::-1][:2].tolist() == [3, 8]
+    assert (worth > 0).all()
+    used = prior if with_prior else None
+    model = PerformanceModel(grid, prior=used)
+    ranks = configurations(60)
+    model.update(ranks, -score(ranks))  # the data says otherwise: less rank is better, most of all in late layers
+    table = model.mean().table
+    assert (table[:, -1] - table[:, 0]).argmin() > 6
+
+
+def test_a_saved_model_keeps_the_sensitivities(tmp_path):
+    grid = replace(RankGrid.from_space(SPACE), sensitivity=np.arange(10.0))
+    model, ranks = PerformanceModel(grid, prior=None), configurations(20)
+    model.update(ranks, score(ranks))
+    model.save(tmp_path / "m")
+    again = PerformanceModel.load(tmp_path / "m")
+    np.testing.assert_array_equal(again.grid.sensitivity, grid.sensitivity)
+    np.testing.assert_array_equal(again.predict(ranks)[0], model.predict(ranks)[0])

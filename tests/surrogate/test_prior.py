@@ -73,10 +73,10 @@ def test_a_truncated_file_is_refused(prior, tmp_path):
         load_prior(tmp_path / "p.safetensors")
 
 
-@pytest.mark.parametrize("metadata", [None, {}, {"format": "2"}])
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "3"}])
 def test_another_format_is_refused_with_the_one_that_is_read(metadata, tmp_path):
     save_file({"mean": np.zeros(2)}, tmp_path / "p.safetensors", metadata=metadata)
-    with pytest.raises(ValueError, match=r"p\.safetensors' has format .*; this version reads '1'"):
+    with pytest.raises(ValueError, match=r"p\.safetensors' has format .*; this version reads '1' and '2'"):
         load_prior(tmp_path / "p.safetensors")
 
 
@@ -85,3 +85,10 @@ def test_there_is_a_shipped_prior_and_it_can_be_switched_off():
     assert np.isfinite(np.concatenate([a.ravel() for a in arrays(shipped)])).all()
     assert (shipped.std > 0).all()
     assert load_prior(None) is None
+
+
+def test_a_prior_of_the_first_format_is_used_as_it_was(prior, tmp_path):
+    save_file(prior.tensors, tmp_path / "p.safetensors", metadata={"format": "1"})
+    used = Prior.load(tmp_path / "p.safetensors")
+    assert used.checksum == prior.checksum
+    assert used.mlp(np.ones((2, 4))).tolist() == prior.mlp(np.ones((2, 3))).tolist()

@@ -107,9 +107,9 @@ def test_a_corrupt_version_is_named_and_the_others_are_read(store, url):
 
 def test_a_version_of_a_newer_format_is_named(store, monkeypatch):
     with monkeypatch.context() as newer:
-        newer.setattr("rankadaptor_optuna.surrogate.prior.FORMAT", "2")
+        newer.setattr("rankadaptor_optuna.surrogate.prior.FORMAT", "3")
         store.add("mine", prior())
-    with pytest.raises(ValueError, match=r"prior db:mine@1 in sqlite.* has format '2'; this version reads '1'"):
+    with pytest.raises(ValueError, match=r"prior db:mine@1 in sqlite.* has format '3'; this version reads '1' and '2'"):
         store.load("mine")
 
 
