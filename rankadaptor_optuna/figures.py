@@ -12,7 +12,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
 from rankadaptor_optuna.convergence import CONVERGED_ATTR
-from rankadaptor_optuna.history import verification_seed
+from rankadaptor_optuna.history import SENSITIVITY_ATTR, verification_seed
 from rankadaptor_optuna.recommendation import Recommendation
 from rankadaptor_optuna.study import finished_trials, study_ranks, study_space, uniform_trials
 
@@ -43,6 +43,7 @@ class History:
         uniform_score: Mean score of the uniform trials; None without any.
         uniform_ranks: Ranks of the uniform configuration, (L,); None where no space is known.
         profile: Share of each layer's weights that pruning took, (L,); None where unknown.
+        sensitivity: How sensitive the score is to each layer's adapter, (L,); None where unknown.
         objective: The metric's name, ``"score"`` where it has none.
         minimize: Whether lower scores are better.
         n_pruned: Pruned trials.
@@ -62,6 +63,7 @@ class History:
     uniform_score: float | None
     uniform_ranks: tuple[int, ...] | None
     profile: tuple[float, ...] | None
+    sensitivity: tuple[float, ...] | None
     objective: str
     minimize: bool
     n_pruned: int
@@ -88,6 +90,7 @@ def history(study: Study) -> History:
         scores = np.asarray([t.value for t in trials], dtype=np.float64)
         better = np.fmin if minimize else np.fmax  # these skip NaN
         best = better.accumulate(np.where(within_budget, scores, np.nan))
+    told = study.user_attrs.get(SENSITIVITY_ATTR, {})
     states = [t.state for t in study.get_trials(deepcopy=False) if verification_seed(t) is None]
     return History(
         numbers=tuple(t.number for t in trials),
@@ -102,6 +105,7 @@ def history(study: Study) -> History:
         uniform_score=float(scores[is_uniform].mean()) if scores is not None and is_uniform.any() else None,
         uniform_ranks=None if space is None else tuple(space.uniform().values()),
         profile=space.profile if space is not None and any(space.profile) else None,
+        sensitivity=tuple(told[name] for name in names) if told.keys() >= names.keys() else None,
         objective=(study.metric_names or ["score"])[0],
         minimize=minimize,
         n_pruned=states.count(TrialState.PRUNED),

@@ -20,6 +20,7 @@ from rankadaptor_optuna import RankAdaptorSampler, RankSpace, publish_dashboard,
 from rankadaptor_optuna.convergence import CONVERGED_ATTR
 from rankadaptor_optuna.dashboard import HEAT_MAP_ID, HISTORY_ID, RANKS_ID, serve
 from rankadaptor_optuna.figures import history
+from rankadaptor_optuna.history import SENSITIVITY_ATTR
 
 SPACE = RankSpace(
     8,
@@ -226,6 +227,15 @@ def test_the_note_says_that_the_search_has_converged() -> None:
     study.set_user_attr(CONVERGED_ATTR, "Converged after 2 trials.")
     publish_dashboard(study)
     assert "\nConverged after 2 trials.\n" in get_note(study)
+
+
+def test_the_note_tells_each_layers_share_of_the_sensitivity() -> None:
+    study = with_space(3)
+    study.set_user_attr(SENSITIVITY_ATTR, dict(zip(SPACE.distributions(), [1, 2, -1, 3, 4, 1], strict=True)))
+    publish_dashboard(study)
+    assert "| layer | rank | uniform | weights pruned | of the sensitivity |" in get_note(study)
+    shares = re.findall(r"([-\d.]+)% \|$", get_note(study), re.M)
+    assert shares == ["10.0", "20.0", "-10.0", "30.0", "40.0", "10.0"]
 
 
 def test_a_drop_in_study_has_neither_uniform_nor_profile() -> None:
