@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 from collect_tasks import files, read_task
 from losses import Losses
 from peers import OURS, ranks_of
-from race import FRESH, Studies, finished, open_folder, recommended, search
+from race import FRESH, Studies, finished, open_folder, recommended, search, sensitivities_of
 from recovery_tasks import TEST, load_task
 from results import FOLDER, check, interval, show, write
 from scipy import stats
@@ -50,11 +51,9 @@ def measured(who: str, study: optuna.Study, space: RankSpace, which: slice) -> t
     return np.asarray(ranks, dtype=np.float64), np.asarray([t.values[0] for t in trials])
 
 
-def judged(
-    mode: str, space: RankSpace | RankGrid, known: tuple[Array, Array], held_out: tuple[Array, Array]
-) -> list[float]:
+def judged(mode: str, grid: RankGrid, known: tuple[Array, Array], held_out: tuple[Array, Array]) -> list[float]:
     """Share of held-out losses in each interval, and the rank correlation."""
-    model = PerformanceModel(space, mode=mode, prior=None, direction="minimize")
+    model = PerformanceModel(grid, mode=mode, prior=None, direction="minimize")
     model.update(*known)
     mean, std = model.predict(held_out[0])
     if mode == "bayesian":
@@ -145,7 +144,9 @@ def main() -> None:
     for name in [n for n in names if n != COLLECTED]:
         task = load_task(specs[name], kept=args.folder)
         scores, trials = open_folder(args.folder, name, task)
-        studies = search(name, task.space, scores, trials, N_TRIALS, seeds, [OURS, "Random"])
+        told = sensitivities_of(args.folder, name, task, seeds)
+        who = [OURS, "Random"]
+        studies = search(name, task.space, scores, trials, N_TRIALS, seeds, who, sensitivities=told)
         for n in LEARNED_FROM:
             promised[name, n] = promises(studies, task.space, scores, n)
             promised.setdefault(("all raced", n), []).extend(promised[name, n])
@@ -155,7 +156,8 @@ def main() -> None:
                 known = measured(OURS, studies[OURS, seed], task.space, slice(n))
                 # without its first trial, which is uniform, as ours is
                 held_out = measured("Random", studies["Random", seed], task.space, slice(1, N_TRIALS))
-                found.append(judged(mode, task.space, known, held_out))
+                grid = replace(RankGrid.from_space(task.space), sensitivity=np.asarray([*told[OURS, seed].values()]))
+                found.append(judged(mode, grid, known, held_out))
             rows.append(row(name, n, mode, found))
             raced.setdefault((mode, n), []).extend(found)
     pooled = {"raced": raced, COLLECTED: on_collected(seeds) if COLLECTED in names else {}}

@@ -2,7 +2,8 @@
 
 Each task is a byte-level LLaMA (as in benchmarks/recovery_tasks.py, but of other families than the race is run on),
 pruned, and recovered a hundred times: with uniform ranks, with random ones, and with ranks that vary smoothly along the
-depth. It is written as results/tasks/NAME.csv: a line of JSON that says all about it, then ranks and loss. Run it again
+depth. It is written as results/tasks/NAME.csv: a line of JSON that says all about it, with the layers' sensitivity that
+its uniform ranks show, then ranks and loss. Run it again
 and it goes on where it stopped; several may collect different tasks at the same time.
 
     python benchmarks/collect_tasks.py [NAME ...]        # all tasks of small models by default; --list tells them
@@ -20,6 +21,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -109,7 +111,7 @@ def collect(
     """Recovers what is missing of a task; until all is done, what is so far is in NAME.csv.part."""
     file, part = folder / f"{spec.name}.csv", folder / f"{spec.name}.csv.part"
     head, rows = next((_read(one) for one in (part, file) if one.exists()), ({}, []))
-    if len(rows) >= n:
+    if len(rows) >= n and "sensitivity" in head:
         return file
     start = time.process_time()
     task = open_task(spec, cache)
@@ -117,6 +119,9 @@ def collect(
     head = head or _head(spec, task)
     _check(head, spec, file)
     folder.mkdir(parents=True, exist_ok=True)
+    if "sensitivity" not in head:
+        head["sensitivity"] = [float(f"{value:.6g}") for value in task.sensitivity(head["seed"]).values()]
+        write_text(part, _text(head, task.space, rows))
     with tqdm(total=len(wanted), initial=len(rows), desc=spec.name, leave=False, dynamic_ncols=True) as bar:
         while len(rows) < len(wanted):
             chunk = wanted[len(rows) : len(rows) + TOGETHER]
@@ -179,9 +184,9 @@ def files(folder: Path = TASKS) -> Iterator[Path]:
 def read_task(file: Path) -> MetaTask:
     """A collected task, to meta-learn from; tasks of one dense model are a family."""
     head, rows = _read(file)
-    table = np.asarray(rows, dtype=np.float64)
+    table, space = np.asarray(rows, dtype=np.float64), RankSpace.from_dict(head["space"])
     return MetaTask(
-        grid=RankGrid.from_space(RankSpace.from_dict(head["space"])),
+        grid=replace(RankGrid.from_space(space), sensitivity=np.asarray(head["sensitivity"])),
         ranks=table[:, :-1],
         scores=-table[:, -1],
         name=head["spec"]["name"],
@@ -215,6 +220,7 @@ def add_study(file: Path, storage: Any) -> None:  # noqa: ANN401
     """A collected task as an ordinary Optuna study, where there is none of its name yet."""
     import optuna
 
+    from rankadaptor_optuna.history import SENSITIVITY_ATTR
     from rankadaptor_optuna.sampler import SPACE_ATTR
     from rankadaptor_optuna.study import RECIPE_ATTR
 
@@ -225,6 +231,7 @@ def add_study(file: Path, storage: Any) -> None:  # noqa: ANN401
     study.set_user_attr(SPACE_ATTR, head["space"])
     study.set_user_attr(RECIPE_ATTR, {"model": _family(head), **head["spec"]})
     distributions = RankSpace.from_dict(head["space"]).distributions()
+    study.set_user_attr(SENSITIVITY_ATTR, dict(zip(distributions, head["sensitivity"], strict=True)))
     for *ranks, loss in rows:
         params = {name: int(rank) for name, rank in zip(distributions, ranks, strict=True)}
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=loss))

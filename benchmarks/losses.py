@@ -73,6 +73,40 @@ class Losses:
         return [self._known[key] for key in keys]
 
 
+class SensitiveTask(Task, Protocol):
+    """A task that also tells how sensitive its loss is to each layer's adapter."""
+
+    def sensitivity(self, seed: int) -> dict[int, float]:
+        """By searched layer, after a recovery of this seed with uniform ranks."""
+
+
+class Sensitivities:
+    """Sensitivities of a task's layers, of each seed computed once and kept in a CSV file.
+
+    Args:
+        task: What computes them.
+        file: Where they are kept; made with the first ones.
+    """
+
+    def __init__(self, task: SensitiveTask, file: Path) -> None:
+        self._task, self._file = task, file
+        self._known: dict[int, list[float]] = {}
+        if file.exists():
+            with file.open(newline="") as lines:
+                self._known = {int(r["seed"]): list(map(float, r["layers"].split())) for r in csv.DictReader(lines)}
+
+    def __call__(self, seed: int) -> dict[str, float]:
+        """As a study keeps them, by rank parameter."""
+        if seed not in self._known:
+            self._known[seed] = [float(f"{value:.6g}") for value in self._task.sensitivity(seed).values()]
+            is_new = not self._file.exists()
+            with self._file.open("a", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerows([("seed", "layers")] if is_new else [])
+                writer.writerow((seed, " ".join(map(str, self._known[seed]))))
+        return dict(zip(self._task.space.distributions(), self._known[seed], strict=True))
+
+
 class Trials:
     """What samplers proposed in their studies of a task, kept in a CSV file: sampler, seed and parameters, in order.
 

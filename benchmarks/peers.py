@@ -25,6 +25,7 @@ from rankadaptor_optuna.surrogate.features import Array, RankGrid
 from rankadaptor_optuna.surrogate.search import Allocations
 
 OURS = "RankAdaptor"
+ALONE = f"{OURS}, scores alone"  # not told how sensitive the loss is to the layers' adapters
 RIDGE = "ridge + TS"
 PAPER = "paper's MLP"
 PROPOSES_RANKS = (OURS, RIDGE, PAPER)  # the others propose candidates' places

@@ -3,7 +3,9 @@
     python benchmarks/race.py [--quick] [--seeds 10] [--trials 50] [--folder DIR] [TASK ...]
 
 Each sampler searches each task with each seed, without any prior. Every study starts from the uniform configuration,
-and every trial is within the same budget. What a study found after 10, 25 and 50 trials (its best trial, and what
+and every trial is within the same budget. RankAdaptor is told how sensitive the loss is to the layers' adapters after
+that, as ``RecoveryObjective`` tells it (a forward and a backward pass over the held-out data); once more it searches by
+the scores alone, as all others do. What a study found after 10, 25 and 50 trials (its best trial, and what
 ``recommend`` makes of its trials) is recovered again with fresh seeds and scored on text that no search saw.
 
 Normalised regret (as in HPO-B): 0 is the best configuration that anything ended with on that task, 1 the mean of
@@ -30,16 +32,17 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from losses import Losses, Ranks, Task, Trials
+from losses import Losses, Ranks, Sensitivities, Task, Trials
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
-from peers import OURS, SOURCE_ATTR, STATEFUL, Makers, open_study, ranks_of, samplers
+from peers import ALONE, OURS, SOURCE_ATTR, STATEFUL, Makers, open_study, ranks_of, sampler_of, samplers
 from recovery_tasks import DEVELOPMENT, TEST, load_task, random_ranks
 from results import FOLDER, check, interval, show, write
 from scipy import stats
 from synthetic_tasks import SYNTHETIC, Synthetic
 
 from rankadaptor_optuna import RankSpace, recommend
+from rankadaptor_optuna.history import SENSITIVITY_ATTR
 from rankadaptor_optuna.recommendation import Recommendation
 from rankadaptor_optuna.surrogate.features import Array
 from rankadaptor_optuna.surrogate.prior import Prior
@@ -51,7 +54,7 @@ N_FEW = 10
 UNIFORM = (2, 4, 6, 8, 10, 12, 16)
 N_RANDOM = 20
 RECOMMEND = f"{OURS}, recommend"
-MODELLED = (OURS, "Random")  # whose trials recommend is tried on: its own sampler's, and those of none
+MODELLED = (OURS, ALONE, "Random")  # whose trials recommend is tried on: its own sampler's, and those of none
 
 Studies = Mapping[tuple[str, int], Study]
 
@@ -60,6 +63,14 @@ def open_folder(folder: Path, name: str, task: Task) -> tuple[Losses, Trials]:
     """A task's losses and trials as the folder has them."""
     stem = name.replace(" ", "-").replace(",", "")
     return Losses(task, folder / f"{stem}.csv"), Trials(folder / f"{stem}.trials.csv")
+
+
+def sensitivities_of(folder: Path, name: str, task: Task, seeds: int) -> dict[tuple[str, int], dict[str, float]]:
+    """What RankAdaptor's studies are told, by competitor and seed; nothing of a task that cannot tell."""
+    if isinstance(task, Synthetic):
+        return {}
+    known = Sensitivities(task, folder / f"{name}.sensitivities.csv")
+    return {(OURS, seed): known(seed) for seed in range(seeds)}
 
 
 def search(
@@ -73,11 +84,13 @@ def search(
     storage: BaseStorage | None = None,
     makers: Makers | None = None,
     sources: Mapping[tuple[str, int], Sequence[tuple[Ranks, float]]] | None = None,
+    sensitivities: Mapping[tuple[str, int], Mapping[str, float]] | None = None,
 ) -> Studies:
     """Runs a task's studies side by side, so that trials are recovered together; those that were stopped go on.
 
     The seed is that of the sampler and of the recoveries: all samplers of a seed see the same losses. Other samplers
-    than the race's are given as ``makers``; ``sources`` are other tasks' trials, by competitor and seed, to begin with.
+    than the race's are given as ``makers``; ``sources`` are other tasks' trials, by competitor and seed, to begin with;
+    ``sensitivities`` what a study knows of its layers.
     """
     keys = [(sampler, seed) for sampler in who or makers or samplers() for seed in range(seeds)]
 
@@ -86,7 +99,9 @@ def search(
         if who in STATEFUL and len(so_far) < n_trials:
             so_far = []
         loss = lambda r: scores([(r, seed)])[0]  # noqa: E731
-        return open_study(who, space, seed, so_far, loss, storage, study_name, makers, source)
+        study = open_study(who, space, seed, so_far, loss, storage, study_name, makers, source)
+        study.set_user_attr(SENSITIVITY_ATTR, (sensitivities or {}).get((who, seed), {}))
+        return study
 
     studies = {key: opened(*key) for key in keys}
     while waiting := [key for key in keys if len(finished(studies[key])) < n_trials]:
@@ -125,6 +140,7 @@ def best_trial(who: str, study: Study, space: RankSpace, n: int) -> Ranks:
 def recommended(who: str, study: Study, space: RankSpace, n: int, prior: Prior | None = None) -> Recommendation:
     """What ``recommend`` makes, with a prior, of a study's first ``n`` trials."""
     until = optuna.create_study(direction="minimize")
+    until.set_user_attr(SENSITIVITY_ATTR, study.user_attrs.get(SENSITIVITY_ATTR, {}))
     for t in finished(study)[:n]:
         ranks = ranks_of(who, space, optuna.trial.FixedTrial(t.params))
         params = {space.name(layer): rank for layer, rank in ranks.items()}
@@ -138,7 +154,9 @@ def race(
     """All samplers on one task: losses on fresh seeds by competitor and number of trials, (seeds,) each."""
     space = task.space
     scores, known = open_folder(folder, name, task)
-    studies = search(name, space, scores, known, n_trials, seeds, storage=storage)
+    told = sensitivities_of(folder, name, task, seeds)
+    makers = {**samplers(), ALONE: samplers()[OURS]} if told else samplers()
+    studies = search(name, space, scores, known, n_trials, seeds, storage=storage, makers=makers, sensitivities=told)
     checkpoints = [n for n in CHECKPOINTS if n <= n_trials]
     chosen: dict[tuple[str, int, int], Ranks] = {
         (competitor, n, seed): ranks
@@ -229,7 +247,7 @@ def summarise(all_found: Sequence[Mapping[str, Any]], checkpoints: Sequence[int]
     for found in all_found:
         by = {who: {n: regret(found, losses[n]) for n in checkpoints} for who, losses in found["losses"].items()}
         # one entry a sampler: for RankAdaptor what it recommends, for the others their best trial
-        raced = [RECOMMEND, *(who for who in by if who != OURS and "recommend" not in who)]
+        raced = [RECOMMEND, *(who for who in by if sampler_of(who) != OURS and "recommend" not in who)]
         places = {n: stats.rankdata([by[who][n] for who in raced], axis=0).mean(1) for n in checkpoints}
         for who in by:
             row: dict[str, Any] = {"task": found["task"], "who": who}

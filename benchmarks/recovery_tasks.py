@@ -38,6 +38,7 @@ from rankadaptor_optuna.pruning.importance import unit_importance
 from rankadaptor_optuna.pruning.structure import KINDS, keep_units, transformer_layers
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS
+from rankadaptor_optuna.recovery.sensitivity import SCALE
 from rankadaptor_optuna.recovery.train import TrainingConfig, _learning_rate, batches, train
 from rankadaptor_optuna.surrogate.features import Array
 from rankadaptor_optuna.surrogate.search import solve
@@ -278,13 +279,47 @@ class RecoveryTask:
             found += self._recover(chunk, self._held_out[report])[: len(chunk)]
         return found
 
+    def sensitivity(self, seed: int) -> dict[int, float]:
+        """How sensitive the held-out loss is to each searched layer, at uniform ranks: see ``sensitivities``."""
+        chunk = [(self.space.with_fixed(self.space.uniform()), seed)]
+        flat, shapes = self._trained(chunk, max(chunk[0][0].values()), self._block_losses)
+        factors, held_out = self._cut(flat.detach(), shapes), self._held_out[False]
+        weights = [(SCALE * b).requires_grad_() for b in factors[1::2]]
+        found = dict.fromkeys(self.space.layers, 0.0)
+        try:
+            for module, a, b in zip(self._modules.values(), factors[::2], weights, strict=True):
+                module.factors = (a, b)
+            for blocks in torch.split(held_out, 16):
+                loss = self._block_losses(blocks, 1).sum() / len(held_out)
+                gradients = torch.autograd.grad(loss, weights)
+                for (layer, _), weight, gradient in zip(self._modules, weights, gradients, strict=True):
+                    if layer in found:
+                        found[layer] -= float((weight.detach() * gradient).sum()) / SCALE
+        finally:
+            self._detach()
+        return found
+
     def _recover(self, chunk: list[tuple[dict[int, int], int]], held_out: torch.Tensor) -> list[float]:
-        config, rank = self.spec.recovery, max(1, *(r for ranks, _ in chunk for r in ranks.values()))
+        rank = max(1, *(r for ranks, _ in chunk for r in ranks.values()))
         block_losses, most = self._block_losses, max(self.spec.candidates)
         if self._compiled and rank <= most and len(chunk) > TOGETHER // 2:  # of one shape, not to be compiled anew
             block_losses, rank = self._compiled, most
             chunk = chunk + chunk[-1:] * (TOGETHER - len(chunk))
+        flat, shapes = self._trained(chunk, rank, block_losses)
         n = len(chunk)
+        try:
+            with torch.inference_mode():
+                self._attach(flat.detach(), shapes)
+                found = [block_losses(blocks.repeat(n, 1), n) for blocks in torch.split(held_out, 16)]
+                return torch.cat(found, 1).mean(1).tolist()
+        finally:
+            self._detach()
+
+    def _trained(
+        self, chunk: list[tuple[dict[int, int], int]], rank: int, block_losses: Callable[..., torch.Tensor]
+    ) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+        """All factors of all configurations after the recovery: see ``_initial``."""
+        config = self.spec.recovery
         flat, shapes = self._initial(chunk, rank)
         optimizer = torch.optim.AdamW([flat], config.learning_rate, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
@@ -292,7 +327,7 @@ class RecoveryTask:
             for rows in zip(*(batches(len(self._train), config, seed) for _, seed in chunk), strict=True):
                 self._attach(flat, shapes)
                 chosen = torch.from_numpy(np.concatenate(rows)).to(DEVICE)
-                loss: Any = block_losses(self._train[chosen], n).mean(1).sum()
+                loss: Any = block_losses(self._train[chosen], len(chunk)).mean(1).sum()
                 loss.backward()
                 assert flat.grad is not None
                 norm = flat.grad.norm(dim=1, keepdim=True)  # of each configuration's own gradient
@@ -300,13 +335,9 @@ class RecoveryTask:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-            with torch.inference_mode():
-                self._attach(flat.detach(), shapes)
-                found = [block_losses(blocks.repeat(n, 1), n) for blocks in torch.split(held_out, 16)]
-                return torch.cat(found, 1).mean(1).tolist()
         finally:
-            for module in self._modules.values():
-                module.factors = None
+            self._detach()
+        return flat, shapes
 
     def _initial(
         self, chunk: list[tuple[dict[int, int], int]], rank: int
@@ -330,11 +361,19 @@ class RecoveryTask:
             shapes += [(rank, n_in), (n_out, rank)]
         return torch.cat(factors, 1).to(DEVICE).requires_grad_(), shapes
 
-    def _attach(self, flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> None:
+    @staticmethod
+    def _cut(flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
         parts = torch.split(flat, [a * b for a, b in shapes], dim=1)
-        factors = [part.view(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+        return [part.view(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _attach(self, flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> None:
+        factors = self._cut(flat, shapes)
         for module, a, b in zip(self._modules.values(), factors[::2], factors[1::2], strict=True):
             module.factors = (a, b)
+
+    def _detach(self) -> None:
+        for module in self._modules.values():
+            module.factors = None
 
     def _block_losses(self, blocks: torch.Tensor, n: int) -> torch.Tensor:
         """Losses (n, blocks) of n configurations, each on its own part of the blocks."""

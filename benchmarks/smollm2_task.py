@@ -22,6 +22,7 @@ from rankadaptor_optuna.objective import examples_of
 from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.pruning.checkpoint import save_pruned
 from rankadaptor_optuna.recovery.evaluate import block_losses
+from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.texts import load_texts
 
@@ -84,6 +85,11 @@ class SmolLM2Task:
             with self._objective.recovered(ranks, seed=own) as model:
                 found.append(float(block_losses(model, self._held_out[report]).mean()))
         return found
+
+    def sensitivity(self, seed: int) -> dict[int, float]:
+        """See ``RecoveryTask.sensitivity``."""
+        with self._objective.recovered(self.space.uniform(), seed=seed) as model:
+            return self.space.by_module(sensitivities(model, self._objective.held_out))
 
 
 def load_smollm2(spec: SmolLM2Spec = SMOLLM2, cache: Path | None = None) -> SmolLM2Task:

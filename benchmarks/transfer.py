@@ -1,12 +1,14 @@
 """Whether a meta-learned prior helps on a family of models (an architecture and a text) that it has not seen.
 
-    python benchmarks/transfer.py [--quick] [--families NAME ...] [--seeds 20] [--trials 30] [--folder DIR]
+    python benchmarks/transfer.py [--quick] [--families NAME ...] [--seeds 20] [--trials 25] [--folder DIR]
 
 For each family held out, a prior is meta-learned from the collected tasks (``collect_tasks.py``) of all other
 families of small models (SmolLM2-135M is a target only: what small models teach of one of real size), and an
 adversarial one from the same with their scores negated. Then studies are run on a task of that family, as in
-``race.py``: RankAdaptor with either prior and with none, TPE, TPE warm-started with trials that the prior is learned
-from, GP and random search. What a study found after some trials (RankAdaptor: what ``recommend`` makes of them with
+``race.py``: RankAdaptor with either prior and with none, each told how sensitive the loss is to the layers' adapters
+after the first trial (as ``RecoveryObjective`` tells it; that costs a forward and a backward pass over the held-out
+data) and, with no prior, by the scores alone; TPE, TPE warm-started with trials that the prior is learned from, GP and
+random search. What a study found after some trials (RankAdaptor: what ``recommend`` makes of them with
 the study's prior; others: the best) is recovered again with fresh seeds and scored on text that no search saw, as
 normalised regret: 0 is the best that anything ended with, 1 the mean of random allocations.
 
@@ -17,8 +19,8 @@ MetaLearnTPE is not among the competitors: OptunaHub fetches it from GitHub, and
 
 Trials needed to reach a regret are read off the mean curve over families, made monotone, along straight lines between
 the checkpoints; a curve that never gets there counts as twice the trials that were run. Priors, proposals, losses and
-small models are in ``--folder``: a run that was stopped goes on. Proposals belong to the sources that priors were
-learned from; with other sources, searches begin anew, but no recovery that is known is run again.
+small models are in ``--folder``: a run that was stopped goes on. Proposals of those that learn from sources belong to
+these: with other sources, they search anew, but no recovery that is known is run again.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ import numpy as np
 import optuna
 import torch
 from collect_tasks import TASKS, files, read_pruned_loss, read_task, specs
-from losses import Losses, Ranks, Task, Trials
+from losses import Losses, Ranks, SensitiveTask, Sensitivities, Trials
 from optuna.samplers import GPSampler, RandomSampler, TPESampler
-from peers import OURS, Makers, projected
+from peers import ALONE, OURS, Makers, projected
 from race import best_trial, discrimination, measure, recommended, regret, search
 from recovery_tasks import load_task
 from results import FOLDER, check, interval, show, write
@@ -50,16 +52,17 @@ from rankadaptor_optuna.surrogate.meta import MetaTask, meta_train
 from rankadaptor_optuna.surrogate.prior import Prior
 
 FAMILIES = ("wikitext2-9x80", "wikitext2-20x48", "alpaca-7x64", "alpaca-24x32", "docs-13x48", "questions-11x64")
-CHECKPOINTS = (5, 8, 10, 12, 15, 20, 25, 30)
+CHECKPOINTS = (5, 8, 10, 12, 15, 20, 25)
 SHOWN = (5, 10, 25)
 PRIOR, NONE, ADVERSARIAL = f"{OURS}, prior", f"{OURS}, no prior", f"{OURS}, adversarial"
 WARM = "TPE, warm-started"
+LEARNED = (PRIOR, ADVERSARIAL, WARM)  # from the sources
 PEERS = ("TPE", WARM, "GP", "Random")
 N_BEST = N_RANDOM = 25
 SMOLLM2_SEEDS = 10  # at most, as its recoveries are some twenty times as dear
 
 
-class Target(Task, Protocol):
+class Target(SensitiveTask, Protocol):
     """A task whose loss without recovery is known."""
 
     pruned_loss: float
@@ -100,9 +103,12 @@ def priors_of(sources: Sequence[Source], folder: Path) -> tuple[str, dict[str, P
     """What tells these sources from others, and the prior of each RankAdaptor, learned once and kept in the folder."""
     digest = hashlib.sha256()
     for source in sources:
-        digest.update(source.task.name.encode() + source.task.ranks.tobytes() + source.task.scores.tobytes())
+        task = source.task
+        digest.update(
+            task.name.encode() + b"".join(a.tobytes() for a in (task.ranks, task.scores, task.grid.sensitivity))
+        )
     key = digest.hexdigest()[:8]
-    found: dict[str, Prior | None] = {NONE: None}
+    found: dict[str, Prior | None] = dict.fromkeys((PRIOR, NONE, ADVERSARIAL, ALONE))
     for who, sign in ((PRIOR, 1), (ADVERSARIAL, -1)):
         file = folder / f"{who.rpartition(' ')[2]}-{key}.safetensors"
         if not file.exists():
@@ -180,17 +186,25 @@ def transfer(
     """
     space, learned_from, name = task.space, others(sources, family), name or family
     key, priors = priors_of(learned_from, learned or folder)
-    scores, known = Losses(task, folder / f"{name}.csv"), Trials(folder / f"{name}-{key}.trials.csv")
+    scores, sensitivities = (
+        Losses(task, folder / f"{name}.csv"),
+        Sensitivities(task, folder / f"{name}.sensitivities.csv"),
+    )
+    told = {(who, seed): sensitivities(seed) for who in (PRIOR, NONE, ADVERSARIAL) for seed in range(seeds)}
     uniform = scores([(space.uniform(), seed) for seed in range(seeds)])  # every study's first trial
     warm = {(WARM, seed): source_trials(learned_from, space, uniform[seed], task.pruned_loss) for seed in range(seeds)}
-    studies = search(name, space, scores, known, n_trials, seeds, makers=makers_of(priors), sources=warm)
+    makers, studies = makers_of(priors), {}
+    for file, who in ((name, [who for who in makers if who not in LEARNED]), (f"{name}-{key}", LEARNED)):
+        known = Trials(folder / f"{file}.trials.csv")
+        some = {each: makers[each] for each in who}
+        studies |= search(name, space, scores, known, n_trials, seeds, makers=some, sources=warm, sensitivities=told)
     chosen: dict[tuple[str, int, int], Ranks] = {}
-    for (who, seed), study in studies.items():
+    for who, seed in ((who, seed) for who in makers for seed in range(seeds)):
         for n in (n for n in CHECKPOINTS if n <= n_trials):
             if who in priors:
-                chosen[who, n, seed] = recommended(who, study, space, n, priors[who]).ranks
+                chosen[who, n, seed] = recommended(who, studies[who, seed], space, n, priors[who]).ranks
             else:
-                chosen[who, n, seed] = best_trial(who, study, space, n)
+                chosen[who, n, seed] = best_trial(who, studies[who, seed], space, n)
     return {**measure(name, task, scores, chosen), "learned from": [source.task.name for source in learned_from]}
 
 
@@ -217,7 +231,7 @@ def regrets(found: Mapping[str, Any]) -> Regrets:
 def differences(by_family: Mapping[str, Regrets]) -> list[dict[str, Any]]:
     """Differences of regrets, paired by search, with the 95% interval that is due to the searches of these families."""
     shown, middle, final = _checkpoints(by_family)
-    wanted = [(who, n, NONE, n) for who in (PRIOR, ADVERSARIAL) for n in shown]
+    wanted = [(who, n, other, n) for who, other in ((PRIOR, NONE), (ADVERSARIAL, NONE), (NONE, ALONE)) for n in shown]
     rows = []
     for who, n, other, m in (*wanted, *((PRIOR, middle, peer, final) for peer in PEERS)):
         apart = [by[who][n] - by[other][m] for by in by_family.values()]
@@ -272,11 +286,12 @@ def summarise(by_family: Mapping[str, Regrets]) -> tuple[list[dict[str, Any]], d
     return rows, checks, f"After {middle} trials the prior does not help on: {where}."
 
 
-def open_target(family: str, folder: Path) -> Target:
-    """The task of a family that is raced on."""
+def open_target(family: str, folder: Path, *, compiled: bool = False) -> Target:
+    """The task of a family that is raced on; ``compiled`` as ``load_task`` has it."""
     if family == SMOLLM2.family:
         return load_smollm2(SMOLLM2_WIDE)
-    return load_task(next(s for s in specs() if s.family == family and s.damage.kind == "taylor"), kept=folder)
+    spec = next(spec for spec in specs() if spec.family == family and spec.damage.kind == "taylor")
+    return load_task(spec, kept=folder, compiled=compiled)
 
 
 def main() -> None:
@@ -287,6 +302,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--trials", type=int, default=CHECKPOINTS[-1])
     parser.add_argument("--folder", type=Path, default=FOLDER / "transfer", help="priors, trials, losses and models")
+    parser.add_argument("--compile", action="store_true", help="compile small models; needs a C++ compiler")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.trials = 2, 10
@@ -300,7 +316,8 @@ def main() -> None:
     sources, found, start = read_sources(), [], time.process_time()
     for family in families:
         seeds = min(args.seeds, SMOLLM2_SEEDS) if family == SMOLLM2.family else args.seeds
-        found.append(transfer(family, open_target(family, args.folder), sources, args.folder, args.trials, seeds))
+        target = open_target(family, args.folder, compiled=args.compile)
+        found.append(transfer(family, target, sources, args.folder, args.trials, seeds))
     show([discrimination(one) for one in found])
     by_family = {one["task"]: regrets(one) for one in found}
     rows, checks, where = summarise(by_family)

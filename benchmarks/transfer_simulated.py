@@ -57,7 +57,12 @@ class FittedTask:
         collected = read_task(file)
         self.name, self.family = collected.name, collected.family
         self.space, self.pruned_loss = read_space(file), read_pruned_loss(file)
+        self._sensitivity = dict(zip(self.space.layers, collected.grid.sensitivity.tolist(), strict=True))
         self._ranks, self._losses = collected.ranks, -collected.scores
+
+    def sensitivity(self, seed: int) -> dict[int, float]:
+        """That which was measured with the recoveries, whatever the seed."""
+        return self._sensitivity
 
     def _fitted(self, rows: NDArray[np.intp]) -> GaussianProcessRegressor:
         kernel = ConstantKernel() * DotProduct() + ConstantKernel() * RBF(5, (0.5, 100)) + WhiteKernel(0.1, (1e-3, 1))

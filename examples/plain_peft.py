@@ -9,7 +9,7 @@ import optuna
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace, note_sensitivity, recommend
 from rankadaptor_optuna.embedded import load_model
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.texts import load_texts
@@ -46,6 +46,7 @@ def objective(trial: optuna.Trial) -> float:
             adapted(input_ids=batch, labels=batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        note_sensitivity(trial, space, adapted, held_out)  # once, of uniform ranks: where is rank worth most?
         with torch.no_grad():
             return float(adapted(input_ids=held_out, labels=held_out).loss)
     finally:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rankadaptor_optuna.convergence import StopWhenConverged
     from rankadaptor_optuna.dashboard import publish_dashboard
     from rankadaptor_optuna.history import verification_seed
-    from rankadaptor_optuna.objective import RecoveryObjective
+    from rankadaptor_optuna.objective import RecoveryObjective, note_sensitivity
     from rankadaptor_optuna.recommendation import recommend
     from rankadaptor_optuna.sampler import RankAdaptorSampler
     from rankadaptor_optuna.space import RankSpace
@@ -33,6 +33,7 @@ _HOMES = {
     "RecoveryObjective": "objective",
     "StopWhenConverged": "convergence",
     "create_study": "study",
+    "note_sensitivity": "objective",
     "publish_dashboard": "dashboard",
     "recommend": "recommendation",
     "verification_seed": "history",
@@ -45,6 +46,7 @@ __all__ = [
     "RecoveryObjective",
     "StopWhenConverged",
     "create_study",
+    "note_sensitivity",
     "publish_dashboard",
     "recommend",
     "verification_seed",

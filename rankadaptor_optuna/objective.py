@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
 from rankadaptor_optuna.settings import check_reports
 from rankadaptor_optuna.space import RankSpace
+
+if TYPE_CHECKING:
+    import torch
 
 # of a trial, not of the program; out of memory is torch's RuntimeError, and so is a killed data loader
 _FAILURES = (RuntimeError, FloatingPointError, MemoryError, OSError)
@@ -228,8 +231,7 @@ class RecoveryObjective:
                 self.recovered(ranks, seed=seed, on_step=report if seed is None else None, on_trained=note) as model,
             ):
                 score = self._score(trial, model, by_item=self._report_items and seed is None)
-                if seed is None and any(ranks.values()) and ranks == self.space.uniform():
-                    self._note_sensitivity(trial, model)
+                note_sensitivity(trial, self.space, model, self.held_out)
             if not math.isfinite(score):
                 raise FloatingPointError(f"the {self.metric} on held-out data is {score}.")
         except _FAILURES as error:
@@ -256,12 +258,6 @@ class RecoveryObjective:
                 trial.set_user_attr(name, value)
         return found[self.metric]
 
-    def _note_sensitivity(self, trial: Trial, model: Any) -> None:  # noqa: ANN401
-        study = getattr(trial, "study", None)  # which a FixedTrial has not
-        if study is not None and SENSITIVITY_ATTR not in study.user_attrs:
-            found = self.space.by_module(sensitivities(model, self.held_out))
-            study.set_user_attr(SENSITIVITY_ATTR, {self.space.name(module): value for module, value in found.items()})
-
     def _losses_by_item(self, trial: Trial, model: Any) -> NDArray[np.float64]:  # noqa: ANN401
         """Reports the loss of each held-out block; the order is shuffled lest the first ones decide every trial."""
         trial.set_user_attr(ITEMS_ATTR, True)
@@ -275,6 +271,32 @@ class RecoveryObjective:
             for row in rows:
                 trial.report(float(losses[row]), row)
         return losses
+
+
+def note_sensitivity(
+    trial: Trial,
+    space: RankSpace,
+    model: Any,  # noqa: ANN401
+    data: torch.Tensor | Examples,
+) -> None:
+    """Tells the study how sensitive the loss is to each layer: where the sampler expects rank to be worth most.
+
+    ``RecoveryObjective`` does so by itself. An objective of your own calls it at the end of each trial: it measures in
+    one of uniform ranks (the first that ``RankAdaptorSampler`` proposes), once a study, and else does nothing.
+
+    Args:
+        trial: The trial, after ``space.suggest(trial)``.
+        space: The rank space.
+        model: The PEFT model that was trained with the trial's ranks.
+        data: What the trial is scored on: blocks of token ids, (n, length), or examples. See ``sensitivities``.
+    """
+    study = getattr(trial, "study", None)  # which a FixedTrial has not
+    uniform = {space.name(module): rank for module, rank in space.uniform().items()}
+    is_uniform = any(uniform.values()) and uniform.items() <= trial.params.items()
+    if study is None or not is_uniform or verification_seed(trial) is not None or SENSITIVITY_ATTR in study.user_attrs:
+        return
+    found = space.by_module(sensitivities(model, data))
+    study.set_user_attr(SENSITIVITY_ATTR, {space.name(module): value for module, value in found.items()})
 
 
 def examples_of(

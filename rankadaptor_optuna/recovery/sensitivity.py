@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankadaptor_optuna.recovery.data import Examples
+
+if TYPE_CHECKING:
+    import torch
 
 SCALE = 0.75  # near the middle between all of an adapter and half of it, see below
 
 
-def sensitivities(model: Any, data: Examples) -> dict[str, float]:  # noqa: ANN401
+def sensitivities(model: Any, data: torch.Tensor | Examples) -> dict[str, float]:  # noqa: ANN401
     """How fast the loss falls as each adapter is scaled up, all of them being at three quarters of their scale.
 
     The derivative at the adapter as it was trained says little, as training has made it small; a little below, it is
@@ -18,7 +21,8 @@ def sensitivities(model: Any, data: Examples) -> dict[str, float]:  # noqa: ANN4
 
     Args:
         model: A PEFT model with LoRA adapters attached, which are left as they were.
-        data: Examples; the loss is the mean over them of their mean loss per target.
+        data: Blocks of token ids, (n, length), or examples; the loss is the mean over them of their mean loss per
+            target. One is computed at a time, so that it takes little memory.
 
     Returns:
         ``{name of the adapted module: nats per unit of its scale}``; negative where less of it would be better.
@@ -26,6 +30,7 @@ def sensitivities(model: Any, data: Examples) -> dict[str, float]:  # noqa: ANN4
     import torch
     from peft.tuners.lora import LoraLayer
 
+    examples = data if isinstance(data, Examples) else Examples.of_blocks(data)
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     adapter = model.active_adapter
     weights = [module.lora_B[adapter].weight for module in layers.values()]
@@ -36,14 +41,14 @@ def sensitivities(model: Any, data: Examples) -> dict[str, float]:  # noqa: ANN4
     try:
         for module, scaling in zip(layers.values(), scalings, strict=True):
             module.scaling[adapter] = SCALE * scaling
-        for row in range(len(data)):
-            batch = {name: tensor.to(device) for name, tensor in data.batch([row]).items()}
+        for row in range(len(examples)):
+            batch = {name: tensor.to(device) for name, tensor in examples.batch([row]).items()}
             with torch.enable_grad():
                 loss = model(**batch, use_cache=False).loss
                 gradients = torch.autograd.grad(loss, weights)
             for name, weight, gradient in zip(layers, weights, gradients, strict=True):
                 # B and the scale are factors of one product, so a relative change of either is the same
-                found[name] -= float((weight.detach() * gradient).sum()) / SCALE / len(data)
+                found[name] -= float((weight.detach() * gradient).sum()) / SCALE / len(examples)
     finally:
         for module, scaling in zip(layers.values(), scalings, strict=True):
             module.scaling[adapter] = scaling

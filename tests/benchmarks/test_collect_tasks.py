@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from rankadaptor_optuna.history import SENSITIVITY_ATTR
 from rankadaptor_optuna.meta_tasks import meta_task
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.space import RankSpace
@@ -86,6 +88,8 @@ def test_a_task_is_collected_in_parts_and_read_back(collecting, spec, cache, tmp
     task = collecting.read_task(file)
     assert task.ranks[0].tolist() == [8] * 4
     assert task.scores.tolist() == [-row[-1] for row in rows]
+    assert task.grid.sensitivity.tolist() == head["sensitivity"]
+    assert len(set(head["sensitivity"])) == 4
 
 
 def test_a_task_is_not_collected_until_it_is_whole(collecting, spec, cache, tmp_path, monkeypatch):
@@ -136,7 +140,25 @@ def test_the_published_studies_are_the_collected_tasks(collecting, tmp_path):
     files = list(collecting.files())
     assert optuna.get_all_study_names(storage) == [file.stem for file in files]
     for file in files:
-        trials = optuna.load_study(study_name=file.stem, storage=storage).get_trials(deepcopy=False)
+        study = optuna.load_study(study_name=file.stem, storage=storage)
+        trials = study.get_trials(deepcopy=False)
         task = collecting.read_task(file)
         assert [list(trial.params.values()) for trial in trials] == task.ranks.tolist()
         assert [-trial.value for trial in trials] == task.scores.tolist()
+        assert list(study.user_attrs[SENSITIVITY_ATTR].values()) == task.grid.sensitivity.tolist()
+
+
+def test_a_task_collected_before_sensitivities_were_gets_them_without_another_recovery(
+    collecting, spec, cache, tmp_path, monkeypatch
+):
+    file = collecting.collect(spec, tmp_path, 3, cache)
+    whole = file.read_text()
+    head, rows = collecting._read(file)
+    known = head.pop("sensitivity")
+    file.write_text("\n".join([f"# {json.dumps(head)}", *whole.splitlines()[1:], ""]))
+    monkeypatch.setattr("recovery_tasks.RecoveryTask.losses", None)
+    collecting.collect(spec, tmp_path, 3, cache)
+    again, same = collecting._read(file)
+    assert again["sensitivity"] == pytest.approx(known)
+    assert same == rows
+    assert list(tmp_path.iterdir()) == [file]

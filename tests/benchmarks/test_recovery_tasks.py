@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from rankadaptor_optuna.pruning import load_pruned
+from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
+from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
 
 _SOURCE = Path(__file__).parents[2] / "benchmarks" / "recovery_tasks.py"
@@ -179,3 +181,16 @@ def test_a_description_says_how_well_a_task_discriminates(task):
     assert row["random mean"] >= row["min"]
     assert -1 <= row["rho"] <= 1
     assert torch.isfinite(torch.tensor([v for v in row.values() if not isinstance(v, str)])).all()
+
+
+def test_sensitivities_are_those_of_the_packages_own_recovery(task, cache):
+    parts = tasks.read_parts("docs")
+    held_out = Examples.of_blocks(tasks._blocks(parts.validation, tasks.HELD_OUT))
+    model = load_pruned(next(cache.glob("*taylor*")))
+    with attached(model, lora_config(task.space.uniform()), seed=3) as adapted:
+        train(adapted, tasks._blocks(parts.recovery), SPEC.recovery, seed=3)
+        expected = task.space.by_module(sensitivities(adapted, held_out))
+    found = task.sensitivity(seed=3)
+    assert list(found) == list(expected)
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-3, abs=1e-6)
+    assert task.losses(CONFIGURATIONS[:1], seed=3) == task.losses(CONFIGURATIONS[:1], seed=3)

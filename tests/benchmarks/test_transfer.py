@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rankadaptor_optuna import RankSpace
+from rankadaptor_optuna.history import SENSITIVITY_ATTR
 from rankadaptor_optuna.surrogate.features import RankGrid
 from rankadaptor_optuna.surrogate.meta import MetaTask
 
@@ -36,6 +37,7 @@ def task(transfer):
     from synthetic_tasks import Synthetic
 
     task = Synthetic("tiny", smooth=True, noise=0.5, seed=9)
+    task.sensitivity = lambda seed: {layer: 1.0 + layer + seed for layer in task.space.layers}
     task.pruned_loss = task.losses([dict.fromkeys(task.space.layers, 2)], [0])[0] + 1.0
     return task
 
@@ -71,7 +73,8 @@ def test_a_family_held_out_is_not_learned_from(transfer, sources, task, tmp_path
     for who in ("prior", "adversarial"):
         prior = transfer.Prior.load(next(tmp_path.glob(f"{who}-*.safetensors")))
         assert [one["name"] for one in prior.card["tasks"]] == ["b one", "b two"]
-    assert set(found["losses"]) == {transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, *transfer.PEERS}
+    ours = {transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, transfer.ALONE}
+    assert set(found["losses"]) == {*ours, *transfer.PEERS}
     with pytest.raises(ValueError, match="a prior for b needs two tasks of other families, 0 are collected"):
         transfer.others(sources[2:], "b")
 
@@ -86,10 +89,10 @@ def test_an_adversarial_prior_expects_the_opposite(transfer, sources, tmp_path):
     for who, prior in priors.items():
         predicted = PerformanceModel(space, prior=prior).predict(np.stack([rising, falling]))[0]
         gains[who] = float(predicted[0] - predicted[1])
-    assert gains[transfer.PRIOR] > gains[transfer.NONE] > gains[transfer.ADVERSARIAL]
+    assert gains[transfer.PRIOR] > gains[transfer.NONE] == gains[transfer.ALONE] > gains[transfer.ADVERSARIAL]
 
 
-def test_a_run_goes_on_without_a_recovery_that_is_known_and_searches_anew_with_other_sources(
+def test_a_run_goes_on_without_a_recovery_that_is_known_and_what_learns_searches_anew_with_other_sources(
     transfer, sources, task, tmp_path, monkeypatch
 ):
     made = []
@@ -101,17 +104,28 @@ def test_a_run_goes_on_without_a_recovery_that_is_known_and_searches_anew_with_o
     again = transfer.transfer("a", task, sources, tmp_path, 5, 1)
     assert made[0].n_computed > made[1].n_computed == 0
     assert again == before
+    alone = (tmp_path / "a.trials.csv").read_text()
     transfer.transfer("a", task, [*sources, sources[2]], tmp_path, 5, 1)
+    assert (tmp_path / "a.trials.csv").read_text() == alone
     assert len(list(tmp_path.glob("a-*.trials.csv"))) == 2
     assert trials in [file.read_text() for file in tmp_path.glob("a-*.trials.csv")]
 
 
-def test_only_tpe_that_is_warm_started_sees_the_source_trials(transfer, sources, task, tmp_path, monkeypatch):
+def test_each_is_told_what_it_may_know(transfer, sources, task, tmp_path, monkeypatch):
     studies = {}
     search = transfer.search
-    monkeypatch.setattr(transfer, "search", lambda *args, **kw: studies.update(search(*args, **kw)) or studies)
+
+    def remembered(*args, **settings):
+        found = search(*args, **settings)
+        studies.update(found)
+        return found
+
+    monkeypatch.setattr(transfer, "search", remembered)
     transfer.transfer("a", task, sources, tmp_path, 5, 1)
-    for (who, _), study in studies.items():
+    for (who, seed), study in studies.items():
+        told = who in (transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL)
+        known = dict(zip(task.space.distributions(), task.sensitivity(seed).values(), strict=True))
+        assert study.user_attrs[SENSITIVITY_ATTR] == (known if told else {})
         is_source = ["source" in trial.user_attrs for trial in study.trials]
         assert is_source == ([True] * 24 + [False] * 5 if who == transfer.WARM else [False] * 5)
         first = next(t for t in study.trials if "source" not in t.user_attrs)
@@ -137,9 +151,9 @@ def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior
         def losses(*values):
             return {n: [v, v + 0.02] for n, v in zip(checkpoints, values, strict=True)}
 
-        slow = losses(0.9, 0.8, 0.7, 0.65, 0.6, 0.5, 0.4, 0.4)
-        who = {transfer.PRIOR: losses(*[prior] * 8), transfer.NONE: slow}
-        who[transfer.ADVERSARIAL] = losses(0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
+        slow = losses(0.9, 0.8, 0.7, 0.65, 0.6, 0.4, 0.4)
+        who = {transfer.PRIOR: losses(*[prior] * 7), transfer.NONE: slow}
+        who[transfer.ADVERSARIAL] = losses(0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.35)
         return {"best": 0.0, "random": 1.0, "losses": who | dict.fromkeys(transfer.PEERS, slow)}
 
     rows, checks, where = transfer.summarise({name: transfer.regrets(found(prior)) for name, prior in priors.items()})
@@ -156,7 +170,7 @@ def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior
 def test_differences_are_paired_by_search_and_as_sure_as_the_searches_are_alike(transfer):
     def family(prior, none):
         at = dict.fromkeys(transfer.CHECKPOINTS, np.zeros(4))
-        who = dict.fromkeys((transfer.ADVERSARIAL, *transfer.PEERS), at)
+        who = dict.fromkeys((transfer.ADVERSARIAL, transfer.ALONE, *transfer.PEERS), at)
         return who | {transfer.PRIOR: at | {10: np.asarray(prior)}, transfer.NONE: at | {10: np.asarray(none)}}
 
     rows = transfer.differences(
@@ -170,7 +184,7 @@ def test_differences_are_paired_by_search_and_as_sure_as_the_searches_are_alike(
 
 def test_a_peer_that_ends_with_the_best_is_no_trouble(transfer):
     nothing = {n: [1.0, 1.0] for n in transfer.CHECKPOINTS}
-    who = dict.fromkeys((transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, *transfer.PEERS), nothing)
+    who = dict.fromkeys((transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, transfer.ALONE, *transfer.PEERS), nothing)
     _, checks, where = transfer.summarise({"one": transfer.regrets({"best": 1.0, "random": 2.0, "losses": who})})
     assert [(one["value"], one["ok"]) for one in checks.values()] == [(0, True), (1, True)]
     assert where.endswith("does not help on: one.")

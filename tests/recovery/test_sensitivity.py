@@ -58,6 +58,11 @@ def test_the_model_is_left_as_it_was(adapted, held_out):
     assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
 
 
+def test_blocks_are_examples_of_which_every_token_counts(adapted, blocks):
+    found = sensitivities(adapted, blocks[-2:])
+    assert found == sensitivities(adapted, Examples.of_blocks(blocks[-2:]))
+
+
 def test_what_an_untrained_adapter_contributes_is_nothing(model, held_out):
     with attached(model, lora_config({0: 2, 2: 4}), seed=0) as adapted:
         assert set(sensitivities(adapted, held_out).values()) == {0.0}
