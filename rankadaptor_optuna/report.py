@@ -95,30 +95,35 @@ def as_markdown(rows: list[list[str]]) -> str:
 
 
 def ranks_figure(outcome: Outcome, h: History) -> Figure:
-    """Recommended rank of each layer (or sublayers side by side), above what pruning took from it."""
+    """Recommended rank of each layer (or sublayers side by side), above its sensitivity and what pruning took."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     space, fixed = outcome.space, outcome.space.fixed_ranks
-    ranks, profile = list(outcome.recommendation.ranks.values()), h.profile or (0.0,) * len(space.modules)
+    ranks, below = list(outcome.recommendation.ranks.values()), {}
+    if h.sensitivity is not None and sum(h.sensitivity) > 0:
+        below["sensitivity\n(% of all layers')"] = np.asarray(h.sensitivity) / sum(h.sensitivity)
+    below["pruned away\n(% of weights)"] = np.asarray(h.profile or (0.0,) * len(space.modules))
     uniform = next(iter(space.uniform().values()))
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    figure = Figure(figsize=(9, 3 + 2 * len(below)), layout="constrained")
+    top, *others = figure.subplots(1 + len(below), 1, sharex=True, height_ratios=(3, *(2 for _ in below)))
     width = 0.8 / len(space.series)
     for i, (name, part) in enumerate(space.series.items()):
         at = np.asarray(space.layers) + width * (i - (len(space.series) - 1) / 2)
         top.bar(at, ranks[part], width, color=(_BLUE, _GREEN)[i], label=name or "recommended")
-        bottom.bar(at, 100 * np.asarray(profile[part]), width, color=(_BLUE, _GREEN)[i] if name else _GREY)
+        for axes, shares in zip(others, below.values(), strict=True):
+            axes.bar(at, 100 * shares[part], width, color=(_BLUE, _GREEN)[i] if name else _GREY)
     if fixed:
         top.bar(list(fixed), list(fixed.values()), color=_LIGHT, label="not pruned, not searched")
     top.axhline(uniform, color=_ORANGE, linestyle="--", label=f"uniform, rank {uniform}")
     top.set_ylabel("LoRA rank")
     top.set_yticks(space.candidates)
     top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
-    bottom.set_ylabel("pruned away\n(% of weights)")
-    bottom.set_xlabel("layer")
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
-    bottom.set_xlim(-1, space.n_layers)
+    for axes, label in zip(others, below, strict=True):
+        axes.set_ylabel(label)
+    others[-1].set_xlabel("layer")
+    others[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
+    others[-1].set_xlim(-1, space.n_layers)
     return figure
 
 

@@ -4,6 +4,7 @@ import optuna
 import pytest
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
+from rankadaptor_optuna.history import SENSITIVITY_ATTR
 
 
 @pytest.fixture(params=["layer", "sublayer"])
@@ -36,16 +37,24 @@ def test_the_report_has_a_row_of_ranks_for_each_part_that_has_its_own(outcome, t
     assert "Pruning left layers 0, 5 whole" in text
 
 
-def test_the_picture_has_a_bar_for_each_rank_and_what_pruning_took_below_it(outcome):
+@pytest.mark.parametrize("told", [False, True])
+def test_the_picture_has_a_bar_for_each_rank_and_below_it_what_is_known_of_its_layer(outcome, told):
     from rankadaptor_optuna.figures import history
     from rankadaptor_optuna.report import ranks_figure
 
     space, found = outcome.space, outcome.recommendation
-    top, bottom = ranks_figure(outcome, history(outcome.study)).axes
+    sensitivity = [0.5 + i for i in range(len(space.modules))]
+    if told:
+        outcome.study.set_user_attr(SENSITIVITY_ATTR, dict(zip(space.distributions(), sensitivity, strict=True)))
+    top, *middle, bottom = ranks_figure(outcome, history(outcome.study)).axes
+    assert len(middle) == told
     for i, (name, part) in enumerate(space.series.items()):
         bars, below = top.containers[i], bottom.containers[i]
         assert bars.get_label() == (name or "recommended")
         assert [bar.get_height() for bar in bars] == [found.ranks[module] for module in space.modules[part]]
         assert [bar.get_height() for bar in below] == pytest.approx([100 * x for x in space.profile[part]])
+        for axes in middle:
+            shares = [bar.get_height() for bar in axes.containers[i]]
+            assert shares == pytest.approx([100 * x / sum(sensitivity) for x in sensitivity[part]])
         assert [bar.get_x() for bar in bars] == [bar.get_x() for bar in below]
         assert all(abs(bar.get_center()[0] - layer) < 0.5 for bar, layer in zip(bars, space.layers, strict=True))
