@@ -176,7 +176,7 @@ def write_report(outcome: Outcome, out: Path) -> None:
         "",
         f"Trainable parameters: {found.cost:,.0f}, budget {outcome.space.budget or math.inf:,.0f}." + fixed,
         "",
-        "![Rank per layer beside what pruning took from it](ranks.png)",
+        "![Rank per layer beside its sensitivity and what pruning took from it](ranks.png)",
         "",
         f"What it rests on: {evidence.statement} Closest trials: {'; '.join(closest)}.",
         "",
