@@ -186,10 +186,8 @@ def transfer(
     """
     space, learned_from, name = task.space, others(sources, family), name or family
     key, priors = priors_of(learned_from, learned or folder)
-    scores, sensitivities = (
-        Losses(task, folder / f"{name}.csv"),
-        Sensitivities(task, folder / f"{name}.sensitivities.csv"),
-    )
+    scores = Losses(task, folder / f"{name}.csv")
+    sensitivities = Sensitivities(task, folder / f"{name}.sensitivities.csv")
     told = {(who, seed): sensitivities(seed) for who in (PRIOR, NONE, ADVERSARIAL) for seed in range(seeds)}
     uniform = scores([(space.uniform(), seed) for seed in range(seeds)])  # every study's first trial
     warm = {(WARM, seed): source_trials(learned_from, space, uniform[seed], task.pruned_loss) for seed in range(seeds)}
@@ -286,12 +284,11 @@ def summarise(by_family: Mapping[str, Regrets]) -> tuple[list[dict[str, Any]], d
     return rows, checks, f"After {middle} trials the prior does not help on: {where}."
 
 
-def open_target(family: str, folder: Path, *, compiled: bool = False) -> Target:
-    """The task of a family that is raced on; ``compiled`` as ``load_task`` has it."""
+def open_target(family: str, folder: Path) -> Target:
+    """The task of a family that is raced on."""
     if family == SMOLLM2.family:
         return load_smollm2(SMOLLM2_WIDE)
-    spec = next(spec for spec in specs() if spec.family == family and spec.damage.kind == "taylor")
-    return load_task(spec, kept=folder, compiled=compiled)
+    return load_task(next(s for s in specs() if s.family == family and s.damage.kind == "taylor"), kept=folder)
 
 
 def main() -> None:
@@ -302,7 +299,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=CHECKPOINTS[-1])
     parser.add_argument("--folder", type=Path, default=FOLDER / "transfer", help="priors, trials, losses and models")
-    parser.add_argument("--compile", action="store_true", help="compile small models; needs a C++ compiler")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.trials = 2, 10
@@ -316,8 +312,7 @@ def main() -> None:
     sources, found, start = read_sources(), [], time.process_time()
     for family in families:
         seeds = min(args.seeds, SMOLLM2_SEEDS) if family == SMOLLM2.family else args.seeds
-        target = open_target(family, args.folder, compiled=args.compile)
-        found.append(transfer(family, target, sources, args.folder, args.trials, seeds))
+        found.append(transfer(family, open_target(family, args.folder), sources, args.folder, args.trials, seeds))
     show([discrimination(one) for one in found])
     by_family = {one["task"]: regrets(one) for one in found}
     rows, checks, where = summarise(by_family)

@@ -296,6 +296,8 @@ def note_sensitivity(
     if study is None or not is_uniform or verification_seed(trial) is not None or SENSITIVITY_ATTR in study.user_attrs:
         return
     found = space.by_module(sensitivities(model, data))
+    if not all(map(math.isfinite, found.values())):  # the recovery diverged; another uniform trial may tell
+        return
     study.set_user_attr(SENSITIVITY_ATTR, {space.name(module): value for module, value in found.items()})
 
 

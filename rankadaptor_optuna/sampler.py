@@ -138,11 +138,11 @@ class RankAdaptorSampler(BaseSampler):
         ranked = not ranks.keys().isdisjoint(search_space)
         # PartialFixedSampler takes its names out of the search space; their ranks still cost
         with self._lock:
-            known = self._history(study).sensitivity
+            prior, history = self._prior_of(study), self._history(study)
         if ranked:
-            encoding = Encoding({**ranks, **search_space}, self._grid, list(ranks), known)
+            encoding = Encoding({**ranks, **search_space}, self._grid, list(ranks), history.sensitivity)
         else:
-            encoding = Encoding(search_space, sensitivity=known)
+            encoding = Encoding(search_space, sensitivity=history.sensitivity)
         rng = self._rng(trial, "relative")
         given: dict[str, Any] = {}
         if encoding.rank_names:
@@ -152,7 +152,6 @@ class RankAdaptorSampler(BaseSampler):
             given |= trial.params  # has some already where its worker was killed and it is run again
         rows = {row: given[name] for row, name in enumerate(encoding.rank_names) if name in given}
         with self._lock:
-            prior, history = self._prior_of(study), self._history(study)
             trials = history.encoded(encoding, lambda encoding: self._new_model(encoding, prior))
             allocations = Allocations.of(encoding.grid, self._budget(encoding), rows)
             table, params = self._draw(study, trials, allocations, rng)

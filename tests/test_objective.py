@@ -435,3 +435,9 @@ def test_attention_and_mlp_have_sensitivities_of_their_own(model, tokenizer, tex
     told = run(job, 1).user_attrs[SENSITIVITY_ATTR]
     assert list(told) == list(space.distributions())
     assert len(set(told.values())) == 8
+
+
+def test_a_sensitivity_that_is_not_finite_is_not_told(job, monkeypatch):
+    broken = {"model.layers.0.mlp.up_proj": math.nan}
+    monkeypatch.setattr(rankadaptor_optuna.objective, "sensitivities", lambda *_: broken)
+    assert SENSITIVITY_ATTR not in run(job, 1).user_attrs

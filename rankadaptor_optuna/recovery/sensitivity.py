@@ -31,8 +31,12 @@ def sensitivities(model: Any, data: torch.Tensor | Examples) -> dict[str, float]
     from peft.tuners.lora import LoraLayer
 
     examples = data if isinstance(data, Examples) else Examples.of_blocks(data)
-    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     adapter = model.active_adapter
+    layers: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.lora_B
+    }
     weights = [module.lora_B[adapter].weight for module in layers.values()]
     device, was_training = weights[0].device, model.training
     scalings = [module.scaling[adapter] for module in layers.values()]

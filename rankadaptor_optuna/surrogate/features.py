@@ -28,7 +28,7 @@ N_PROFILE = 2
 N_SENSITIVITY = 2
 N_ENDS = 2
 N_INPUTS = 4  # of the MLP
-_POWER = 1.5  # of a sensitivity: what an adapter does at one rank says less than in proportion what more would add
+_POWER = 1.5  # of a sensitivity: where an adapter does much, more rank is worth more than in proportion
 
 
 @dataclass

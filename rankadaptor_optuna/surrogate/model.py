@@ -102,8 +102,8 @@ class PerformanceModel:
     The score is modelled as a sum over layers. Each layer's part has a component that is smooth along the depth, its
     curvature in rank, one that follows what pruning took, one that follows the layers' sensitivities where they are
     known, one for the first and the last layers, which stand out, a free residual with a curvature of its own, and the
-    meta-learned MLP's features. Beside the sum stands the square of
-    the total (log) rank: the less of it there is, the more each rank is worth.
+    meta-learned MLP's features. Beside the sum stands the square of the total (log) rank: the less of it there is, the
+    more each rank is worth.
 
     Args:
         space: The rank space (or a ``RankGrid`` of searched layers).
@@ -280,7 +280,7 @@ class PerformanceModel:
         std[columns["curvature"]] = 0.5 * signal
         std[columns["profile"]] = 0.7 * signal
         std[columns["sensitivity"]] = _SENSITIVITY * signal
-        mean[columns["sensitivity"]] = np.resize([trend * signal, 0.0], len(mean[columns["sensitivity"]]))
+        mean[columns["sensitivity"]][:1] = trend * signal  # no column where they are unknown
         std[columns["ends"]] = _ENDS * signal
         std[columns["residual"]] = residual * signal
         std[columns["residual curvature"]] = 0.5 * residual * signal
