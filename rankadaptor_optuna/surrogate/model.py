@@ -32,6 +32,7 @@ _ENDS = 4.0  # how far the first and the last layers may stand out, in units of 
 _SENSITIVITY = 0.7  # how far the worth of rank strays from being proportional to the layers' sensitivity, likewise
 _TREND = 2.0  # more rank helps, in units of how much layers vary, until the data says otherwise
 _APART = 1 / 3  # what a seed's recoveries do not share with others', by variance, to what they do (README, calibration)
+_MISFIT = 0.3  # how far a bad score may be off (standard deviation), as a share of what it is below the median
 _CAUTION = 0.5  # standard deviations: the best of a great many predictions is one that errs upwards
 
 
@@ -228,11 +229,17 @@ class PerformanceModel:
 
     @cached_property
     def _standardised(self) -> Standardised:
-        """Differences of scores, which have no intercept, are scaled only."""
+        """Differences of scores, which have no intercept, are scaled only.
+
+        A sum over layers is right within a range at best. Which range matters is known: what is worse than most must
+        not bend the model where the optimum is, so it counts for less, the worse it is.
+        """
         whole = self.features[:, 0] > 0.5
         of_whole = standardise(self._scores[whole])
         targets, doubt = self._scores / of_whole.spread, np.zeros(len(whole))
-        targets[whole], doubt[whole] = of_whole.targets, of_whole.doubt
+        median = np.median(of_whole.targets) if whole.any() else 0.0
+        below = np.maximum(median - of_whole.targets, 0)
+        targets[whole], doubt[whole] = of_whole.targets, of_whole.doubt + (_MISFIT * below) ** 2
         return of_whole._replace(targets=targets, doubt=doubt)
 
     @property

@@ -128,6 +128,15 @@ def test_a_diverged_score_does_not_move_the_recommendation():
     assert fitted(scores=scores).predict(ranks)[0] == pytest.approx(score(ranks), abs=2 * score(ranks).std())
 
 
+def test_trials_far_below_the_rest_do_not_bend_the_model_where_it_is_right():
+    ranks, test = configurations(30), configurations(50, seed=1)
+    poor = np.where(np.eye(10, dtype=bool)[:4], max(SPACE.candidates), min(SPACE.candidates))
+    collapsed = np.full(4, score(ranks).min() - 10 * score(ranks).std())  # by far more than a sum over layers explains
+    model = PerformanceModel(SPACE, prior=None)
+    model.update(np.concatenate([ranks, poor]), np.concatenate([score(ranks), collapsed]))
+    assert np.corrcoef(model.predict(test)[0], score(test))[0, 1] > 0.96  # 0.93 if all count alike
+
+
 def test_the_gain_is_the_difference_of_predictions_and_surer_than_both():
     model, test = fitted(20), configurations(5, seed=1)
     gain, std = model.predict_gain(test)
