@@ -110,7 +110,7 @@ def search(
         for (key, trial), loss in zip(trials.items(), losses, strict=True):
             studies[key].tell(trial, loss)
         known.add({key: list(trial.params.values()) for key, trial in trials.items() if key[0] not in STATEFUL})
-        done = sum(len(finished(study)) for study in studies.values())
+        done = sum(min(len(finished(study)), n_trials) for study in studies.values())  # more may be kept
         print(f"{name}: {done} of {len(keys) * n_trials} trials, {scores.n_computed} recoveries", file=sys.stderr)
     for who, seed in (key for key in keys if key[0] in STATEFUL and len(known.of(*key)) < n_trials):
         known.put(who, seed, [list(trial.params.values()) for trial in finished(studies[who, seed])])

@@ -2,15 +2,15 @@
 
     python benchmarks/transfer.py [--quick] [--families NAME ...] [--seeds 5] [--trials 25] [--folder DIR]
 
-For each family held out, a prior is meta-learned from the collected tasks (``collect_tasks.py``) of all other
-families of small models (SmolLM2-135M is a target only: what small models teach of one of real size), and an
-adversarial one from the same with their scores negated. Then studies are run on a task of that family, as in
-``race.py``: RankAdaptor with either prior and with none, each told how sensitive the loss is to the layers' adapters
-after the first trial (as ``RecoveryObjective`` tells it; that costs a forward and a backward pass over the held-out
-data) and, with no prior, by the scores alone; TPE, TPE warm-started with trials that the prior is learned from, GP and
-random search. What a study found after some trials (RankAdaptor: what ``recommend`` makes of them with
-the study's prior; others: the best) is recovered again with fresh seeds and scored on text that no search saw, as
-normalised regret: 0 is the best that anything ended with, 1 the mean of random allocations.
+For each family held out, a prior is meta-learned from the collected tasks (``collect_tasks.py``) of all other families
+of small models (SmolLM2-135M is a target only: what small models teach of one of real size), and an adversarial one
+from the same with their scores negated. Then studies are run on a task of that family, as in ``race.py``: RankAdaptor
+with either prior and with none, each told how sensitive the loss is to the layers' adapters after the first trial (as
+``RecoveryObjective`` tells it; that costs a forward and a backward pass over the held-out data); TPE, TPE warm-started
+with trials that the prior is learned from, GP and random search. What a study found after some trials (RankAdaptor:
+what ``recommend`` makes of them with the study's prior; others: the best) is recovered again with fresh seeds and
+scored on text that no search saw, as normalised regret: 0 is the best that anything ended with, 1 the mean of random
+allocations.
 
 For the warm start, a source's log ranks are interpolated along the relative depth onto the target's layers and
 projected onto its candidates and budget (``peers.projected``). Losses are compared on the scale that is known before:
@@ -39,7 +39,7 @@ import torch
 from collect_tasks import TASKS, files, read_pruned_loss, read_task, specs
 from losses import Losses, Ranks, SensitiveTask, Sensitivities, Trials
 from optuna.samplers import GPSampler, RandomSampler, TPESampler
-from peers import ALONE, OURS, Makers, projected
+from peers import OURS, Makers, projected
 from race import best_trial, discrimination, measure, recommended, regret, search
 from recovery_tasks import load_task
 from results import FOLDER, check, interval, show, write
@@ -108,7 +108,7 @@ def priors_of(sources: Sequence[Source], folder: Path) -> tuple[str, dict[str, P
             task.name.encode() + b"".join(a.tobytes() for a in (task.ranks, task.scores, task.grid.sensitivity))
         )
     key = digest.hexdigest()[:8]
-    found: dict[str, Prior | None] = dict.fromkeys((PRIOR, NONE, ADVERSARIAL, ALONE))
+    found: dict[str, Prior | None] = dict.fromkeys((PRIOR, NONE, ADVERSARIAL))
     for who, sign in ((PRIOR, 1), (ADVERSARIAL, -1)):
         file = folder / f"{who.rpartition(' ')[2]}-{key}.safetensors"
         if not file.exists():
@@ -188,7 +188,7 @@ def transfer(
     key, priors = priors_of(learned_from, learned or folder)
     scores = Losses(task, folder / f"{name}.csv")
     sensitivities = Sensitivities(task, folder / f"{name}.sensitivities.csv")
-    told = {(who, seed): sensitivities(seed) for who in (PRIOR, NONE, ADVERSARIAL) for seed in range(seeds)}
+    told = {(who, seed): sensitivities(seed) for who in priors for seed in range(seeds)}
     uniform = scores([(space.uniform(), seed) for seed in range(seeds)])  # every study's first trial
     warm = {(WARM, seed): source_trials(learned_from, space, uniform[seed], task.pruned_loss) for seed in range(seeds)}
     makers, studies = makers_of(priors), {}
@@ -229,7 +229,7 @@ def regrets(found: Mapping[str, Any]) -> Regrets:
 def differences(by_family: Mapping[str, Regrets]) -> list[dict[str, Any]]:
     """Differences of regrets, paired by search, with the 95% interval that is due to the searches of these families."""
     shown, middle, final = _checkpoints(by_family)
-    wanted = [(who, n, other, n) for who, other in ((PRIOR, NONE), (ADVERSARIAL, NONE), (NONE, ALONE)) for n in shown]
+    wanted = [(who, n, other, n) for who, other in ((PRIOR, NONE), (ADVERSARIAL, NONE)) for n in shown]
     rows = []
     for who, n, other, m in (*wanted, *((PRIOR, middle, peer, final) for peer in PEERS)):
         apart = [by[who][n] - by[other][m] for by in by_family.values()]

@@ -73,7 +73,7 @@ def test_a_family_held_out_is_not_learned_from(transfer, sources, task, tmp_path
     for who in ("prior", "adversarial"):
         prior = transfer.Prior.load(next(tmp_path.glob(f"{who}-*.safetensors")))
         assert [one["name"] for one in prior.card["tasks"]] == ["b one", "b two"]
-    ours = {transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, transfer.ALONE}
+    ours = {transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL}
     assert set(found["losses"]) == {*ours, *transfer.PEERS}
     with pytest.raises(ValueError, match="a prior for b needs two tasks of other families, 0 are collected"):
         transfer.others(sources[2:], "b")
@@ -89,7 +89,7 @@ def test_an_adversarial_prior_expects_the_opposite(transfer, sources, tmp_path):
     for who, prior in priors.items():
         predicted = PerformanceModel(space, prior=prior).predict(np.stack([rising, falling]))[0]
         gains[who] = float(predicted[0] - predicted[1])
-    assert gains[transfer.PRIOR] > gains[transfer.NONE] == gains[transfer.ALONE] > gains[transfer.ADVERSARIAL]
+    assert gains[transfer.PRIOR] > gains[transfer.NONE] > gains[transfer.ADVERSARIAL]
 
 
 def test_a_run_goes_on_without_a_recovery_that_is_known_and_what_learns_searches_anew_with_other_sources(
@@ -170,7 +170,7 @@ def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior
 def test_differences_are_paired_by_search_and_as_sure_as_the_searches_are_alike(transfer):
     def family(prior, none):
         at = dict.fromkeys(transfer.CHECKPOINTS, np.zeros(4))
-        who = dict.fromkeys((transfer.ADVERSARIAL, transfer.ALONE, *transfer.PEERS), at)
+        who = dict.fromkeys((transfer.ADVERSARIAL, *transfer.PEERS), at)
         return who | {transfer.PRIOR: at | {10: np.asarray(prior)}, transfer.NONE: at | {10: np.asarray(none)}}
 
     rows = transfer.differences(
@@ -184,7 +184,7 @@ def test_differences_are_paired_by_search_and_as_sure_as_the_searches_are_alike(
 
 def test_a_peer_that_ends_with_the_best_is_no_trouble(transfer):
     nothing = {n: [1.0, 1.0] for n in transfer.CHECKPOINTS}
-    who = dict.fromkeys((transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, transfer.ALONE, *transfer.PEERS), nothing)
+    who = dict.fromkeys((transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, *transfer.PEERS), nothing)
     _, checks, where = transfer.summarise({"one": transfer.regrets({"best": 1.0, "random": 2.0, "losses": who})})
     assert [(one["value"], one["ok"]) for one in checks.values()] == [(0, True), (1, True)]
     assert where.endswith("does not help on: one.")
