@@ -236,7 +236,8 @@ def differences(by_family: Mapping[str, Regrets]) -> list[dict[str, Any]]:
         errors = [stats.sem(values) if len(values) > 1 else np.nan for values in apart]
         half = 1.96 * np.linalg.norm(errors) / len(apart)
         mean = np.mean([values.mean() for values in apart])
-        rows.append({"regret": f"{who} @{n}", "less that of": f"{other} @{m}", "is": f"{mean:+.3f} ±{half:.3f}"})
+        spread = "" if np.isnan(half) else f" ±{half:.3f}"  # one search has none
+        rows.append({"regret": f"{who} @{n}", "less that of": f"{other} @{m}", "is": f"{mean:+.3f}{spread}"})
     return rows
 
 
