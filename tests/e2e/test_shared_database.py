@@ -72,7 +72,7 @@ def test_two_workers_share_one_study(url: str, workers: Callable[..., list[str]]
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 24
     assert all(space.is_feasible(dict(enumerate(c))) for c in configurations)
     assert len(set(configurations)) == 24, "no configuration is tried twice"
-    assert sum(len(set(c)) == 1 for c in configurations) == 1, "uniform once, first"
+    assert tuple(space.uniform().values()) in configurations[:2], "uniform first, whichever of the two takes it"
     assert space.is_feasible(recommend(study).ranks), "the space was stored with the study"
 
 
