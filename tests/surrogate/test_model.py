@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rankadaptor_optuna import PerformanceModel, RankSpace
-from rankadaptor_optuna.surrogate.features import MLP, RankGrid
+from rankadaptor_optuna.surrogate.features import MLP, RankGrid, groups
 from rankadaptor_optuna.surrogate.model import FORMAT, standardise
 from rankadaptor_optuna.surrogate.paper import Network
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
@@ -209,6 +209,16 @@ def test_a_misleading_prior_fades_out_as_trials_come_in(prior):
         return np.corrcoef(fitted(n, prior=used).predict(test)[0], score(test))[0, 1]
 
     assert correlation(60, misleading) > correlation(60, None) - 0.02
+
+
+def test_before_any_trial_a_prior_is_believed_by_a_sixth(prior):
+    test = configurations(20)
+    with_prior, without = PerformanceModel(SPACE, prior=prior), PerformanceModel(SPACE, prior=None)
+    columns = groups(with_prior.grid, prior.mlp)["mlp"]
+    says = with_prior.encode(test)[:, 1:][:, columns] @ prior.mean
+    moved = with_prior.predict(test)[0] - without.predict(test)[0]
+    assert np.abs(says).max() > 1
+    assert moved == pytest.approx(says / 6, rel=0.02)
 
 
 def test_ordinary_parameters_are_learned_beside_the_ranks():
