@@ -1,6 +1,6 @@
 """``transfer.py`` with many more searches than can be recovered: on functions fitted to the collected recoveries.
 
-    python benchmarks/transfer_simulated.py [--quick] [--seeds 10] [--trials 30] [--folder DIR]
+    python benchmarks/transfer_simulated.py [--quick] [--seeds 10] [--trials 25] [--folder DIR]
 
 The families and competitors are those of ``transfer.py``. A task of a family held out is a Gaussian process (linear and
 RBF kernels on the log ranks, by scikit-learn: a model that no competitor uses) fitted to the task's hundred real
