@@ -27,7 +27,7 @@ N_CURVATURE = 4
 N_PROFILE = 2
 N_SENSITIVITY = 2
 N_ENDS = 2
-N_INPUTS = 4  # of the MLP
+N_INPUTS = 3  # of the MLP
 _POWER = 1.5  # of a sensitivity: where an adapter does much, more rank is worth more than in proportion
 
 
@@ -135,9 +135,10 @@ class MLP:
         object.__setattr__(self, "weights", [np.ascontiguousarray(weight) for weight in self.weights])
 
     def __call__(self, inputs: Array) -> Array:
-        """Maps (..., 4) to (..., M)."""
-        hidden = inputs[..., : len(self.weights[0])]  # a prior of format 1 has not the last one
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+        """Maps (..., 3) to (..., M)."""
+        first = self.weights[0][:N_INPUTS]  # once there was a fourth input, the sensitivity, which was 0 where unknown
+        hidden = inputs
+        for weight, bias in zip([first, *self.weights[1:-1]], self.biases[:-1], strict=True):
             hidden = np.tanh(hidden @ weight + bias)
         out: Array = hidden @ self.weights[-1] + self.biases[-1]
         return out
@@ -207,9 +208,12 @@ def _ends(grid: RankGrid) -> Array:
 
 
 def mlp_inputs(grid: RankGrid, ranks: Array) -> Array:
-    """What the MLP sees of each layer: scaled rank, relative depth, standardised profile, sensitivity, (n, L, 4)."""
+    """What the MLP sees of each layer: scaled rank, relative depth and standardised profile, (n, L, 3).
+
+    Not the sensitivity: features of their own rest on that where it is known, and where it is not a prior has to do.
+    """
     t = grid.scaled(ranks)
-    return np.stack(np.broadcast_arrays(t, grid.depth, _profile(grid), _sensitivity(grid)), axis=2)
+    return np.stack(np.broadcast_arrays(t, grid.depth, _profile(grid)), axis=2)
 
 
 def per_layer(grid: RankGrid, ranks: Array, mlp: MLP | None) -> Array:

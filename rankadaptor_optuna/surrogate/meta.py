@@ -192,7 +192,11 @@ def rank_correlation(a: Array, b: Array) -> float:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A task as tensors: MLP inputs, the kernel of the head's other features, standardised scores."""
+    """A task as tensors: MLP inputs, the kernel of the head's other features, standardised scores.
+
+    Its layers' sensitivities are hidden: where they are known there is little left to learn, and what is learned then
+    does not hold where they are not.
+    """
 
     inputs: torch.Tensor
     reference: torch.Tensor
@@ -202,8 +206,8 @@ class _Prepared:
 
     @classmethod
     def of(cls, task: MetaTask) -> _Prepared:
-        grid = task.grid
-        plain = task.model(None)
+        grid = replace(task.grid, sensitivity=np.zeros(task.grid.n_layers))
+        plain = replace(task, grid=grid).model(None)
         plain.update(task.ranks, task.scores, task.points)
         middle = plain.middle_hyperparameters()
         features = plain.features

@@ -16,7 +16,7 @@ from rankadaptor_optuna.surrogate.features import MLP, Array
 from rankadaptor_optuna.surrogate.files import dumps, loads, read, write
 
 FORMAT = "2"
-_FORMATS = ("1", FORMAT)  # networks of the first did not see the layers' sensitivity
+_FORMATS = ("1", FORMAT)  # of the first the card is another
 PRETRAINED = Path(__file__).parent / "pretrained" / "prior.safetensors"
 
 

@@ -28,12 +28,16 @@ def test_a_family_is_judged_with_a_prior_that_has_not_seen_it(script, monkeypatc
     found = script.held_out(tasks, seeds=1)
     families = {task.family for task in tasks}
     assert learned_from == [families - {family} for family in sorted(families)]
-    for ((with_prior, without),) in found.values():
-        assert len(with_prior) == len(without) == len(script.LEARNED_FROM)
-        assert with_prior != without
-        assert without[-1] > 0.5
-    more, fewer = (sum(without[i] for ((_, without),) in found.values()) for i in (-1, 0))
-    assert more > fewer
+    for by in found.values():
+        (told, without_told), (untold, without_untold) = (by[key][0] for key in script.SENSITIVITIES)
+        assert len(told) == len(untold) == len(without_told) == len(script.LEARNED_FROM)
+        assert told != without_told
+        assert untold != without_untold
+        assert without_told[0] > without_untold[0]
+        assert without_untold[-1] > without_untold[0]
+        assert without_untold[-1] > 0.5
+    rows, checks = script.summarise(found)
+    assert len(rows) == len(checks) == 2 * len(script.LEARNED_FROM)
 
 
 def test_the_shipped_prior_was_learned_from_collected_tasks_and_is_small(script):

@@ -149,13 +149,12 @@ def test_each_series_has_ends_of_its_own():
 
 
 def test_the_mlp_is_told_rank_depth_and_standardised_profile():
-    rank, depth, profile, sensitivity = mlp_inputs(GRID, RANKS)[0].T
+    rank, depth, profile = mlp_inputs(GRID, RANKS)[0].T
     assert rank == pytest.approx(GRID.scaled(RANKS)[0])
     assert depth == pytest.approx(GRID.depth)
     assert profile.mean() == pytest.approx(0)
     assert profile.std() == pytest.approx(1)
     assert profile.argmax() == 2
-    assert (sensitivity == 0).all()  # unknown
 
 
 def test_an_even_profile_says_nothing():
@@ -190,15 +189,14 @@ def test_ordinary_features_approximate_an_rbf_kernel():
 
 def test_sensitivities_are_relative_to_their_mean_and_negative_ones_count_as_none(mlp):
     grid = replace(GRID, sensitivity=np.asarray([1.0, 4.0, -9.0]))
-    sensitivity = mlp_inputs(grid, RANKS)[0, :, 3]
-    assert sensitivity == pytest.approx([3 / 9 - 1, 3 * 8 / 9 - 1, -1])
-    again = replace(GRID, sensitivity=10 * grid.sensitivity)
-    assert mlp_inputs(again, RANKS) == pytest.approx(mlp_inputs(grid, RANKS))
+    sensitivity = np.asarray([3 / 9 - 1, 3 * 8 / 9 - 1, -1])
     columns = groups(grid, mlp)
     t, features = grid.scaled(RANKS), per_layer(grid, RANKS, mlp) * np.sqrt(3)
     assert features.shape[2] == columns["mlp"].stop
     expected = np.stack([t * sensitivity, t**2 * sensitivity], axis=2)
     assert features[:, :, columns["sensitivity"]] == pytest.approx(expected)
+    again = per_layer(replace(GRID, sensitivity=10 * grid.sensitivity), RANKS, mlp) * np.sqrt(3)
+    assert again == pytest.approx(features)
 
 
 @pytest.mark.parametrize("sensitivity", [[0.0, 0, 0], [-1.0, 0, -2], [3.0, 3, 3]])
@@ -208,6 +206,11 @@ def test_a_sensitivity_that_says_nothing_leaves_the_features_as_they_were(mlp, s
     np.testing.assert_array_equal(per_layer(grid, RANKS, mlp), per_layer(GRID, RANKS, mlp))
 
 
-def test_a_network_of_three_inputs_does_not_see_the_sensitivity(mlp):
+def test_the_mlp_does_not_see_the_sensitivity(mlp):
     grid = replace(GRID, sensitivity=np.asarray([1.0, 4.0, 9.0]))
     np.testing.assert_array_equal(mlp(mlp_inputs(grid, RANKS)), mlp(mlp_inputs(GRID, RANKS)))
+
+
+def test_a_network_that_was_learned_with_the_sensitivity_is_used_as_where_it_is_unknown(mlp):
+    wider = MLP([np.concatenate([mlp.weights[0], np.ones((1, 5))]), *mlp.weights[1:]], mlp.biases)
+    np.testing.assert_array_equal(wider(mlp_inputs(GRID, RANKS)), mlp(mlp_inputs(GRID, RANKS)))
