@@ -5,12 +5,12 @@
 For each family held out, a prior is meta-learned from the collected tasks (``collect_tasks.py``) of all other families
 of small models (SmolLM2-135M is a target only: what small models teach of one of real size), and an adversarial one
 from the same with their scores negated. Then studies are run on a task of that family, as in ``race.py``: RankAdaptor
-with either prior and with none, each told how sensitive the loss is to the layers' adapters after the first trial (as
-``RecoveryObjective`` tells it; that costs a forward and a backward pass over the held-out data); TPE, TPE warm-started
-with trials that the prior is learned from, GP and random search. What a study found after some trials (RankAdaptor:
-what ``recommend`` makes of them with the study's prior; others: the best) is recovered again with fresh seeds and
-scored on text that no search saw, as normalised regret: 0 is the best that anything ended with, 1 the mean of random
-allocations.
+with either prior and with none, each once told how sensitive the loss is to the layers' adapters after the first trial
+(as ``RecoveryObjective`` tells it; that costs a forward and a backward pass over the held-out data) and once searching
+by the scores alone, as all others do; TPE, TPE warm-started with trials that the prior is learned from, GP and random
+search. What a study found after some trials (RankAdaptor: what ``recommend`` makes of them with the study's prior;
+others: the best) is recovered again with fresh seeds and scored on text that no search saw, as normalised regret: 0 is
+the best that anything ended with, 1 the mean of random allocations.
 
 For the warm start, a source's log ranks are interpolated along the relative depth onto the target's layers and
 projected onto its candidates and budget (``peers.projected``). Losses are compared on the scale that is known before:
@@ -54,9 +54,10 @@ from rankadaptor_optuna.surrogate.prior import Prior
 FAMILIES = ("wikitext2-9x80", "wikitext2-20x48", "alpaca-7x64", "alpaca-24x32", "docs-13x48", "questions-11x64")
 CHECKPOINTS = (2, 3, 5, 8, 10, 15, 25)
 SHOWN = (2, 5, 10, 25)
-PRIOR, NONE, ADVERSARIAL = f"{OURS}, prior", f"{OURS}, no prior", f"{OURS}, adversarial"
+PRIOR, NONE, ADVERSARIAL = WITH = (f"{OURS}, prior", f"{OURS}, no prior", f"{OURS}, adversarial")
+TOLD = ("", ", scores alone")  # the layers' sensitivities, or not: what the names of RankAdaptors end with
 WARM = "TPE, warm-started"
-LEARNED = (PRIOR, ADVERSARIAL, WARM)  # from the sources
+LEARNED = (*(who + told for told in TOLD for who in (PRIOR, ADVERSARIAL)), WARM)  # from the sources
 PEERS = ("TPE", WARM, "GP", "Random")
 N_BEST = N_RANDOM = 25
 SMOLLM2_SEEDS = 5  # at most, as its recoveries are some twenty times as dear
@@ -100,7 +101,7 @@ def others(sources: Sequence[Source], family: str) -> list[Source]:
 
 
 def priors_of(sources: Sequence[Source], folder: Path) -> tuple[str, dict[str, Prior | None]]:
-    """What tells these sources from others, and the prior of each RankAdaptor, learned once and kept in the folder."""
+    """What tells these sources from others, and the priors to search with, learned once and kept in the folder."""
     digest = hashlib.sha256()
     for source in sources:
         task = source.task
@@ -108,7 +109,7 @@ def priors_of(sources: Sequence[Source], folder: Path) -> tuple[str, dict[str, P
             task.name.encode() + b"".join(a.tobytes() for a in (task.ranks, task.scores, task.grid.sensitivity))
         )
     key = digest.hexdigest()[:8]
-    found: dict[str, Prior | None] = dict.fromkeys((PRIOR, NONE, ADVERSARIAL))
+    found: dict[str, Prior | None] = dict.fromkeys(WITH)
     for who, sign in ((PRIOR, 1), (ADVERSARIAL, -1)):
         file = folder / f"{who.rpartition(' ')[2]}-{key}.safetensors"
         if not file.exists():
@@ -149,7 +150,7 @@ def source_trials(
 
 
 def makers_of(priors: Mapping[str, Prior | None]) -> Makers:
-    """The competitors."""
+    """The competitors: RankAdaptors by their priors, and the others."""
 
     def ours(prior: Prior | None) -> Any:  # noqa: ANN401
         return lambda space, seed: RankAdaptorSampler(space, prior=prior, seed=seed)
@@ -185,10 +186,11 @@ def transfer(
         learned: Keeps the priors. Default: the folder.
     """
     space, learned_from, name = task.space, others(sources, family), name or family
-    key, priors = priors_of(learned_from, learned or folder)
+    key, learned_priors = priors_of(learned_from, learned or folder)
+    priors = {who + told: prior for told in TOLD for who, prior in learned_priors.items()}
     scores = Losses(task, folder / f"{name}.csv")
     sensitivities = Sensitivities(task, folder / f"{name}.sensitivities.csv")
-    told = {(who, seed): sensitivities(seed) for who in priors for seed in range(seeds)}
+    told = {(who, seed): sensitivities(seed) for who in WITH for seed in range(seeds)}
     uniform = scores([(space.uniform(), seed) for seed in range(seeds)])  # every study's first trial
     warm = {(WARM, seed): source_trials(learned_from, space, uniform[seed], task.pruned_loss) for seed in range(seeds)}
     makers, studies = makers_of(priors), {}
@@ -229,9 +231,16 @@ def regrets(found: Mapping[str, Any]) -> Regrets:
 def differences(by_family: Mapping[str, Regrets]) -> list[dict[str, Any]]:
     """Differences of regrets, paired by search, with the 95% interval that is due to the searches of these families."""
     shown, middle, final = _checkpoints(by_family)
-    wanted = [(who, n, other, n) for who, other in ((PRIOR, NONE), (ADVERSARIAL, NONE)) for n in shown]
+    wanted = [
+        one
+        for told in TOLD
+        for one in (
+            *((who + told, n, NONE + told, n) for who in (PRIOR, ADVERSARIAL) for n in shown),
+            *((PRIOR + told, middle, peer, final) for peer in PEERS),
+        )
+    ]
     rows = []
-    for who, n, other, m in (*wanted, *((PRIOR, middle, peer, final) for peer in PEERS)):
+    for who, n, other, m in wanted:
         apart = [by[who][n] - by[other][m] for by in by_family.values()]
         errors = [stats.sem(values) if len(values) > 1 else np.nan for values in apart]
         half = 1.96 * np.linalg.norm(errors) / len(apart)
@@ -263,26 +272,26 @@ def summarise(by_family: Mapping[str, Regrets]) -> tuple[list[dict[str, Any]], d
             for n in shown:
                 mean, half = interval(by[who][n].tolist())
                 row[f"regret@{n}"] = f"{mean:.3f}" if np.isnan(half) else f"{mean:.3f} ±{half:.3f}"
-                difference = by[PRIOR][n] - by[NONE][n]
-                if who == PRIOR and n <= middle and len(difference) > 1 and np.ptp(difference) > 0:
-                    row[f"p to none@{n}"] = f"{stats.ttest_1samp(difference, 0).pvalue:.3f}"
+                if who.startswith(PRIOR) and n <= middle:
+                    difference = by[who][n] - by[who.replace(PRIOR, NONE)][n]
+                    if len(difference) > 1 and np.ptp(difference) > 0:
+                        row[f"p to none@{n}"] = f"{stats.ttest_1samp(difference, 0).pvalue:.3f}"
             rows.append(row)
     curves = {who: {n: float(values.mean()) for n, values in by.items()} for who, by in means.items()}
     best = min(PEERS, key=lambda peer: curves[peer][final])
-    checks = {
+    checks, where = {}, []
+    for told in TOLD:
+        prior, none, adversarial = (curves[who + told] for who in WITH)
         # no ratio, as a peer that ends with the best has a regret of 0
-        f"regret with the prior at {middle} trials - that of the best peer ({best}) at {final}": check(
-            curves[PRIOR][middle] - curves[best][final], "<= 0"
-        )
-    }
-    for name, goal in ((f"of the best peer ({best})", curves[best][final]), ("without any", curves[NONE][final])):
-        ratio = needed(curves[ADVERSARIAL], goal) / needed(curves[NONE], goal)
-        checks[f"trials with the adversarial prior / without any, to the regret {name} at {final}"] = check(
-            ratio, "<= 1.2"
-        )
-    unhelped = [f for f, by in by_family.items() if by[PRIOR][middle].mean() >= by[NONE][middle].mean()]
-    where = ", ".join(unhelped) or "none of these families"
-    return rows, checks, f"After {middle} trials the prior does not help on: {where}."
+        name = f"regret with the prior{told} at {middle} trials - that of the best peer ({best}) at {final}"
+        checks[name] = check(prior[middle] - curves[best][final], "<= 0")
+        for goal_of, goal in ((f"of the best peer ({best})", curves[best][final]), ("without any", none[final])):
+            name = f"trials with the adversarial prior / without any{told}, to the regret {goal_of} at {final}"
+            checks[name] = check(needed(adversarial, goal) / needed(none, goal), "<= 1.2")
+        gains = {f: by[NONE + told][middle].mean() - by[PRIOR + told][middle].mean() for f, by in by_family.items()}
+        unhelped = ", ".join(f for f, gain in gains.items() if gain <= 0) or "none of these families"
+        where.append(f"After {middle} trials the prior{told} does not help on: {unhelped}.")
+    return rows, checks, "\n".join(where)
 
 
 def open_target(family: str, folder: Path) -> Target:

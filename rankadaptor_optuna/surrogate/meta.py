@@ -70,6 +70,9 @@ def meta_train(
 ) -> Prior:
     """Learns a prior from tasks, stopped early on tasks held out.
 
+    What tasks know of their layers' sensitivities is not looked at: where it is known there is little left to learn,
+    and what is learned beside it does not hold where it is not.
+
     The prior's card says from which tasks, when, and how well it transfers to those held out (which stop the training,
     but are not trained on): see ``transfer``.
 
@@ -192,11 +195,7 @@ def rank_correlation(a: Array, b: Array) -> float:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A task as tensors: MLP inputs, the kernel of the head's other features, standardised scores.
-
-    Its layers' sensitivities are hidden: where they are known there is little left to learn, and what is learned then
-    does not hold where they are not.
-    """
+    """A task as tensors: MLP inputs, the kernel of the head's other features, standardised scores."""
 
     inputs: torch.Tensor
     reference: torch.Tensor

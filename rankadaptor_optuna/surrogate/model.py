@@ -33,8 +33,7 @@ _SENSITIVITY = 0.7  # how far the worth of rank strays from being proportional t
 _TREND = 2.0  # more rank helps, in units of how much layers vary, until the data says otherwise
 _APART = 1 / 3  # what a seed's recoveries do not share with others', by variance, to what they do (README, calibration)
 _MISFIT = 0.3  # how far a bad score may be off (standard deviation), as a share of what it is below the median
-_BELIEF = 1.0  # odds, before any trial, that what the prior learned from other tasks holds for this one
-_BELIEF_SENSITIVE = 0.2  # likewise where the layers' sensitivities are known, which say most of it
+_BELIEF = 0.5  # odds, before any trial, that what the prior learned from other tasks holds for this one
 _CAUTION = 0.5  # standard deviations: the best of a great many predictions is one that errs upwards
 
 
@@ -299,12 +298,11 @@ class PerformanceModel:
             mean[columns["mlp"]] = belief * self._prior.mean
         n_rest = self._width - 2 - self._rank_width
         total = signal / np.sqrt(max(1, self.grid.n_layers))  # so that it bends alike at any depth
-        odds = _BELIEF_SENSITIVE if std[columns["sensitivity"]].size else _BELIEF
         return Hyperparameters(
             mean=np.concatenate([[0.0], mean, np.zeros(1 + n_rest)]),
             std=np.concatenate([[3.0], std, [total], np.full(n_rest, signal)]),
             noise=noise,
-            log_prior=float(np.log(odds)) if belief == 1 else 0.0,
+            log_prior=float(np.log(_BELIEF)) if belief == 1 else 0.0,
         )
 
     @property

@@ -73,7 +73,7 @@ def test_a_family_held_out_is_not_learned_from(transfer, sources, task, tmp_path
     for who in ("prior", "adversarial"):
         prior = transfer.Prior.load(next(tmp_path.glob(f"{who}-*.safetensors")))
         assert [one["name"] for one in prior.card["tasks"]] == ["b one", "b two"]
-    ours = {transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL}
+    ours = {who + told for who in transfer.WITH for told in transfer.TOLD}
     assert set(found["losses"]) == {*ours, *transfer.PEERS}
     with pytest.raises(ValueError, match="a prior for b needs two tasks of other families, 0 are collected"):
         transfer.others(sources[2:], "b")
@@ -123,7 +123,7 @@ def test_each_is_told_what_it_may_know(transfer, sources, task, tmp_path, monkey
     monkeypatch.setattr(transfer, "search", remembered)
     transfer.transfer("a", task, sources, tmp_path, 5, 1)
     for (who, seed), study in studies.items():
-        told = who in (transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL)
+        told = who in transfer.WITH
         known = dict(zip(task.space.distributions(), task.sensitivity(seed).values(), strict=True))
         assert study.user_attrs[SENSITIVITY_ATTR] == (known if told else {})
         is_source = ["source" in trial.user_attrs for trial in study.trials]
@@ -155,14 +155,19 @@ def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior
         who[transfer.PRIOR] = losses(*[prior] * 7)
         who[transfer.NONE] = losses(0.9, 0.8, 0.7, 0.65, 0.6, 0.4, 0.4)
         who[transfer.ADVERSARIAL] = losses(0.9, 0.85, 0.8, 0.75, 0.7, 0.55, 0.05)
+        who |= {one + transfer.TOLD[1]: losses(*[0.5 - 0.01 * i] * 7) for i, one in enumerate(transfer.WITH)}
         return {"best": 0.0, "random": 1.0, "losses": who}
 
     rows, checks, where = transfer.summarise({name: transfer.regrets(found(prior)) for name, prior in priors.items()})
-    to_peer, cost_to_peer, cost_to_none = checks.values()
+    (to_peer, cost_to_peer, cost_to_none), alone = list(checks.values())[:3], list(checks.values())[3:]
     assert to_peer == {"value": pytest.approx(0.525 - 0.5, abs=1e-3), "goal": "<= 0", "ok": False}
     assert cost_to_peer == {"value": 16 / 12.5, "goal": "<= 1.2", "ok": False}
     assert cost_to_none == {"value": 18 / 15, "goal": "<= 1.2", "ok": True}
-    assert where == "After 10 trials the prior does not help on: not helped."
+    assert [one["value"] for one in alone] == [pytest.approx(0), 1, 1]
+    assert where.splitlines() == [
+        "After 10 trials the prior does not help on: not helped.",
+        "After 10 trials the prior, scores alone does not help on: helped, not helped.",
+    ]
     of_all = next(row for row in rows if (row["family"], row["who"]) == ("all", transfer.PRIOR))
     assert of_all["regret@10"].startswith("0.535 ±")
     assert {"p to none@5", "p to none@10"} <= of_all.keys()
@@ -171,7 +176,7 @@ def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior
 def test_differences_are_paired_by_search_and_as_sure_as_the_searches_are_alike(transfer):
     def family(prior, none):
         at = dict.fromkeys(transfer.CHECKPOINTS, np.zeros(4))
-        who = dict.fromkeys((transfer.ADVERSARIAL, *transfer.PEERS), at)
+        who = dict.fromkeys((*(one + told for one in transfer.WITH for told in transfer.TOLD), *transfer.PEERS), at)
         return who | {transfer.PRIOR: at | {10: np.asarray(prior)}, transfer.NONE: at | {10: np.asarray(none)}}
 
     rows = transfer.differences(
@@ -185,7 +190,8 @@ def test_differences_are_paired_by_search_and_as_sure_as_the_searches_are_alike(
 
 def test_a_peer_that_ends_with_the_best_is_no_trouble(transfer):
     nothing = {n: [1.0, 1.0] for n in transfer.CHECKPOINTS}
-    who = dict.fromkeys((transfer.PRIOR, transfer.NONE, transfer.ADVERSARIAL, *transfer.PEERS), nothing)
+    ours = (who + told for who in transfer.WITH for told in transfer.TOLD)
+    who = dict.fromkeys((*ours, *transfer.PEERS), nothing)
     _, checks, where = transfer.summarise({"one": transfer.regrets({"best": 1.0, "random": 2.0, "losses": who})})
-    assert [(one["value"], one["ok"]) for one in checks.values()] == [(0, True), (1, True), (1, True)]
+    assert [(one["value"], one["ok"]) for one in checks.values()] == [(0, True), (1, True), (1, True)] * 2
     assert where.endswith("does not help on: one.")
