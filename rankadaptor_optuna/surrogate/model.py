@@ -30,10 +30,11 @@ FORMAT = "performance-model-4"  # of files; they hold features, so it rises wher
 _DIFFERENCE = 0.7  # how much series differ, as a share of what they have in common
 _ENDS = 4.0  # how far the first and the last layers may stand out, in units of how much layers vary
 _SENSITIVITY = 0.7  # how far the worth of rank strays from being proportional to the layers' sensitivity, likewise
+_SIGNAL = 0.5  # the grid's middle, at which priors are learned
 _TREND = 2.0  # more rank helps, in units of how much layers vary, until the data says otherwise
 _APART = 1 / 3  # what a seed's recoveries do not share with others', by variance, to what they do (README, calibration)
 _MISFIT = 0.3  # how far a bad score may be off (standard deviation), as a share of what it is below the median
-_BELIEF = 0.5  # odds, before any trial, that what the prior learned from other tasks holds for this one
+_BELIEF = 0.2  # odds, before any trial, that what the prior learned from other tasks holds for this one
 _CAUTION = 0.5  # standard deviations: the best of a great many predictions is one that errs upwards
 
 
@@ -278,7 +279,7 @@ class PerformanceModel:
 
     def middle_hyperparameters(self) -> Hyperparameters:
         """The grid's middle point, which meta-training assumes for the features that are not learned."""
-        return self._point(0.5, 0.2, 0.3, 1e-3, _TREND)
+        return self._point(_SIGNAL, 0.2, 0.3, 1e-3, _TREND)
 
     def _point(self, signal: float, residual: float, noise: float, belief: float, trend: float) -> Hyperparameters:
         columns = groups(self.grid, self._mlp)
@@ -294,8 +295,9 @@ class PerformanceModel:
         std[columns["residual curvature"]] = 0.5 * residual * signal
         std[columns["difference"]] = np.tile(_DIFFERENCE * std[: columns["ends"].stop], self.grid.n_series - 1)
         if self._prior is not None:
-            std[columns["mlp"]] = belief * self._prior.std
-            mean[columns["mlp"]] = belief * self._prior.mean
+            scale = belief * signal / _SIGNAL  # what was learned is as large as the rest of the signal is
+            std[columns["mlp"]] = scale * self._prior.std
+            mean[columns["mlp"]] = scale * self._prior.mean
         n_rest = self._width - 2 - self._rank_width
         total = signal / np.sqrt(max(1, self.grid.n_layers))  # so that it bends alike at any depth
         return Hyperparameters(

@@ -211,14 +211,15 @@ def test_a_misleading_prior_fades_out_as_trials_come_in(prior):
     assert correlation(60, misleading) > correlation(60, None) - 0.02
 
 
-def test_before_any_trial_a_prior_is_believed_by_a_third(prior):
+def test_before_any_trial_a_prior_is_believed_by_a_sixth_on_the_scale_of_the_signal(prior):
     test = configurations(20)
     with_prior, without = PerformanceModel(SPACE, prior=prior), PerformanceModel(SPACE, prior=None)
     columns = groups(with_prior.grid, prior.mlp)["mlp"]
     says = with_prior.encode(test)[:, 1:][:, columns] @ prior.mean
     moved = with_prior.predict(test)[0] - without.predict(test)[0]
     assert np.abs(says).max() > 1
-    assert moved == pytest.approx(says / 3, rel=0.02)
+    signals = [0.25, 0.5, 1, 2, 4, 8]  # as likely one as the other, and learned at 0.5
+    assert moved == pytest.approx(np.mean(signals) / 0.5 * says / 6, rel=0.02)
 
 
 def test_ordinary_parameters_are_learned_beside_the_ranks():
