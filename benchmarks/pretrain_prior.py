@@ -50,11 +50,6 @@ def agreement(task: MetaTask, prior: Prior | None, seeds: int) -> list[float]:
     return means
 
 
-def hidden(task: MetaTask) -> MetaTask:
-    """The task without its layers' sensitivities."""
-    return replace(task, grid=replace(task.grid, sensitivity=np.zeros(task.grid.n_layers)))
-
-
 def held_out(tasks: Sequence[MetaTask], seeds: int) -> dict[str, Agreements]:
     """``agreement`` with a prior that has not seen the family and without one, for each family's tasks."""
     found: dict[str, Agreements] = {}
@@ -63,7 +58,7 @@ def held_out(tasks: Sequence[MetaTask], seeds: int) -> dict[str, Agreements]:
         own = [task for task in tasks if task.family == family]
         found[family] = {
             sensitivities: [(agreement(task, prior, seeds), agreement(task, None, seeds)) for task in some]
-            for sensitivities, some in ((KNOWN, own), (UNKNOWN, [hidden(task) for task in own]))
+            for sensitivities, some in ((KNOWN, own), (UNKNOWN, [task.untold() for task in own]))
         }
         print(f"{family}: done", file=sys.stderr)
     return found

@@ -50,6 +50,10 @@ class MetaTask:
         """A performance model of its search space that has seen nothing."""
         return PerformanceModel(self.grid, prior=prior, n_ordinary=0 if self.points is None else self.points.shape[1])
 
+    def untold(self) -> MetaTask:
+        """The same task, its layers' sensitivities unknown."""
+        return replace(self, grid=replace(self.grid, sensitivity=np.zeros(self.grid.n_layers)))
+
     def points_of(self, rows: slice) -> Array | None:
         """The other parameters of some trials."""
         return None if self.points is None else self.points[rows]
@@ -205,8 +209,8 @@ class _Prepared:
 
     @classmethod
     def of(cls, task: MetaTask) -> _Prepared:
-        grid = replace(task.grid, sensitivity=np.zeros(task.grid.n_layers))
-        plain = replace(task, grid=grid).model(None)
+        grid = task.grid
+        plain = task.untold().model(None)
         plain.update(task.ranks, task.scores, task.points)
         middle = plain.middle_hyperparameters()
         features = plain.features
