@@ -185,8 +185,8 @@ def _table(h: History, found: Recommendation) -> list[str]:
         columns["uniform"] = [str(rank) for rank in h.uniform_ranks]
     if h.profile is not None:
         columns["weights pruned"] = [f"{taken:.1%}" for taken in h.profile]
-    if h.sensitivity is not None and sum(h.sensitivity) > 0:
-        columns["of the sensitivity"] = [f"{value / sum(h.sensitivity):.1%}" for value in h.sensitivity]
+    if h.sensitivity is not None:
+        columns["of the sensitivity"] = [f"{share:.1%}" for share in h.sensitivity]
     rows = [list(columns), ["---:"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
     table = ["| " + " | ".join(row) + " |" for row in rows]
     fixed = [f"{module} (rank {rank})" for module, rank in found.all_ranks.items() if module not in found.ranks]

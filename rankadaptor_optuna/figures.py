@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _MAX_COLUMNS = 400  # of the heat map: the page polls every figure, and a card is some 600 px wide
-_BLUE, _VERMILION, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#E69F00", "#009E73"  # Okabe-Ito
+_BLUE, _VERMILION, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"  # Okabe-Ito
+_PANEL = 0.25  # of the height, for each thing known of the layers
 _GREY, _BLACK = "#999999", "#000000"
 _DASHED = {"color": _VERMILION, "dash": "dash"}
 
@@ -43,7 +44,7 @@ class History:
         uniform_score: Mean score of the uniform trials; None without any.
         uniform_ranks: Ranks of the uniform configuration, (L,); None where no space is known.
         profile: Share of each layer's weights that pruning took, (L,); None where unknown.
-        sensitivity: How sensitive the score is to each layer's adapter, (L,); None where unknown.
+        sensitivity: Each layer's share of how sensitive the score is to all layers' adapters, (L,); None where unknown.
         objective: The metric's name, ``"score"`` where it has none.
         minimize: Whether lower scores are better.
         n_pruned: Pruned trials.
@@ -91,6 +92,7 @@ def history(study: Study) -> History:
         better = np.fmin if minimize else np.fmax  # these skip NaN
         best = better.accumulate(np.where(within_budget, scores, np.nan))
     told = study.user_attrs.get(SENSITIVITY_ATTR, {})
+    sensitivity = [told.get(name, np.nan) for name in names]
     states = [t.state for t in study.get_trials(deepcopy=False) if verification_seed(t) is None]
     return History(
         numbers=tuple(t.number for t in trials),
@@ -105,7 +107,7 @@ def history(study: Study) -> History:
         uniform_score=float(scores[is_uniform].mean()) if scores is not None and is_uniform.any() else None,
         uniform_ranks=None if space is None else tuple(space.uniform().values()),
         profile=space.profile if space is not None and any(space.profile) else None,
-        sensitivity=tuple(told[name] for name in names) if told.keys() >= names.keys() else None,
+        sensitivity=tuple(value / sum(sensitivity) for value in sensitivity) if sum(sensitivity) > 0 else None,
         objective=(study.metric_names or ["score"])[0],
         minimize=minimize,
         n_pruned=states.count(TrialState.PRUNED),
@@ -183,9 +185,11 @@ def history_figure(h: History) -> Figure:
 
 
 def ranks_figure(h: History, found: Recommendation) -> Figure:
-    """Recommended rank of each layer with the uniform rank, above what pruning took from the layer."""
+    """Recommended rank of each layer with the uniform rank, above what is known of the layer."""
     from plotly.graph_objects import Bar, Scatter
 
+    told = (("weights pruned", h.profile, _ORANGE), ("share of the sensitivity", h.sensitivity, _PURPLE))
+    known = [(what, shares, color) for what, shares, color in told if shares is not None]
     whole = {module: rank for module, rank in found.all_ranks.items() if module not in found.ranks}
     ranks = [found.params[name] for name in h.names]
     upper: list[Any] = []
@@ -197,19 +201,23 @@ def ranks_figure(h: History, found: Recommendation) -> Figure:
         if fixed:
             look = {"name": "not searched", "marker": {"color": _GREY}, "showlegend": first}
             upper.append(Bar(x=_layers(fixed, name), y=list(fixed.values()), **look, **group))
-        if h.profile is not None:
-            share = [round(100 * taken, 1) for taken in h.profile[part]]
-            look = {"name": "weights pruned", "marker": {"color": color if name else _ORANGE}, "showlegend": not name}
-            lower.append(Bar(x=layers, y=share, yaxis="y2", **look, **group))
+        for i, (what, shares, alone) in enumerate(known, 2):
+            share = [round(100 * value, 1) for value in shares[part]]
+            look = {"name": what, "marker": {"color": color if name else alone}, "showlegend": False}
+            lower.append(Bar(x=layers, y=share, yaxis=f"y{i}", **look, **group))
     if h.uniform_ranks is not None:
         upper.append(Scatter(x=layers, y=h.uniform_ranks[part], mode="lines", name="uniform", line=_DASHED))
     figure = _figure(upper + lower, h, "Recommended rank of each layer", "layer", "rank")
     barmode = "overlay" if len(h.series) == 1 else "group"
     figure.update_layout(barmode=barmode, bargap=0.15, yaxis={"rangemode": "tozero"})
     figure.update_yaxes(dtick=1 if max(ranks) <= 5 else None)
-    if lower:
-        axis = {"domain": [0, 0.28], "title": "weights<br>pruned (%)", "rangemode": "tozero"}
-        figure.update_layout(xaxis={"anchor": "y2"}, yaxis={"domain": [0.38, 1]}, yaxis2=axis)
+    for i, (what, *_) in enumerate(known):
+        low, high = i * _PANEL, (i + 0.7) * _PANEL
+        figure.update_layout({f"yaxis{i + 2}": {"domain": [low, high], "title": "%", "rangemode": "tozero"}})
+        at = {"x": 0, "xanchor": "left", "y": high, "yanchor": "bottom"}
+        figure.add_annotation(text=what, xref="paper", yref="paper", showarrow=False, **at)
+    if known:
+        figure.update_layout(xaxis={"anchor": "y2"}, yaxis={"domain": [len(known) * _PANEL, 1]})
     return figure
 
 

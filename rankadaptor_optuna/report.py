@@ -101,8 +101,8 @@ def ranks_figure(outcome: Outcome, h: History) -> Figure:
 
     space, fixed = outcome.space, outcome.space.fixed_ranks
     ranks, below = list(outcome.recommendation.ranks.values()), {}
-    if h.sensitivity is not None and sum(h.sensitivity) > 0:
-        below["sensitivity\n(% of all layers')"] = np.asarray(h.sensitivity) / sum(h.sensitivity)
+    if h.sensitivity is not None:
+        below["sensitivity\n(% of all layers')"] = np.asarray(h.sensitivity)
     below["pruned away\n(% of weights)"] = np.asarray(h.profile or (0.0,) * len(space.modules))
     uniform = next(iter(space.uniform().values()))
     figure = Figure(figsize=(9, 3 + 2 * len(below)), layout="constrained")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import socket
@@ -229,10 +230,17 @@ def test_the_note_says_that_the_search_has_converged() -> None:
     assert "\nConverged after 2 trials.\n" in get_note(study)
 
 
-def test_the_note_tells_each_layers_share_of_the_sensitivity() -> None:
+def test_the_note_and_the_ranks_tell_each_layers_share_of_the_sensitivity() -> None:
     study = with_space(3)
     study.set_user_attr(SENSITIVITY_ATTR, dict(zip(SPACE.distributions(), [1, 2, -1, 3, 4, 1], strict=True)))
     publish_dashboard(study)
+    shown = figures(study)[RANKS_ID]
+    bars = {trace["name"]: trace for trace in shown["data"]}
+    assert bars["share of the sensitivity"]["y"] == [10, 20, -10, 30, 40, 10]
+    assert bars["weights pruned"]["y"] == [100 * share for share in SPACE.profile]
+    panels = [shown["layout"][axis]["domain"] for axis in ("yaxis2", "yaxis3", "yaxis")]
+    assert [bars[name]["yaxis"] for name in ("weights pruned", "share of the sensitivity")] == ["y2", "y3"]
+    assert all(below[1] < above[0] for below, above in itertools.pairwise(panels))
     assert "| layer | rank | uniform | weights pruned | of the sensitivity |" in get_note(study)
     shares = re.findall(r"([-\d.]+)% \|$", get_note(study), re.M)
     assert shares == ["10.0", "20.0", "-10.0", "30.0", "40.0", "10.0"]
