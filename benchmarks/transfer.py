@@ -60,7 +60,7 @@ WARM = "TPE, warm-started"
 LEARNED = (*(who + told for told in TOLD for who in (PRIOR, ADVERSARIAL)), WARM)  # from the sources
 PEERS = ("TPE", WARM, "GP", "Random")
 N_BEST = N_RANDOM = 25
-SMOLLM2_SEEDS = 5  # at most, as its recoveries are some twenty times as dear
+SMOLLM2_SEEDS = 4  # at most, as its recoveries are some twenty times as dear
 
 
 class Target(SensitiveTask, Protocol):
