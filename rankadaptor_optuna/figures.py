@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 _MAX_COLUMNS = 400  # of the heat map: the page polls every figure, and a card is some 600 px wide
 _BLUE, _VERMILION, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"  # Okabe-Ito
-_PANEL = 0.25  # of the height, for each thing known of the layers
 _GREY, _BLACK = "#999999", "#000000"
 _DASHED = {"color": _VERMILION, "dash": "dash"}
+_PANEL = 0.25  # of the height, for each thing known of the layers
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def history(study: Study) -> History:
         best = better.accumulate(np.where(within_budget, scores, np.nan))
     told = study.user_attrs.get(SENSITIVITY_ATTR, {})
     sensitivity = [told.get(name, np.nan) for name in names]
+    whole = sum(sensitivity)
     states = [t.state for t in study.get_trials(deepcopy=False) if verification_seed(t) is None]
     return History(
         numbers=tuple(t.number for t in trials),
@@ -107,7 +108,7 @@ def history(study: Study) -> History:
         uniform_score=float(scores[is_uniform].mean()) if scores is not None and is_uniform.any() else None,
         uniform_ranks=None if space is None else tuple(space.uniform().values()),
         profile=space.profile if space is not None and any(space.profile) else None,
-        sensitivity=tuple(value / sum(sensitivity) for value in sensitivity) if sum(sensitivity) > 0 else None,
+        sensitivity=tuple(value / whole for value in sensitivity) if whole > 0 else None,
         objective=(study.metric_names or ["score"])[0],
         minimize=minimize,
         n_pruned=states.count(TrialState.PRUNED),

@@ -246,6 +246,13 @@ def test_the_note_and_the_ranks_tell_each_layers_share_of_the_sensitivity() -> N
     assert shares == ["10.0", "20.0", "-10.0", "30.0", "40.0", "10.0"]
 
 
+@pytest.mark.parametrize("told", [[1, 2, 3, 4, 5], [0] * 6, [1, -1, 0, 0, 0, 0]])
+def test_sensitivities_of_some_layers_only_or_without_a_sum_are_not_shown(told) -> None:
+    study = with_space(3)
+    study.set_user_attr(SENSITIVITY_ATTR, dict(zip(SPACE.distributions(), told, strict=False)))
+    assert history(study).sensitivity is None
+
+
 def test_a_drop_in_study_has_neither_uniform_nor_profile() -> None:
     study = drop_in(eight_ranks)
     publish_dashboard(study)
