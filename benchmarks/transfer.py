@@ -1,6 +1,6 @@
 """Whether a meta-learned prior helps on a family of models (an architecture and a text) that it has not seen.
 
-    python benchmarks/transfer.py [--quick] [--families NAME ...] [--seeds 10] [--trials 25] [--folder DIR]
+    python benchmarks/transfer.py [--quick] [--families NAME ...] [--seeds 20] [--trials 25] [--folder DIR]
 
 For each family held out, a prior is meta-learned from the collected tasks (``collect_tasks.py``) of all other families
 of small models (SmolLM2-135M is a target only: what small models teach of one of real size), and an adversarial one
@@ -306,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true", help="two seeds, 10 trials, the first family")
     parser.add_argument("--families", nargs="+", metavar="NAME", help="families to hold out, one after the other")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--trials", type=int, default=CHECKPOINTS[-1])
     parser.add_argument("--folder", type=Path, default=FOLDER / "transfer", help="priors, trials, losses and models")
     args = parser.parse_args()
