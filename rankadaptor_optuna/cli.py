@@ -376,7 +376,8 @@ def _priors(args: argparse.Namespace) -> None:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if args.action == "show":
-        print(priors.as_text(priors.read(args.prior or "pretrained", args.storage)))
+        prior = priors.read(args.prior or "pretrained", args.storage)
+        print(f"{priors.as_text(prior)}\n\n{as_text(priors.learned_from(prior))}")
         return
     if args.storage is None:
         raise ValueError(f"{args.action} needs --storage URL.")

@@ -59,11 +59,19 @@ def as_text(prior: Prior) -> str:
     if held["gain"] is None:
         return f"{made}\nThe tasks held out are too short to say how well it transfers."
     gains = [task["gain"] for task in held["tasks"]]
+    spread = f" ({min(gains):+.2f} to {max(gains):+.2f})" if len(gains) > 1 else ""
     return (
         f"{made}\nTasks held out: {len(gains)}; the rest of each predicted from its first {held['n_first']} trials, "
-        f"rank correlation {held['with_prior']:.2f} with it, {held['without']:.2f} without; gain {held['gain']:+.2f} "
-        f"({min(gains):+.2f} to {max(gains):+.2f})."
+        f"rank correlation {held['with_prior']:.2f} with it, {held['without']:.2f} without; gain {held['gain']:+.2f}"
+        f"{spread}."
     )
+
+
+def learned_from(prior: Prior) -> list[list[str]]:
+    """A row for each task on a prior's card, a head first; the gain is of those held out."""
+    gains = {task["name"]: f"{task['gain']:+.2f}" for task in prior.card.get("held_out", {}).get("tasks", [])}
+    rows = [[task["name"], str(task["layers"]), str(task["trials"])] for task in prior.card.get("tasks", [])]
+    return [["task", "layers", "trials", "gain, held out"], *([*row, gains.get(row[0], "-")] for row in rows)]
 
 
 def prune(storage_url: str, keep: int, name: str | None = None) -> str:

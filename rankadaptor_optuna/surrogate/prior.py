@@ -112,4 +112,9 @@ def load_prior(prior: str | os.PathLike[str] | None) -> Prior | None:
     """
     if prior is None:
         return None
-    return Prior.load(PRETRAINED if prior == "pretrained" else prior)
+    path = PRETRAINED if prior == "pretrained" else Path(prior)
+    if not path.exists():
+        raise ValueError(
+            f"cannot read the prior {os.fspath(prior)!r}: there is no such file; one of a database is named db:NAME."
+        )
+    return Prior.load(path)
