@@ -212,7 +212,7 @@ def paired(blocks: Blocks) -> list[dict[str, Any]]:
                 mine, theirs = (r.losses if measure == "loss" else averages(r) for r in (ours, other))
                 difference = np.subtract(mine, theirs)  # of one number or of one for each seed
                 mean, half = interval(difference.tolist())
-                gain = sign * mean
+                gain = 0 if _alike(difference) else sign * mean
                 those.append(
                     {
                         "block": block,
@@ -232,9 +232,12 @@ def paired(blocks: Blocks) -> list[dict[str, Any]]:
 
 
 def _p(difference: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    if np.ptp(difference) == 0:  # such as where uniform itself is recommended
-        return float(difference[0] == 0)
-    return float(stats.ttest_1samp(difference, 0).pvalue)
+    return 1.0 if _alike(difference) else float(stats.ttest_1samp(difference, 0).pvalue)
+
+
+def _alike(difference: np.ndarray[Any, np.dtype[np.float64]]) -> bool:
+    """Whether all seeds differ by the same, so that no test is left: uniform is recommended, or accuracy is coarse."""
+    return bool(np.ptp(difference) < 1e-9)
 
 
 def holm(p: Sequence[float]) -> list[float]:

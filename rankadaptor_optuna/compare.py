@@ -262,6 +262,8 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def _told(gains: NDArray[np.float64], method: str, what: str, each: Sequence[str]) -> str:
+    if gains[0] != 0 and np.ptp(gains) < 1e-9:  # of coarse scores: no spread that an interval could be made of
+        return f"not told apart from {method} ({each[0]} {what} with every seed, which leaves no spread to judge by)"
     low, high = t_interval(gains)
     word = "better than" if low > 0 else "WORSE than" if high < 0 else "not told apart from"
     return f"{word} {method} ({each[0]} {what}, 95% interval {each[1]} to {each[2]})"

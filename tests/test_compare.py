@@ -148,6 +148,13 @@ def test_the_verdict_says_wins_and_losses_alike():
     assert "not told apart from Fisher-proportional" in found
 
 
+def test_a_score_that_differs_by_the_same_on_every_seed_is_not_called_better():
+    scores = {method: [0.5, 0.52, 0.54] for method in METHODS} | {"RankAdaptor": [0.52, 0.54, 0.56]}
+    found = verdict([Row(method, [2.0, 2.1, 2.3], {}, {"accuracy": scores[method]}, 10, 1.0) for method in METHODS])
+    assert "not told apart from EVA (+0.0200 accuracy with every seed, which leaves no spread to judge by)" in found
+    assert "better" not in found
+
+
 def test_the_table_has_means_and_intervals():
     few = {"a": [0.1], "b": [0.3]}
     rows = [Row(method, [3.0], few, {}, 10, 1.0) for method in METHODS]

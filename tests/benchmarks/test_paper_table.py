@@ -81,6 +81,19 @@ def test_differences_are_paired_by_seed_and_tell_wins_from_losses_and_ties(paper
     assert totals["loss", "AdaLoRA"]["losses"] == 2
 
 
+def test_accuracies_that_differ_by_the_same_on_every_seed_are_a_tie(paper, blocks):
+    coarse = {"local_a": [0.5, 0.6, 0.7]}
+    found = [
+        replace(
+            row, accuracies={"local_a": [x + 0.02 for x in coarse["local_a"]]} if row.method == paper.OURS else coarse
+        )
+        for row in blocks["llm-pruner-0.2"]
+    ]
+    average = [d for d in paper.paired({"llm-pruner-0.2": found}) if d["measure"] == "average"]
+    assert {(d["p"], d["p, Holm"], d["verdict"]) for d in average} == {(1, 1, "tie")}
+    assert average[0]["difference"] == pytest.approx(0.02)
+
+
 def test_holms_correction_is_that_of_the_textbook(paper):
     assert paper.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert paper.holm([0.6, 0.7]) == [1, 1]
