@@ -377,7 +377,9 @@ def _priors(args: argparse.Namespace) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if args.action == "show":
         prior = priors.read(args.prior or "pretrained", args.storage)
-        print(f"{priors.as_text(prior)}\n\n{as_text(priors.learned_from(prior))}")
+        print(priors.as_text(prior))
+        if "tasks" in prior.card:
+            print(f"\n{as_text(priors.learned_from(prior))}")
         return
     if args.storage is None:
         raise ValueError(f"{args.action} needs --storage URL.")

@@ -70,7 +70,7 @@ def as_text(prior: Prior) -> str:
 def learned_from(prior: Prior) -> list[list[str]]:
     """A row for each task on a prior's card, a head first; the gain is of those held out."""
     gains = {task["name"]: f"{task['gain']:+.2f}" for task in prior.card.get("held_out", {}).get("tasks", [])}
-    rows = [[task["name"], str(task["layers"]), str(task["trials"])] for task in prior.card.get("tasks", [])]
+    rows = [[task["name"], str(task["layers"]), str(task["trials"])] for task in prior.card["tasks"]]
     return [["task", "layers", "trials", "gain, held out"], *([*row, gains.get(row[0], "-")] for row in rows)]
 
 

@@ -78,6 +78,12 @@ def test_a_priors_card_is_shown(url, capsys):
     assert "from 49 tasks" in said(capsys, "show") == said(capsys, "show", "pretrained")
 
 
+def test_a_prior_without_a_card_says_so(tmp_path, capsys):
+    file = tmp_path / "mine.safetensors"
+    replace(load_prior("pretrained"), card={}).save(file)
+    assert said(capsys, "show", str(file)) == "no card\n"
+
+
 def test_pruning_says_what_it_removed_and_spares_what_is_used(url, capsys):
     assert said(capsys, "prune", "--storage", url) == "Removed nothing.\n"
     assert said(capsys, "prune", "db:other", "--keep", "1", "--storage", url) == "Removed nothing.\n"
