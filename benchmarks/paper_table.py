@@ -34,7 +34,7 @@ from pruning import data_folder
 from results import FOLDER, check, interval, show, write
 from scipy import stats
 
-from rankadaptor_optuna.compare import METHODS, OURS, UNIFORM, Row, compare
+from rankadaptor_optuna.compare import METHODS, OURS, UNIFORM, Row, alike, compare
 from rankadaptor_optuna.embedded import cache_dir, quiet
 from rankadaptor_optuna.recipe import PRESETS, Recipe
 from rankadaptor_optuna.recovery.train import TrainingConfig
@@ -212,7 +212,7 @@ def paired(blocks: Blocks) -> list[dict[str, Any]]:
                 mine, theirs = (r.losses if measure == "loss" else averages(r) for r in (ours, other))
                 difference = np.subtract(mine, theirs)  # of one number or of one for each seed
                 mean, half = interval(difference.tolist())
-                gain = 0 if _alike(difference) else sign * mean
+                gain = 0 if alike(difference) else sign * mean
                 those.append(
                     {
                         "block": block,
@@ -232,12 +232,7 @@ def paired(blocks: Blocks) -> list[dict[str, Any]]:
 
 
 def _p(difference: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    return 1.0 if _alike(difference) else float(stats.ttest_1samp(difference, 0).pvalue)
-
-
-def _alike(difference: np.ndarray[Any, np.dtype[np.float64]]) -> bool:
-    """Whether all seeds differ by the same, so that no test is left: uniform is recommended, or accuracy is coarse."""
-    return bool(np.ptp(difference) < 1e-9)
+    return 1.0 if alike(difference) else float(stats.ttest_1samp(difference, 0).pvalue)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -261,8 +261,13 @@ def verdict(rows: Sequence[Row]) -> str:
     return found
 
 
+def alike(differences: NDArray[np.float64]) -> bool:
+    """Whether all seeds differ by the same, as coarse scores may: there is no spread to make an interval of."""
+    return bool(np.ptp(differences) < 1e-9)
+
+
 def _told(gains: NDArray[np.float64], method: str, what: str, each: Sequence[str]) -> str:
-    if gains[0] != 0 and np.ptp(gains) < 1e-9:  # of coarse scores: no spread that an interval could be made of
+    if alike(gains) and gains[0] != 0:
         return f"not told apart from {method} ({each[0]} {what} with every seed, which leaves no spread to judge by)"
     low, high = t_interval(gains)
     word = "better than" if low > 0 else "WORSE than" if high < 0 else "not told apart from"
