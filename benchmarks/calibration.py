@@ -35,7 +35,7 @@ from results import FOLDER, check, interval, show, write
 from scipy import stats
 
 from rankadaptor_optuna import PerformanceModel, RankSpace
-from rankadaptor_optuna.surrogate.features import Array, RankGrid
+from rankadaptor_optuna.surrogate.grid import Array, RankGrid
 
 COLLECTED = "collected"
 N_TRIALS = 25

@@ -45,10 +45,10 @@ from smollm2_task import SMOLLM2, SmolLM2Spec, SmolLM2Task, load_smollm2
 from tqdm import tqdm
 
 from rankadaptor_optuna import RankSpace
+from rankadaptor_optuna.jobs.output import write_text
+from rankadaptor_optuna.priors.meta import MetaTask
 from rankadaptor_optuna.recovery.train import TrainingConfig
-from rankadaptor_optuna.surrogate.features import RankGrid
-from rankadaptor_optuna.surrogate.meta import MetaTask
-from rankadaptor_optuna.worker import write_text
+from rankadaptor_optuna.surrogate.grid import RankGrid
 
 TASKS = FOLDER / "tasks"
 N_RECOVERIES = 100
@@ -220,9 +220,7 @@ def add_study(file: Path, storage: Any) -> None:  # noqa: ANN401
     """A collected task as an ordinary Optuna study, where there is none of its name yet."""
     import optuna
 
-    from rankadaptor_optuna.history import SENSITIVITY_ATTR
-    from rankadaptor_optuna.sampler import SPACE_ATTR
-    from rankadaptor_optuna.study import RECIPE_ATTR
+    from rankadaptor_optuna.attributes import RECIPE_ATTR, SENSITIVITY_ATTR, SPACE_ATTR
 
     head, rows = _read(file)
     if head["spec"]["name"] in optuna.get_all_study_names(storage):

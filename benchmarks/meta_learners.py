@@ -15,9 +15,10 @@ import numpy as np
 from results import check, interval, show, write
 from simulated_studies import World
 
-from rankadaptor_optuna.surrogate.meta import meta_train, rank_correlation
+from rankadaptor_optuna.priors.meta import meta_train
+from rankadaptor_optuna.priors.paper import pretrain, reptile
 from rankadaptor_optuna.surrogate.model import PerformanceModel
-from rankadaptor_optuna.surrogate.paper import pretrain, reptile
+from rankadaptor_optuna.surrogate.statistics import rank_correlation
 
 N_LAYERS = 16
 TRIALS = (0, 5, 10, 20, 50)

@@ -34,12 +34,12 @@ from pruning import data_folder
 from results import FOLDER, check, interval, show, write
 from scipy import stats
 
-from rankadaptor_optuna.compare import METHODS, OURS, UNIFORM, Row, alike, compare
-from rankadaptor_optuna.embedded import cache_dir, quiet
-from rankadaptor_optuna.recipe import PRESETS, Recipe
+from rankadaptor_optuna.jobs.compare import METHODS, OURS, UNIFORM, Row, alike, compare
+from rankadaptor_optuna.jobs.recipe import PRESETS, Recipe
+from rankadaptor_optuna.jobs.search import search
+from rankadaptor_optuna.jobs.settings import Data, Pruning
+from rankadaptor_optuna.recovery.models import cache_dir, quiet
 from rankadaptor_optuna.recovery.train import TrainingConfig
-from rankadaptor_optuna.settings import Data, Pruning
-from rankadaptor_optuna.worker import search
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 BLOCKS = {f"{method}-{ratio}": (method, ratio) for ratio in (0.2, 0.5) for method in ("llm-pruner", "shortened")}

@@ -21,8 +21,8 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, TrialState
 
 from rankadaptor_optuna import PerformanceModel, RankAdaptorSampler, RankSpace
-from rankadaptor_optuna.surrogate.features import Array, RankGrid
-from rankadaptor_optuna.surrogate.search import Allocations
+from rankadaptor_optuna.surrogate.allocations import Allocations
+from rankadaptor_optuna.surrogate.grid import Array, RankGrid
 
 OURS = "RankAdaptor"
 ALONE = f"{OURS}, scores alone"  # not told how sensitive the loss is to the layers' adapters

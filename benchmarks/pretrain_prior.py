@@ -25,8 +25,9 @@ from collect_tasks import files, read_cost, read_task
 from results import check, interval, show, write
 from scipy import stats
 
-from rankadaptor_optuna.surrogate.meta import MetaTask, meta_train, rank_correlation
+from rankadaptor_optuna.priors.meta import MetaTask, meta_train
 from rankadaptor_optuna.surrogate.prior import PRETRAINED, Prior
+from rankadaptor_optuna.surrogate.statistics import rank_correlation
 
 LEARNED_FROM = (2, 5, 10, 25)
 KNOWN, UNKNOWN = SENSITIVITIES = ("known", "unknown")

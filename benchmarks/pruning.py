@@ -30,7 +30,6 @@ from results import check, show, write
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankadaptor_optuna.embedded import cache_dir, load_model, quiet
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.pruning.calibration import draw_samples
 from rankadaptor_optuna.pruning.importance import CRITERIA, unit_importance
@@ -40,6 +39,7 @@ from rankadaptor_optuna.pruning.slimgpt import slimgpt
 from rankadaptor_optuna.pruning.structure import Kind, layer_shape, transformer_layers
 from rankadaptor_optuna.recovery.data import token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
+from rankadaptor_optuna.recovery.models import cache_dir, load_model, quiet
 from rankadaptor_optuna.recovery.tasks import TaskSuite
 
 RATIOS = (0.2, 0.25, 0.3, 0.5)

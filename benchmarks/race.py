@@ -42,9 +42,9 @@ from scipy import stats
 from synthetic_tasks import SYNTHETIC, Synthetic
 
 from rankadaptor_optuna import RankSpace, recommend
-from rankadaptor_optuna.history import SENSITIVITY_ATTR
-from rankadaptor_optuna.recommendation import Recommendation
-from rankadaptor_optuna.surrogate.features import Array
+from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from rankadaptor_optuna.studies.recommendation import Recommendation
+from rankadaptor_optuna.surrogate.grid import Array
 from rankadaptor_optuna.surrogate.prior import Prior
 
 CHECKPOINTS = (10, 25, 50)

@@ -30,7 +30,6 @@ from scipy import stats
 from torch import nn
 
 from rankadaptor_optuna import RankSpace
-from rankadaptor_optuna.embedded import cache_dir
 from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.pruning.calibration import draw_samples
 from rankadaptor_optuna.pruning.checkpoint import build_pruned, save_pruned
@@ -38,10 +37,11 @@ from rankadaptor_optuna.pruning.importance import unit_importance
 from rankadaptor_optuna.pruning.structure import KINDS, keep_units, transformer_layers
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS
+from rankadaptor_optuna.recovery.models import cache_dir
 from rankadaptor_optuna.recovery.sensitivity import SCALE
 from rankadaptor_optuna.recovery.train import TrainingConfig, _learning_rate, batches, train
-from rankadaptor_optuna.surrogate.features import Array
-from rankadaptor_optuna.surrogate.search import solve
+from rankadaptor_optuna.surrogate.grid import Array
+from rankadaptor_optuna.surrogate.knapsack import solve
 from rankadaptor_optuna.texts import load_texts
 
 LENGTH = 64  # bytes per block

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from rankadaptor_optuna.surrogate.features import Array, RankGrid
-from rankadaptor_optuna.surrogate.meta import MetaTask
-from rankadaptor_optuna.surrogate.search import solve
+from rankadaptor_optuna.priors.meta import MetaTask
+from rankadaptor_optuna.surrogate.grid import Array, RankGrid
+from rankadaptor_optuna.surrogate.knapsack import solve
 
 CANDIDATES = ((2, 4, 6, 8, 10, 12), (2, 4, 8, 16), (4, 8, 16, 32), (1, 2, 4, 8), (0, 4, 8, 16, 32))
 

@@ -11,8 +11,8 @@ import numpy as np
 from recovery_tasks import random_ranks
 
 from rankadaptor_optuna import RankSpace
-from rankadaptor_optuna.surrogate.features import RankGrid
-from rankadaptor_optuna.surrogate.search import Allocations
+from rankadaptor_optuna.surrogate.allocations import Allocations
+from rankadaptor_optuna.surrogate.grid import RankGrid
 
 
 @dataclass

@@ -47,8 +47,8 @@ from scipy import stats
 from smollm2_task import SMOLLM2, SMOLLM2_WIDE, load_smollm2
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace
-from rankadaptor_optuna.surrogate.features import Array, RankGrid
-from rankadaptor_optuna.surrogate.meta import MetaTask, meta_train
+from rankadaptor_optuna.priors.meta import MetaTask, meta_train
+from rankadaptor_optuna.surrogate.grid import Array, RankGrid
 from rankadaptor_optuna.surrogate.prior import Prior
 
 FAMILIES = ("wikitext2-9x80", "wikitext2-20x48", "alpaca-7x64", "alpaca-24x32", "docs-13x48", "questions-11x64")

@@ -34,8 +34,8 @@ from smollm2_task import SMOLLM2
 from synthetic_tasks import standard_normal
 from transfer import CHECKPOINTS, FAMILIES, Regrets, read_sources, regrets, summarise, transfer
 
-from rankadaptor_optuna.embedded import cache_dir
-from rankadaptor_optuna.surrogate.features import Array
+from rankadaptor_optuna.recovery.models import cache_dir
+from rankadaptor_optuna.surrogate.grid import Array
 
 N_FOLDS = 5
 

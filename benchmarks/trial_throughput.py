@@ -30,9 +30,9 @@ from pruning import data_folder
 from results import check, show, write
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective
-from rankadaptor_optuna.embedded import load_model, quiet
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.recovery.lora import lora_config
+from rankadaptor_optuna.recovery.models import load_model, quiet
 from rankadaptor_optuna.recovery.tasks import TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, batches
 from rankadaptor_optuna.texts import load_texts

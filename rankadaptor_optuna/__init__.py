@@ -9,18 +9,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_optuna._auto import register_when_imported
+from rankadaptor_optuna.pruning.auto_classes import register_when_imported
 
 if TYPE_CHECKING:
-    from rankadaptor_optuna.convergence import StopWhenConverged
-    from rankadaptor_optuna.dashboard import publish_dashboard
-    from rankadaptor_optuna.history import verification_seed
     from rankadaptor_optuna.objective import RecoveryObjective, note_sensitivity
-    from rankadaptor_optuna.recommendation import recommend
-    from rankadaptor_optuna.sampler import RankAdaptorSampler
+    from rankadaptor_optuna.sampling.history import verification_seed
+    from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
     from rankadaptor_optuna.space import RankSpace
-    from rankadaptor_optuna.study import create_study
+    from rankadaptor_optuna.studies.convergence import StopWhenConverged
+    from rankadaptor_optuna.studies.recommendation import recommend
+    from rankadaptor_optuna.studies.storage import create_study
     from rankadaptor_optuna.surrogate.model import PerformanceModel
+    from rankadaptor_optuna.views.dashboard import publish_dashboard
 
 __version__ = "0.1.0"
 
@@ -28,15 +28,15 @@ register_when_imported()
 
 _HOMES = {
     "PerformanceModel": "surrogate.model",
-    "RankAdaptorSampler": "sampler",
+    "RankAdaptorSampler": "sampling.sampler",
     "RankSpace": "space",
     "RecoveryObjective": "objective",
-    "StopWhenConverged": "convergence",
-    "create_study": "study",
+    "StopWhenConverged": "studies.convergence",
+    "create_study": "studies.storage",
     "note_sensitivity": "objective",
-    "publish_dashboard": "dashboard",
-    "recommend": "recommendation",
-    "verification_seed": "history",
+    "publish_dashboard": "views.dashboard",
+    "recommend": "studies.recommendation",
+    "verification_seed": "sampling.history",
 }
 
 __all__ = [

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
-from rankadaptor_optuna.history import ITEMS_ATTR, SENSITIVITY_ATTR, verification_seed
+from rankadaptor_optuna.attributes import ITEMS_ATTR, SENSITIVITY_ATTR
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, attached, lora_config
@@ -24,7 +24,7 @@ from rankadaptor_optuna.recovery.processes import place, sent, together
 from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
-from rankadaptor_optuna.settings import check_reports
+from rankadaptor_optuna.sampling.history import verification_seed
 from rankadaptor_optuna.space import RankSpace
 
 if TYPE_CHECKING:
@@ -364,3 +364,17 @@ def _peak_rss() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_reports(report_every: int | None, report_items: bool, metric: Metric) -> None:
+    """Whether a trial can report so; see ``RecoveryObjective``.
+
+    Raises:
+        ValueError: It cannot; the message names the setting.
+    """
+    if report_every is not None and report_every < 1:
+        raise ValueError(f"report_every must be at least 1, got {report_every}.")
+    if report_items and report_every is not None:
+        raise ValueError("report_items: a pruner compares steps or items; give report_every or report_items, not both.")
+    if report_items and metric != "loss":
+        raise ValueError(f"report_items: items are of metric 'loss' alone, not {metric!r}; use report_every.")

@@ -70,6 +70,22 @@ def one_thread(request):
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def foreign_torch():
+    """Call it to set torch up as another part of a user's program may have; undone after the test."""
+    import torch
+
+    dtype = torch.get_default_dtype()
+
+    def set_up():
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float16)
+
+    yield set_up
+    torch.set_default_device(None)
+    torch.set_default_dtype(dtype)
+
+
 @pytest.fixture(params=list(FAMILIES))
 def any_model(request):
     return _make_model(request.param)

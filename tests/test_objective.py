@@ -12,14 +12,14 @@ from optuna.trial import TrialState
 
 import rankadaptor_optuna.objective
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective, create_study
-from rankadaptor_optuna.history import SENSITIVITY_ATTR, VERIFY_ATTR
-from rankadaptor_optuna.recommendation import Findings
+from rankadaptor_optuna.attributes import SENSITIVITY_ATTR, VERIFY_ATTR
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
 from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.tasks import TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
+from rankadaptor_optuna.studies.recommendation import Findings
 
 TRAINING = TrainingConfig(steps=3, batch_size=2, learning_rate=0.05)
 

@@ -168,7 +168,7 @@ def model_from_state(config: Any, state: Mapping[str, torch.Tensor], pruning: Ma
     return model
 
 
-def check_out(path: Path) -> None:
+def check_save_path(path: Path) -> None:
     """Check that a checkpoint can be written to a path.
 
     Raises:
@@ -192,7 +192,7 @@ def save_pruned(model: PreTrainedModel, path: str | PathLike[str], tokenizer: An
         ValueError: `path` exists and is not an empty directory.
     """
     path = Path(path)
-    check_out(path)
+    check_save_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrained
 
 from rankadaptor_optuna.pruning.checkpoint import (
     LayerProfile,
-    check_out,
+    check_save_path,
     model_from_state,
     profile_to_json,
     save_pruned,
@@ -97,7 +97,7 @@ def import_checkpoint(
             f"{file} is a pickle. torch's restricted unpickler, which runs nothing of it, reads it if you say so: "
             "allow_pickle=True (--allow-pickle)"
         )
-    check_out(out)
+    check_save_path(out)
     content = _read(file)
     model = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(model, _Stub):

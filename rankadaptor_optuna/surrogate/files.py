@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from rankadaptor_optuna.surrogate.features import Array
+from rankadaptor_optuna.surrogate.grid import Array
 
 
 def dumps(tensors: Mapping[str, NDArray[np.generic]], metadata: dict[str, str]) -> bytes:

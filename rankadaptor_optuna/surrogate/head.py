@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rankadaptor_optuna.surrogate.features import Array
+from rankadaptor_optuna.surrogate.grid import Array
 
 _NEGLIGIBLE = 1e-4  # weight of a point of the grid that is left out of the mixture
 

@@ -12,15 +12,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rankadaptor_optuna.surrogate.features import MLP, N_SMOOTH, Array, RankGrid, groups, ordinary, per_layer
+from rankadaptor_optuna.surrogate.features import MLP, N_SMOOTH, groups, ordinary, per_layer
 from rankadaptor_optuna.surrogate.files import read, write
+from rankadaptor_optuna.surrogate.grid import Array, RankGrid
 from rankadaptor_optuna.surrogate.head import BayesianHead, Hyperparameters
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
+from rankadaptor_optuna.surrogate.statistics import Standardised, standardise
 
 if TYPE_CHECKING:
     from rankadaptor_optuna.space import RankSpace
@@ -36,39 +38,6 @@ _APART = 1 / 3  # what a seed's recoveries do not share with others', by varianc
 _MISFIT = 0.3  # how far a bad score may be off (standard deviation), as a share of what it is below the median
 _BELIEF = 0.2  # odds, before any trial, that what the prior learned from other tasks holds for this one
 _CAUTION = 0.5  # standard deviations: the best of a great many predictions is one that errs upwards
-
-
-class Standardised(NamedTuple):
-    """Scores standardised within a study.
-
-    Attributes:
-        targets: (n,), of mean 0 and spread 1 but for what is far out.
-        location: Their mean in score units.
-        spread: Their standard deviation in score units.
-        doubt: Variance that those far out have beyond the common noise, (n,), standardised.
-    """
-
-    targets: Array
-    location: float
-    spread: float
-    doubt: Array
-
-
-def standardise(scores: Array) -> Standardised:
-    """Scores standardised within the study.
-
-    Scores further than twenty robust deviations from the median (a recovery that diverged) are pulled in, set no scale,
-    and count little: they say that something is bad, not how bad. The limit is so wide because in a search that
-    converges most scores are alike, and the few that differ are what its model rests on.
-    """
-    if not len(scores):
-        return Standardised(scores, 0.0, 1.0, scores)
-    median = np.median(scores)
-    limit = 20 * 1.4826 * float(np.median(np.abs(scores - median)))
-    near = (np.abs(scores - median) <= limit) | (limit == 0)
-    location, spread = float(scores[near].mean()), float(scores[near].std()) or 1.0
-    pulled = np.where(near, scores, median + np.sign(scores - median) * limit)
-    return Standardised((pulled - location) / spread, location, spread, np.where(near, 0, (limit / 2 / spread) ** 2))
 
 
 @dataclass(frozen=True)

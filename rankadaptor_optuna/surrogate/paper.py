@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rankadaptor_optuna.surrogate.features import Array, RankGrid
-from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel, Standardised, standardise
+from rankadaptor_optuna.surrogate.grid import Array, RankGrid
+from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior
+from rankadaptor_optuna.surrogate.statistics import Standardised, standardise
 
 if TYPE_CHECKING:
     from rankadaptor_optuna.space import RankSpace
-    from rankadaptor_optuna.surrogate.meta import MetaTask
 
 HIDDEN = (32, 32, 32)
 _LEARNING_RATE = 1e-3
-_BATCH = 16
+BATCH = 16
 _STEPS = 10
 _WINDOW = 30  # prequential errors that count: the earliest ones are of a network that knew nothing
 _WIDE = 2.0  # standard deviation before there are any, in spreads of the scores
@@ -104,80 +104,6 @@ class Network:
         self.parameters -= _LEARNING_RATE * mean / (np.sqrt(square) + 1e-8)
 
 
-def pretrain(tasks: Sequence[MetaTask], *, hidden: Sequence[int] = HIDDEN, steps: int = 2000, seed: int = 0) -> Network:
-    """The paper's offline meta-learning: one network trained on several tasks, a fresh set of trials each step.
-
-    Args:
-        tasks: At least one, all with the same number of layers: the network takes the rank vector itself.
-        hidden: Widths of the three hidden layers.
-        steps: Number of gradient steps, each on up to 16 trials of one task.
-        seed: Seed of initialisation, tasks and trials.
-
-    Raises:
-        ValueError: No task, tasks of different depth or without a trial, or ``hidden`` is not three positive widths.
-    """
-    network, prepared = _start(tasks, hidden, seed)
-    rng = np.random.default_rng([seed, 1])
-    for _ in range(steps):
-        network.step(*_batch(prepared[rng.integers(len(prepared))], _BATCH, rng))
-    network.restart_optimizer()
-    return network
-
-
-def reptile(
-    tasks: Sequence[MetaTask],
-    *,
-    hidden: Sequence[int] = HIDDEN,
-    iterations: int = 400,
-    inner_steps: int = 20,
-    shots: int = 10,
-    step_size: float = 0.5,
-    seed: int = 0,
-) -> Network:
-    """An initialisation that learns fast: Reptile (Nichol et al., 2018), first-order meta-learning.
-
-    Where ``pretrain`` fits all tasks at once, this moves the initialisation towards where a few of a task's trials
-    take it, one task at a time: ``start += step size * (adapted - start)``, the step size falling to 0.
-
-    Args:
-        tasks: As for ``pretrain``.
-        hidden: Widths of the three hidden layers.
-        iterations: Number of moves, each by one task.
-        inner_steps: Gradient steps that adapt to a task's trials.
-        shots: So many of its trials, drawn anew each time.
-        step_size: Size of the first move, as a share.
-        seed: Seed of initialisation, tasks and trials.
-
-    Raises:
-        ValueError: As ``pretrain``.
-    """
-    network, prepared = _start(tasks, hidden, seed)
-    rng = np.random.default_rng([seed, 1])
-    for i in range(iterations):
-        adapted = network.copy()
-        few = _batch(prepared[rng.integers(len(prepared))], shots, rng)
-        for _ in range(inner_steps):
-            adapted.step(*_batch(few, _BATCH, rng))
-        network.parameters += step_size * (1 - i / iterations) * (adapted.parameters - network.parameters)
-    return network
-
-
-def _start(tasks: Sequence[MetaTask], hidden: Sequence[int], seed: int) -> tuple[Network, list[tuple[Array, Array]]]:
-    """An untrained network, and each task's inputs and standardised scores."""
-    widths = sorted({task.grid.n_layers for task in tasks})
-    if len(widths) != 1 or min(len(task.scores) for task in tasks) == 0:
-        raise ValueError(f"meta-learning needs tasks with trials, all of one number of layers, got layers {widths}.")
-    prepared = [(_inputs(task.grid, task.ranks), standardise(task.scores).targets) for task in tasks]
-    return Network(widths[0], hidden, seed), prepared
-
-
-def _batch(rows: tuple[Array, Array], size: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """So many of the rows at random, without replacement, all where there are fewer."""
-    inputs, targets = rows
-    chosen = rng.choice(len(targets), min(size, len(targets)), replace=False)
-    return inputs[chosen], targets[chosen]
-
-
 class PaperModel(PerformanceModel):
     """The paper's performance model (section 3.2): an MLP l-32-32-32-1 on the rank vector, trained online.
 
@@ -237,7 +163,7 @@ class PaperModel(PerformanceModel):
         return self.grid.n_layers + self._n_ordinary
 
     def _rows(self, ranks: Array, points: Array) -> Array:
-        return np.concatenate([_inputs(self.grid, ranks), 2 * points - 1], axis=1)
+        return np.concatenate([network_inputs(self.grid, ranks), 2 * points - 1], axis=1)
 
     def fit(self, features: Array, scores: Array, variance: Array | None = None) -> None:
         """Replaces all observations; where they begin with the earlier ones, trains on with the rest."""
@@ -263,7 +189,7 @@ class PaperModel(PerformanceModel):
             self._errors = np.append(self._errors, error)[-_WINDOW:]
         rng = np.random.default_rng([self._seed, newest])
         for _ in range(_STEPS):
-            batch = np.append(rng.choice(newest, min(newest, _BATCH - 1), replace=False), newest)
+            batch = np.append(rng.choice(newest, min(newest, BATCH - 1), replace=False), newest)
             self._network.step(rows[batch], targets[batch], weights[batch])
 
     @property
@@ -344,7 +270,7 @@ class PaperModel(PerformanceModel):
         self._errors = tensors["errors"]
 
 
-def _inputs(grid: RankGrid, ranks: Array) -> Array:
+def network_inputs(grid: RankGrid, ranks: Array) -> Array:
     """Ranks scaled linearly so that the grid's candidates span [-1, 1], (n, L)."""
     scaled: Array = (2 * ranks - grid.low - grid.high) / max(grid.high - grid.low, 1e-9)
     return scaled

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from rankadaptor_optuna.surrogate.features import MLP, Array
+from rankadaptor_optuna.surrogate.features import MLP
 from rankadaptor_optuna.surrogate.files import dumps, loads, read, write
+from rankadaptor_optuna.surrogate.grid import Array
 
 FORMAT = "2"
 _FORMATS = ("1", FORMAT)  # of the first the card is another

@@ -13,10 +13,10 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from rankadaptor_optuna.history import SENSITIVITY_ATTR
-from rankadaptor_optuna.meta_tasks import meta_task
+from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.space import RankSpace
+from rankadaptor_optuna.studies.tasks import meta_task
 
 _BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

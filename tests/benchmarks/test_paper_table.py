@@ -10,8 +10,8 @@ import optuna
 import pytest
 from scipy import stats
 
-from rankadaptor_optuna import compare as compare_module
-from rankadaptor_optuna.compare import METHODS, Row
+from rankadaptor_optuna.jobs import compare as compare_module
+from rankadaptor_optuna.jobs.compare import METHODS, Row
 from rankadaptor_optuna.recovery.train import TrainingConfig
 
 

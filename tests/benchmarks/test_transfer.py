@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from rankadaptor_optuna import RankSpace
-from rankadaptor_optuna.history import SENSITIVITY_ATTR
-from rankadaptor_optuna.surrogate.features import RankGrid
-from rankadaptor_optuna.surrogate.meta import MetaTask
+from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from rankadaptor_optuna.priors.meta import MetaTask
+from rankadaptor_optuna.surrogate.grid import RankGrid
 
 
 @pytest.fixture(scope="module")

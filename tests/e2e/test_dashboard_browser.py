@@ -14,9 +14,8 @@ import pytest
 from playwright import sync_api
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace
-from rankadaptor_optuna.sampler import SPACE_ATTR
-from rankadaptor_optuna.study import study_space
-from rankadaptor_optuna.study_prior import PRIOR_ATTR
+from rankadaptor_optuna.attributes import PRIOR_ATTR, SPACE_ATTR
+from rankadaptor_optuna.studies.reading import study_space
 
 pytestmark = pytest.mark.e2e
 
@@ -46,7 +45,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 def server(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Address of a running server, and what it writes to stderr."""
     folder = tmp_path_factory.mktemp("server")
-    code = "import sys; from rankadaptor_optuna.dashboard import serve; "
+    code = "import sys; from rankadaptor_optuna.views.dashboard import serve; "
     code += "serve(sys.argv[1], port=0, artifact_dir=sys.argv[2], prior=None)"
     command = [sys.executable, "-c", code, url, str(folder / "artifacts")]
     with (folder / "stderr").open("w") as stderr:

@@ -17,9 +17,9 @@ LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from rankadaptor_optuna.recipe import Recipe
+from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.recovery.data import Examples
-from rankadaptor_optuna.worker import search
+from rankadaptor_optuna.jobs.search import search
 
 calls, real = [], Examples.batch
 def batch(self, rows):

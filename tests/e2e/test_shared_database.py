@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 from rankadaptor_optuna import RankSpace, create_study, recommend
-from rankadaptor_optuna.study import open_storage
+from rankadaptor_optuna.studies.storage import open_storage
 
 pytestmark = pytest.mark.e2e
 
@@ -31,7 +31,7 @@ study.optimize(lambda trial: sum(r * i for i, r in space.suggest(trial).items())
 SEARCH = f"""{OPEN}
 import random, time
 from types import SimpleNamespace
-from rankadaptor_optuna.worker import run_trials
+from rankadaptor_optuna.jobs.search import run_trials
 class Job:
     training, direction = SimpleNamespace(steps=1), "maximize"
     def __call__(self, trial):
@@ -44,8 +44,8 @@ print([t.number for t in study.trials if t.state.name == "COMPLETE"])
 """
 KILLED = f"""
 import time
-import rankadaptor_optuna.study
-rankadaptor_optuna.study._HEARTBEAT_S = 1
+import rankadaptor_optuna.studies.storage
+rankadaptor_optuna.studies.storage._HEARTBEAT_S = 1
 {OPEN}
 def objective(trial):
     ranks = space.suggest(trial)
@@ -98,7 +98,7 @@ def test_a_worker_killed_in_its_trial_loses_nothing(url: str, monkeypatch: pytes
         assert victim.stdout.readline() == "in the middle of trial 1\n"
         victim.kill()
     assert victim.returncode == -signal.SIGKILL
-    monkeypatch.setattr("rankadaptor_optuna.study._HEARTBEAT_S", 1)
+    monkeypatch.setattr("rankadaptor_optuna.studies.storage._HEARTBEAT_S", 1)
     space = eval(SPACE, {"RankSpace": RankSpace})
     study = create_study(storage=url, study_name="shared", space=space, recipe={"task": "test"})
     assert [t.state.name for t in study.trials] == ["COMPLETE", "RUNNING"]

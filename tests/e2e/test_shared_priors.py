@@ -9,11 +9,11 @@ import optuna
 import pytest
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study, recommend
-from rankadaptor_optuna.meta_tasks import train_prior
-from rankadaptor_optuna.study_prior import uses
+from rankadaptor_optuna.jobs.meta_train import train_prior
+from rankadaptor_optuna.priors.choice import uses
+from rankadaptor_optuna.priors.store import PriorStore, Use, Version
 from rankadaptor_optuna.surrogate.features import MLP
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
-from rankadaptor_optuna.surrogate.store import PriorStore, Use, Version
 
 pytestmark = pytest.mark.e2e
 
@@ -22,7 +22,7 @@ import sys
 import numpy as np
 from rankadaptor_optuna.surrogate.features import MLP
 from rankadaptor_optuna.surrogate.prior import Prior
-from rankadaptor_optuna.surrogate.store import PriorStore
+from rankadaptor_optuna.priors.store import PriorStore
 prior = Prior(MLP([np.ones((3, 2))], [np.zeros(2)]), np.zeros(2), np.ones(2), {"by": sys.argv[2]})
 store = PriorStore(sys.argv[1])
 sys.stdin.readline()

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rankadaptor_optuna import RankSpace
-from rankadaptor_optuna.surrogate.features import MLP, RankGrid, contrasts, groups, mlp_inputs, ordinary, per_layer
+from rankadaptor_optuna.surrogate.features import MLP, contrasts, groups, mlp_inputs, ordinary, per_layer
+from rankadaptor_optuna.surrogate.grid import RankGrid
 
 SPACE = RankSpace(9, (2, 4, 8), "uniform:5", layers=[2, 4, 6], costs=[10, 20, 30], profile=[0.1, 0.2, 0.6])
 GRID = RankGrid.from_space(SPACE)

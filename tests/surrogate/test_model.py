@@ -10,10 +10,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rankadaptor_optuna import PerformanceModel, RankSpace
-from rankadaptor_optuna.surrogate.features import MLP, RankGrid, groups
-from rankadaptor_optuna.surrogate.model import FORMAT, standardise
+from rankadaptor_optuna.surrogate.features import MLP, groups
+from rankadaptor_optuna.surrogate.grid import RankGrid
+from rankadaptor_optuna.surrogate.model import FORMAT
 from rankadaptor_optuna.surrogate.paper import Network
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
+from rankadaptor_optuna.surrogate.statistics import standardise
 
 SPACE = RankSpace(10, budget="uniform:8", profile=np.linspace(0.1, 0.5, 10) ** 2)
 WEIGHTS = np.linspace(0.2, 2, 10)  # deeper layers need rank more

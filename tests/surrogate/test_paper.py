@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from rankadaptor_optuna import PerformanceModel, RankSpace
-from rankadaptor_optuna.surrogate.features import RankGrid
-from rankadaptor_optuna.surrogate.meta import MetaTask
-from rankadaptor_optuna.surrogate.paper import Network, pretrain, reptile
+from rankadaptor_optuna.priors.meta import MetaTask
+from rankadaptor_optuna.priors.paper import pretrain, reptile
+from rankadaptor_optuna.surrogate.grid import RankGrid
+from rankadaptor_optuna.surrogate.paper import Network
 
 SPACE = RankSpace(10, budget="uniform:8")
 WEIGHTS = np.linspace(0.2, 2, 10)

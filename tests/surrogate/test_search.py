@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from rankadaptor_optuna.surrogate.allocations import Allocations, keeps, within_constraints
+from rankadaptor_optuna.surrogate.knapsack import solve, solve_unseen
 from rankadaptor_optuna.surrogate.model import Belief
-from rankadaptor_optuna.surrogate.search import Allocations, keeps, solve, solve_unseen, within_constraints
 
 
 def every_choice(values, costs, budget):

@@ -1,0 +1,1 @@
+"""What a command runs: each job takes settings and returns a result."""

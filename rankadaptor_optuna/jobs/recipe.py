@@ -1,0 +1,254 @@
+"""Recipe: what a trial is, in one dataclass and one TOML file.
+
+A recipe says which model is pruned how, on which text it recovers, with which settings, and within which budget ranks
+are searched. It is stored with the study: a worker elsewhere needs nothing but the database and the study's name.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankadaptor_optuna.jobs.settings import Data, Evaluation, Lora, Pruner, Pruning, Space, changed
+from rankadaptor_optuna.objective import check_reports
+from rankadaptor_optuna.recovery.train import TrainingConfig
+from rankadaptor_optuna.space import RankSpace
+
+if TYPE_CHECKING:
+    from rankadaptor_optuna.objective import RecoveryObjective
+    from rankadaptor_optuna.pruning.core import PrunedModel
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Texts or instruction records, none of which is in two parts.
+
+    Attributes:
+        train: To train on.
+        validation: To score trials on.
+        report: To report on, which no search sees.
+    """
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    report: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes two trials comparable.
+
+    Attributes:
+        model: Model folder or Hub name, dense or already pruned; ``"embedded"`` is SmolLM2-135M-Instruct.
+        dtype: Torch dtype of the frozen model, or ``"auto"``. Default: bfloat16 on a GPU that has it, else float32.
+        device: Torch device, such as ``"cpu"`` or ``"cuda:1"``. Default: the GPU where there is one.
+        seed: Of pruning, data order and initialisation, common to all trials.
+        pruning: How a dense model is pruned; not used for one that is pruned.
+        space: What is searched.
+        data: What it recovers on.
+        training: Settings of one recovery.
+        lora: The adapters.
+        evaluation: lm-eval tasks, and what is optimised.
+        report_every: Steps between reports to Optuna's pruner. Default: none.
+        report_items: Whether to report the final evaluation block by block (or record) instead.
+        pruner: Which trials Optuna stops by their reports: ``"median"`` (the default) or ``"hyperband"`` with
+            ``report_every``, ``"wilcoxon"`` with ``report_items``.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    model: str = "embedded"
+    dtype: str | None = None
+    device: str | None = None
+    seed: int = 0
+    pruning: Pruning = field(default_factory=Pruning)
+    space: Space = field(default_factory=Space)
+    data: Data = field(default_factory=Data)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    lora: Lora = field(default_factory=Lora)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    report_every: int | None = None
+    report_items: bool = False
+    pruner: Pruner | None = None
+
+    def __post_init__(self) -> None:
+        check_reports(self.report_every, self.report_items, self.evaluation.metric)
+        needed = "report_items" if self.pruner == "wilcoxon" else "report_every"
+        if self.pruner is not None and not getattr(self, needed):
+            raise ValueError(f"pruner {self.pruner!r} compares what {needed} reports; set {needed}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}.")
+        if self.dtype not in (None, "auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}.")
+        if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
+            raise ValueError(f"device must be cpu, cuda, cuda:NUMBER or mps, got {self.device!r}.")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Recipe:
+        """Reads a TOML file; a key ``preset`` names the recipe of ``PRESETS`` that its other keys change.
+
+        Raises:
+            ValueError: The file cannot be read, or the message names a key that is unknown or has an impossible value.
+        """
+        if sys.version_info >= (3, 11):
+            import tomllib
+        else:
+            import tomli as tomllib
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"cannot read the recipe {path}: {error}") from error
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe of nested values, as TOML or JSON has them; see ``load``.
+
+        Raises:
+            ValueError: A key is unknown or its value impossible; the message names it.
+        """
+        values = dict(values)
+        preset = values.pop("preset", "quick")
+        if preset not in PRESETS:
+            raise ValueError(f"preset: no recipe named {preset!r}; there are {', '.join(PRESETS)}.")
+        training = values.get("training")
+        if isinstance(training, Mapping) and training.get("steps") is not None:
+            if training.get("epochs") is not None:
+                raise ValueError("training.epochs: give steps or epochs, not both.")
+            values["training"] = {**training, "epochs": None}  # a preset's
+        return changed(PRESETS[preset], values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, for JSON; ``from_dict`` reads them."""
+        values = asdict(self)
+        del values["training"]["steps" if self.training.epochs else "epochs"]
+        return values
+
+    def open_model(self, path: str | PathLike[str] | None) -> tuple[Any, Any]:
+        """Loads a model, of None the embedded one, and its tokenizer, with the recipe's dtype and on its device.
+
+        Raises:
+            ValueError: There is no such model or device.
+        """
+        from rankadaptor_optuna.recovery.models import load_model
+
+        return load_model(path, self.dtype, self.device)
+
+    def read_model(self) -> tuple[Any, Any, PrunedModel | None]:
+        """Loads the model and, if it is dense, prunes it.
+
+        Returns:
+            (pruned model, tokenizer, what pruning did; None where the model was pruned already).
+
+        Raises:
+            ValueError: There is no such model, or it cannot be pruned so.
+        """
+        from rankadaptor_optuna.pruning import profile_of, prune
+
+        model, tokenizer = self.open_model(None if self.model == "embedded" else self.model)
+        if self.pruning.method == "none" or profile_of(model) is not None:
+            return model, tokenizer, None
+        options = {name: value for name, value in asdict(self.pruning).items() if value is not None}
+        pruned = prune(model, tokenizer, seed=self.seed, **options)
+        return pruned.model.to(model.device), tokenizer, pruned
+
+    def objective(self, model: Any, tokenizer: Any, **settings: Any) -> RecoveryObjective:  # noqa: ANN401
+        """The trial objective of this recipe on a pruned model; ``settings`` go to ``RecoveryObjective`` as they are.
+
+        Raises:
+            ValueError: The data or a task cannot be read, or is too short.
+        """
+        from rankadaptor_optuna.objective import RecoveryObjective
+
+        parts = self.read_data()
+        if "tasks" not in settings:
+            settings |= {"tasks": self.evaluation.suite(tokenizer, "search"), "metric": self.evaluation.metric}
+        space = RankSpace.from_model(
+            model,
+            self.space.candidates,
+            self.space.budget,
+            unpruned_rank=None if self.space.unpruned_rank < 0 else self.space.unpruned_rank,
+            targets=self.lora.targets,
+            granularity=self.space.granularity,
+        )
+        return RecoveryObjective(
+            model,
+            tokenizer,
+            space,
+            train=parts.train,
+            validation=parts.validation,
+            training=self.training,
+            block_length=self.data.block_length,
+            validation_blocks=self.data.validation_blocks,
+            mask_prompt=self.data.mask_prompt,
+            targets=self.lora.targets,
+            alpha_ratio=self.lora.alpha_ratio,
+            alpha=self.lora.alpha,
+            dropout=self.lora.dropout,
+            report_every=self.report_every,
+            report_items=self.report_items,
+            seed=self.seed,
+            **settings,
+        )
+
+    def read_data(self) -> Parts:
+        """Texts or instruction records to train on, to score trials on, and to report on.
+
+        Raises:
+            ValueError: They cannot be read.
+        """
+        from rankadaptor_optuna.texts import load_texts, read_records
+
+        if self.data.train is None:
+            texts = load_texts()
+            parts = Parts(texts.train, texts.validation, texts.report)
+        else:
+            records = read_records(self.data.train, limit=self.data.limit)
+            named = {8: self.data.report, 9: self.data.validation}
+            held = {tenth for tenth, name in named.items() if name is None}
+            train = [record for i, record in enumerate(records) if i % 10 not in held]
+            parts = Parts(train, records[9::10], records[8::10])
+        for name in ("validation", "report"):
+            if (source := getattr(self.data, name)) is not None:
+                parts = replace(parts, **{name: read_records(source, limit=self.data.limit)})
+            if not getattr(parts, name):
+                raise ValueError(f"data.{name}: too few records to keep every tenth for it; name other data.")
+        return parts
+
+
+PRESETS = {
+    "quick": Recipe(),
+    # LLM-Pruner's published settings: 0.25 on layers 4 to 29 of 32, alpha 16, two epochs of alpaca-cleaned with the
+    # prompt masked; and the seven tasks, candidates and budget of RankAdaptor
+    "paper": Recipe(
+        model="baffo32/decapoda-research-llama-7B-hf",
+        pruning=Pruning(
+            ratio=0.25 * 26 / 32,
+            criterion="param_first",
+            ranking="local",
+            keep_first=4,
+            keep_last=2,
+            n_samples=10,
+            sample_length=64,
+        ),
+        data=Data(train="yahma/alpaca-cleaned", block_length=256, validation_blocks=2000, limit=100_000),
+        training=TrainingConfig(
+            epochs=2,
+            batch_size=64,
+            micro_batch_size=4,
+            learning_rate=1e-4,
+            warmup=100,
+            linear_decay=True,
+        ),
+        lora=Lora(alpha=16, dropout=0.05),
+        evaluation=Evaluation(
+            ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"), "accuracy"
+        ),
+    ),
+}

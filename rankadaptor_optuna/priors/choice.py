@@ -1,0 +1,198 @@
+"""Which prior a study's performance model starts from: the one that the study began with, to its version."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, TypeAlias
+
+import optuna
+import sqlalchemy
+from optuna.storages import BaseStorage
+from optuna.study import Study
+
+from rankadaptor_optuna.attributes import PRIOR_ATTR
+from rankadaptor_optuna.priors.store import PriorStore, Use, Version, parse_reference
+from rankadaptor_optuna.surrogate.prior import Prior, load_prior
+
+_NONE, _SHIPPED, _CUSTOM = "none", "pretrained", "custom"  # what an identity may be, besides db:NAME@VERSION
+OnBadPrior: TypeAlias = Literal["raise", "pretrained"]
+Given: TypeAlias = Prior | str | os.PathLike[str] | None
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+
+
+class PriorChoice:
+    """A prior as it was given, and what becomes of it for a study.
+
+    A study keeps the prior that it began with: its identity is stored with the study (``none``,
+    ``pretrained:CHECKSUM``, ``db:NAME@VERSION``, or ``custom:CHECKSUM`` of any other) and counts for whoever resumes or
+    reads it. Wherever a prior may be given, so may one of these.
+
+    Args:
+        given: ``"pretrained"`` (shipped), None, a path, a ``Prior``, ``"db:NAME"`` (the newest version) or
+            ``"db:NAME@VERSION"``.
+        storage: URL of the database that holds ``db:`` priors. Default: that of the study's own storage.
+        on_bad: ``"raise"``, or ``"pretrained"``: go on with the shipped prior, and a warning, where the prior is
+            missing, corrupt or of a newer format.
+
+    Raises:
+        ValueError: The prior cannot be read, or ``on_bad`` is neither.
+    """
+
+    def __init__(
+        self,
+        given: Given = "pretrained",
+        *,
+        storage: str | None = None,
+        on_bad: OnBadPrior = "raise",
+    ) -> None:
+        if on_bad not in ("raise", "pretrained"):
+            raise ValueError(f'on_bad_prior must be "raise" or "pretrained", got {on_bad!r}.')
+        self._storage, self._on_bad = storage, on_bad
+        self._is_default = given == "pretrained" if isinstance(given, str) else False
+        self._reference: tuple[str, int | None] | None = None
+        self._known: dict[tuple[str, str], Prior | None] = {}  # by identity and database
+        self._own = _NONE
+        self._warned: set[str] = set()
+        if isinstance(given, str) and given.startswith("db:"):
+            self._reference = parse_reference(given)
+            return
+        try:
+            self._own = self._keep(given if isinstance(given, Prior) else load_prior(given), given == "pretrained")
+        except ValueError as error:
+            self._own = self._fallen_back(error)
+
+    @classmethod
+    def of(cls, given: PriorLike) -> PriorChoice:
+        """The choice that was given, or of what was given."""
+        return given if isinstance(given, PriorChoice) else cls(given)
+
+    def _keep(self, prior: Prior | None, is_shipped: bool) -> str:
+        identity = _NONE if prior is None else f"{_SHIPPED if is_shipped else _CUSTOM}:{prior.checksum}"
+        self._known[identity, ""] = prior
+        return identity
+
+    def _fallen_back(self, error: ValueError) -> str:
+        if self._on_bad == "raise":
+            raise error
+        self._warn(f"{error} Going on with the shipped prior.")
+        return self._keep(load_prior("pretrained"), True)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            _logger.warning(message)
+
+    def find(self, study: Study) -> Prior | None:
+        """The prior of a study, which stays as it is.
+
+        Raises:
+            ValueError: The prior cannot be had; the message names it and says why.
+        """
+        return self._resolved(study, _attribute(study))[1]
+
+    def settle(self, study: Study, stored: str | None) -> Prior | None:
+        """The prior of a study that is worked on; its identity is stored where there was none, or it fell back.
+
+        Args:
+            study: The study.
+            stored: The identity stored with it, as read from the storage.
+
+        Raises:
+            ValueError: The prior cannot be had; the message names it and says why.
+        """
+        identity, prior = self._resolved(study, stored)
+        if stored is not None and not self._is_default and not self._agrees(stored):
+            self._warn(f"study {study.study_name!r} began with the prior {stored} and keeps {identity}.")
+        if identity == stored:
+            return prior
+        study._storage.set_study_user_attr(study._study_id, PRIOR_ATTR, identity)
+        if identity.startswith("db:"):
+            store, elsewhere = self._store(study)
+            store.use(study.study_name, _version(identity), elsewhere=elsewhere)
+        # of several workers that begin at the same moment the last writer's counts, for all
+        return self.find(study)
+
+    def _agrees(self, stored: str) -> bool:
+        if self._reference is None:
+            return stored == self._own
+        name, version = self._reference
+        return stored.startswith(f"db:{name}@") and version in (None, _version(stored).version)
+
+    def _resolved(self, study: Study, stored: str | None) -> tuple[str, Prior | None]:
+        try:
+            if stored is not None:
+                identity = stored
+            elif self._reference is None:
+                identity = self._own
+            else:
+                identity = str(self._store(study)[0].resolve(*self._reference))
+            return identity, self._prior(study, identity)
+        except ValueError as error:
+            identity = self._fallen_back(error)
+            return identity, self._known[identity, ""]
+
+    def _prior(self, study: Study, identity: str) -> Prior | None:
+        store = self._store(study)[0] if identity.startswith("db:") else None
+        key = identity, "" if store is None else store.url
+        if key not in self._known:
+            self._known[key] = self._read(study, identity) if store is None else store.load(*_version(identity))
+        return self._known[key]
+
+    def _read(self, study: Study, identity: str) -> Prior | None:
+        kind, _, checksum = identity.partition(":")
+        if kind == _NONE:
+            return None
+        if kind == _SHIPPED:
+            shipped = load_prior("pretrained")
+            if shipped is not None and shipped.checksum != checksum:
+                self._warn(f"study {study.study_name!r} began with the shipped prior of another version ({checksum}).")
+            return shipped
+        if kind == _CUSTOM:
+            raise ValueError(
+                f"study {study.study_name!r} began with a prior of its own, of checksum {checksum}: give that file as "
+                "the prior."
+            )
+        raise ValueError(f"study {study.study_name!r} has the prior {identity!r}, which this version does not know.")
+
+    def _store(self, study: Study) -> tuple[PriorStore, bool]:
+        """Where ``db:`` priors are, and whether that is another database than the study's."""
+        own = engine_of(study._storage)
+        if self._storage is not None:
+            return PriorStore(self._storage), own is None or own.url != sqlalchemy.make_url(self._storage)
+        if own is None:
+            raise ValueError(
+                f"study {study.study_name!r} is in no database that could hold priors; name one: "
+                "prior_storage='sqlite:///priors.db'."
+            )
+        return PriorStore(own), False
+
+
+PriorLike: TypeAlias = PriorChoice | Given
+
+
+def engine_of(storage: BaseStorage) -> sqlalchemy.Engine | None:
+    """The database connections of an Optuna storage; None where it has none (in memory, journal, gRPC)."""
+    return getattr(getattr(storage, "_backend", storage), "engine", None)
+
+
+def uses(storage: BaseStorage) -> list[Use]:
+    """Which studies of a storage use which ``db:`` priors."""
+    found = []
+    for study in optuna.get_all_study_summaries(storage, include_best_trial=False):
+        identity = str(study.user_attrs.get(PRIOR_ATTR))
+        if identity.startswith("db:"):
+            found.append(Use(study.study_name, _version(identity)))
+    return found
+
+
+def _attribute(study: Study) -> str | None:
+    # by the storage: under Hyperband, Optuna hides a study's attributes
+    stored = study._storage.get_study_user_attrs(study._study_id).get(PRIOR_ATTR)
+    return None if stored is None else str(stored)
+
+
+def _version(identity: str) -> Version:
+    name, version = parse_reference(identity)
+    if version is None:
+        raise ValueError(f"expected a prior's version like db:NAME@3, got {identity!r}.")
+    return Version(name, version)

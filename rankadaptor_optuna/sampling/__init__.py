@@ -1,0 +1,1 @@
+"""Optuna contracts: search spaces and trials as arrays, and the sampler."""

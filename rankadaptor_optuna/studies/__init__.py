@@ -1,0 +1,1 @@
+"""Studies: create and resume, read, verify, recommend, converge."""

@@ -1,0 +1,124 @@
+"""Rank configurations within a budget and within constraints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankadaptor_optuna.surrogate.grid import Array, RankGrid
+from rankadaptor_optuna.surrogate.knapsack import Choice, solve, solve_unseen
+from rankadaptor_optuna.surrogate.model import Belief
+
+_PENALTY_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Allocations:
+    """The rank configurations of a grid that a budget allows.
+
+    Attributes:
+        ranks: Candidate ranks, (L, C).
+        costs: What each costs, (L, C).
+        allowed: Which of them may be chosen, (L, C).
+        budget: Most total cost; never below the cheapest configuration's.
+    """
+
+    ranks: Array
+    costs: Array
+    allowed: NDArray[np.bool_]
+    budget: float
+
+    @classmethod
+    def of(cls, grid: RankGrid, budget: float | None = None, given: Mapping[int, float] | None = None) -> Allocations:
+        """Those of ``grid``, where layers may have a ``given`` rank, candidate or not: the others get the rest."""
+        ranks = grid.padded_values()
+        allowed = np.arange(ranks.shape[1]) < np.asarray([len(v) for v in grid.values])[:, None]
+        for row, rank in (given or {}).items():
+            ranks[row], allowed[row, 1:] = rank, False
+        costs = ranks * grid.costs[:, None]
+        cheapest = np.where(allowed, costs, np.inf).min(1).sum()
+        return cls(ranks, costs, allowed, np.inf if budget is None else max(budget, cheapest))
+
+    def best(self, table: Array) -> Choice:
+        """The choice of one candidate a layer with the highest total in ``table`` (L, C), as indices (L,)."""
+        return solve(np.where(self.allowed, table, -np.inf), self.costs, self.budget)
+
+    def best_unseen(self, table: Array, seen: Callable[[tuple[int, ...]], bool], rng: np.random.Generator) -> Choice:
+        """The best choice found whose ranks were not ``seen``."""
+        masked = np.where(self.allowed, table, -np.inf)
+        return solve_unseen(masked, self.costs, self.budget, lambda choice: seen(self.ranks_of(choice)), rng)
+
+    def best_few(self, table: Array, n: int, accept: Callable[[Choice], bool] = lambda choice: True) -> list[Choice]:
+        """Up to ``n`` different accepted choices with the highest totals in ``table``, the best first.
+
+        The choices other than a best one are split by the first layer in which they differ from it (Lawler, 1972).
+        """
+        rows, found = np.arange(len(table)), []
+        masked = np.where(self.allowed, table, -np.inf)
+        parts = [(self.best(table), masked)]
+        for _ in range(4 * n):
+            if not parts:
+                break
+            choice, values = parts.pop(int(np.argmax([masked[rows, best].sum() for best, _ in parts])))
+            if accept(choice):
+                found.append(choice)
+            if len(found) == n:
+                break
+            for row in rows:
+                part = values.copy()
+                part[row, choice[row]] = -np.inf
+                part[:row] = np.where(np.arange(part.shape[1]) == choice[:row, None], part[:row], -np.inf)
+                cheapest = np.where(np.isfinite(part), self.costs, np.inf).min(1).sum()
+                if np.isfinite(cheapest) and cheapest <= self.budget:
+                    parts.append((solve(part, self.costs, self.budget), part))
+        return found
+
+    def ranks_of(self, choice: Choice) -> tuple[int, ...]:
+        """The ranks of a choice."""
+        return tuple(int(rank) for rank in self.ranks[np.arange(len(choice)), choice])
+
+
+def keeps(constraints: Sequence[Belief], choice: Choice, point: Array, margin: float = 0.0) -> bool:
+    """Whether a choice with a point (E,) of the other parameters keeps all constraints, each by a margin."""
+    layers = np.arange(len(choice))
+    values = [c.offset + c.table[layers, choice].sum() + c.of_ordinary(point[None])[0] for c in constraints]
+    return all(value <= -margin for value in values)
+
+
+def within_constraints(
+    belief: Belief,
+    constraints: Sequence[Belief],
+    allocations: Allocations,
+    best_point: Callable[[Belief], Array],
+    margin: float = 0.0,
+) -> tuple[Belief, Choice, Array]:
+    """Takes the least penalty off a belief with which its optimum keeps all constraints, sought by bisection.
+
+    Args:
+        belief: What to maximise.
+        constraints: Functions of the same features, kept where at most 0.
+        allocations: The rank configurations to choose from.
+        best_point: The best point of the other parameters, (E,), by a belief.
+        margin: How far below 0 each constraint must be, in its own units.
+
+    Returns:
+        The penalised belief (with a large penalty where none sufficed), its best choice, and its best point.
+    """
+    penalty, low, high = 0.0, 0.0, math.inf
+    for _ in range(_PENALTY_STEPS):
+        tried = belief
+        for constraint in constraints:
+            tried = tried.plus(constraint, -penalty)
+        choice, point = allocations.best(tried.table), best_point(tried)
+        kept = keeps(constraints, choice, point, margin)
+        low, high = (low, penalty) if kept else (penalty, high)
+        if kept or high == math.inf:
+            found = tried, choice, point
+        if high == 0:
+            break
+        penalty = max(1, 2 * low) if high == math.inf else (low + high) / 2
+    return found

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import json
+
+import optuna
+import pytest
+from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, WilcoxonPruner
+from optuna.trial import TrialState
+from transformers import AutoModelForCausalLM
+
+import rankadaptor_optuna.jobs.search
+from rankadaptor_optuna.cli import main
+from rankadaptor_optuna.jobs.compare import compare
+from rankadaptor_optuna.jobs.export import export
+from rankadaptor_optuna.jobs.recipe import Recipe
+from rankadaptor_optuna.jobs.search import pruner_of, search, stored_recipe
+from rankadaptor_optuna.priors.store import PriorStore
+from rankadaptor_optuna.pruning import load_pruned, prune
+from rankadaptor_optuna.surrogate.prior import load_prior
+
+
+@pytest.fixture
+def values(model, tokenizer, texts, tmp_path):
+    """A recipe for the tiny model, as TOML would give it."""
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("\n\n".join(texts * 3))
+    return {
+        "model": str(tmp_path / "dense"),
+        "pruning": {"ratio": 0.2, "multiple_of": 8, "n_samples": 4, "sample_length": 32},
+        "space": {"candidates": [2, 4, 8], "budget": "uniform:4"},
+        "data": {"train": str(tmp_path / "text.txt"), "block_length": 32},
+        "training": {"steps": 2},
+    }
+
+
+@pytest.fixture
+def recipe(values):
+    return Recipe.from_dict(values)
+
+
+def complete(url, name="search"):
+    study = optuna.load_study(study_name=name, storage=url)
+    return [t for t in study.trials if t.state is TrialState.COMPLETE]
+
+
+def test_search_prunes_searches_and_writes_the_answer_then_goes_on(recipe, tmp_path):
+    out, said = tmp_path / "out", []
+    found = search(recipe, out, trials=3, say=said.append)
+    answer = json.loads((out / "recommendation.json").read_text())
+    assert answer["ranks"] == {str(layer): rank for layer, rank in found.ranks.items()}
+    assert answer["rank_pattern"] == found.rank_pattern
+    assert load_pruned(out / "pruned").config.pruning["ratio"] == 0.2
+    url = f"sqlite:///{out / 'study.db'}"
+    assert len(complete(url)) == 3
+    assert set(complete(url)[0].params.values()) == {4}
+    search(recipe, out, trials=4, say=said.append)
+    assert len(complete(url)) == 4
+    assert said[-1] == recommendation_statement(out)
+
+
+def recommendation_statement(out):
+    return json.loads((out / "recommendation.json").read_text())["evidence"]
+
+
+@pytest.mark.parametrize(
+    ("reports", "pruner"),
+    [
+        ({}, NopPruner),
+        ({"report_every": 1}, MedianPruner),
+        ({"report_every": 1, "pruner": "hyperband"}, HyperbandPruner),
+        ({"report_items": True, "pruner": "wilcoxon"}, WilcoxonPruner),
+    ],
+)
+def test_the_pruner_goes_with_what_trials_report(reports, pruner):
+    assert type(pruner_of(Recipe.from_dict(reports), 8)) is pruner
+
+
+def test_pruned_trials_count_among_those_to_reach(values, tmp_path, monkeypatch):
+    def two_finish(recipe, steps):
+        return WilcoxonPruner(p_threshold=1.0, n_startup_steps=0)  # stops what is worse after the first batch
+
+    monkeypatch.setattr(rankadaptor_optuna.jobs.search, "pruner_of", two_finish)
+    search(Recipe.from_dict(values | {"report_items": True}), tmp_path / "out", trials=8, say=lambda line: None)
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'out' / 'study.db'}")
+    states = [t.state for t in study.trials]
+    assert len(states) == 8
+    assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def test_another_worker_needs_the_storage_and_the_name_alone(recipe, tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    search(recipe, tmp_path / "one", trials=2, storage=url, study_name="s", say=lambda line: None)
+    assert stored_recipe(url, "s") == recipe
+    assert main(["search", "--storage", url, "--study", "s", "--out", str(tmp_path / "two"), "--trials", "3"]) == 0
+    assert len(complete(url, "s")) == 3
+    assert (tmp_path / "two" / "recommendation.json").exists()
+
+
+def test_a_search_for_accuracy_is_for_the_highest(values, local_task, tmp_path):
+    evaluation = {"tasks": ["facts"], "metric": "accuracy", "include_path": str(local_task), "limit": 6}
+    search(Recipe.from_dict(values | {"evaluation": evaluation}), tmp_path / "out", trials=3, say=lambda line: None)
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'out' / 'study.db'}")
+    assert study.direction is optuna.study.StudyDirection.MAXIMIZE
+    assert study.metric_names == ["accuracy"]
+    assert [t.value for t in study.trials] == [t.user_attrs["facts:accuracy"] for t in study.trials]
+    assert all(0 <= t.value <= 1 and t.value * 6 == pytest.approx(round(t.value * 6)) for t in study.trials)
+
+
+def test_an_unknown_task_is_refused_before_anything_is_written(values, local_task, tmp_path):
+    evaluation = {"tasks": ["fact"], "include_path": str(local_task)}
+    with pytest.raises(ValueError, match="lm-eval knows no task named fact"):
+        search(Recipe.from_dict(values | {"evaluation": evaluation}), tmp_path / "out", trials=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_pruned_already_is_searched_as_it_is(values, model, tokenizer, texts, tmp_path):
+    pruned = prune(model, tokenizer, ratio=0.1, calibration=texts, multiple_of=8, n_samples=4, sample_length=32)
+    pruned.save(tmp_path / "pruned", tokenizer)
+    search(Recipe.from_dict(values | {"model": str(tmp_path / "pruned")}), tmp_path / "out", trials=1)
+    assert load_pruned(tmp_path / "out" / "pruned").config.pruning["ratio"] == 0.1
+
+
+def test_whole_blocks_away_every_layer_left_is_searched_compared_and_exported(values, make_model, tmp_path):
+    """Shortened leaves an ordinary model of layers of one shape, none of which lost anything."""
+    make_model(num_hidden_layers=8).save_pretrained(tmp_path / "dense")
+    values |= {
+        "pruning": {"method": "shortened", "ratio": 0.25, "n_samples": 2, "sample_length": 16},
+        "training": {"steps": 4},
+    }
+    url, out = f"sqlite:///{tmp_path / 'study.db'}", tmp_path / "out"
+    found = search(Recipe.from_dict(values), out, trials=3, storage=url, say=lambda line: None)
+    assert list(found.ranks) == [*range(6)]
+    assert len(load_pruned(out / "pruned").model.layers) == 6
+    rows = compare(url, "search", tmp_path / "c", pruned=out / "pruned", seeds=2, say=lambda line: None)
+    assert all(0 < row.parameters <= 1.005 * rows[1].parameters for row in rows[1:])
+    export(url, "search", tmp_path / "adapter", pruned=out / "pruned", merge=True, say=lambda line: None)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "merged")
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    again = search(Recipe.from_dict(values | {"model": str(out / "pruned")}), tmp_path / "again", trials=1)
+    assert list(again.ranks) == [*range(6)]
+
+
+def test_a_model_that_others_pruned_is_left_as_it_is(values, model, tmp_path):
+    recipe = Recipe.from_dict(values | {"pruning": {"method": "none"}})
+    search(recipe, tmp_path / "out", trials=1, say=lambda line: None)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "pruned")
+    assert sum(p.numel() for p in kept.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_other_settings_in_the_same_folder_or_study_are_refused_by_name(values, recipe, tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    search(recipe, tmp_path / "one", trials=1, storage=url, say=lambda line: None)
+    other = Recipe.from_dict(values | {"seed": 5})
+    for out in ("one", "two"):
+        with pytest.raises(ValueError, match="belongs to other settings: seed was 0, now 5"):
+            search(other, tmp_path / out, trials=1, storage=url)
+    assert not (tmp_path / "two").exists()
+
+
+def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_written(values, tmp_path, capsys):
+    (tmp_path / "recipe.toml").write_text("[training]\nstepz = 1")
+    for arguments, says in (
+        ([str(tmp_path / "recipe.toml")], "training.stepz: no such setting"),
+        ([], "give a recipe"),
+        (["--storage", f"sqlite:///{tmp_path / 'empty.db'}"], "has no study named 'search'"),
+    ):
+        assert main(["search", *arguments, "--out", str(tmp_path / "out")]) == 2
+        assert says in capsys.readouterr().err
+    with pytest.raises(ValueError, match="trials must be at least 1, got 0"):
+        search(Recipe.from_dict(values), tmp_path / "out", trials=0)
+    with pytest.raises(ValueError, match="too few for one block of 100000"):
+        search(
+            Recipe.from_dict(values | {"data": {**values["data"], "block_length": 100_000}}), tmp_path / "out", trials=1
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_without_a_recipe_cannot_be_joined_without_one(tmp_path):
+    url = f"sqlite:///{tmp_path / 'plain.db'}"
+    optuna.create_study(storage=url, study_name="plain")
+    with pytest.raises(ValueError, match="'plain' was made without a recipe; give one"):
+        stored_recipe(url, "plain")
+
+
+def test_a_search_can_start_from_a_prior_of_its_database(recipe, tmp_path, capsys):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    PriorStore(url).add("mine", load_prior("pretrained"))
+    with pytest.raises(ValueError, match="there is no prior db:other"):
+        search(recipe, tmp_path / "a", trials=1, storage=url, prior="db:other")
+    with pytest.raises(ValueError, match="name the database that holds the prior db:mine"):
+        search(recipe, tmp_path / "a", trials=1, prior="db:mine")
+    assert not (tmp_path / "a").exists()
+    search(recipe, tmp_path / "a", trials=1, storage=url, prior="db:mine", say=lambda _: None)
+    command = ["search", "--storage", url, "--trials", "1", "--out", str(tmp_path / "b")]
+    assert main([*command, "--prior", "nowhere"]) == 2
+    assert "cannot read the prior 'nowhere'" in capsys.readouterr().err
+    assert main([*command, "--prior", "none"]) == 0
+    stored = optuna.load_study(study_name="search", storage=url).user_attrs["rankadaptor:prior"]
+    assert stored == "db:mine@1"
+
+
+def test_a_worker_may_go_on_with_the_shipped_prior_where_its_own_is_bad(recipe, tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    command = ["search", "--storage", url, "--trials", "1", "--out", str(tmp_path / "a"), "--prior", "db:gone"]
+    search(
+        recipe, tmp_path / "a", trials=1, storage=url, prior="db:gone", on_bad_prior="pretrained", say=lambda _: None
+    )
+    stored = optuna.load_study(study_name="search", storage=url).user_attrs["rankadaptor:prior"]
+    assert stored.startswith("pretrained:")
+    assert main(command) == 2
+    assert main([*command, "--on-bad-prior", "pretrained"]) == 0

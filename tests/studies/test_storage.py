@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import numpy as np
+import optuna
+import pytest
+from optuna.samplers import RandomSampler
+
+from rankadaptor_optuna import RankSpace, create_study, recommend
+from rankadaptor_optuna.attributes import RECIPE_ATTR
+from rankadaptor_optuna.studies.reading import finished_trials, study_space, uniform_trials
+from rankadaptor_optuna.studies.storage import masked, open_storage
+
+SPACE = RankSpace(
+    10, budget="uniform:8", layers=range(1, 9), costs=[100] * 4 + [120] * 4, fixed_ranks={0: 8, 9: 8}, fixed_cost=1600
+)
+RECIPE = {"model": "tiny", "pruning": {"ratio": 0.25}, "candidates": [2, 4, 8]}
+
+
+def score(ranks):
+    """Deeper layers need rank more."""
+    return sum(layer * np.log2(1 + rank) for layer, rank in ranks.items())
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def test_a_study_is_resumed_by_its_name_with_its_trials(url):
+    settings = {"storage": url, "study_name": "s", "space": SPACE, "recipe": RECIPE, "direction": "minimize"}
+    create_study(**settings).optimize(lambda trial: -score(SPACE.suggest(trial)), n_trials=2)
+    resumed = create_study(**settings)
+    assert len(resumed.trials) == 2
+    assert resumed.user_attrs[RECIPE_ATTR] == RECIPE
+    assert resumed.sampler.space == SPACE
+    with pytest.raises(optuna.exceptions.DuplicatedStudyError):
+        create_study(**settings, load_if_exists=False)
+
+
+def test_by_default_a_study_is_in_memory_and_maximised():
+    study = create_study(space=SPACE)
+    assert study.direction is optuna.study.StudyDirection.MAXIMIZE
+    assert study.sampler.space == SPACE
+    assert create_study(sampler=(own := RandomSampler())).sampler is own
+
+
+def test_another_recipe_is_refused_and_the_differences_named(url):
+    create_study(storage=url, study_name="s", recipe=RECIPE)
+    other = {**RECIPE, "model": "big", "pruning": {"ratio": 0.5}, "seed": 1}
+    with pytest.raises(ValueError, match="study 's' belongs to other settings") as caught:
+        create_study(storage=url, study_name="s", recipe=other)
+    message = str(caught.value)
+    assert "model was tiny, now big" in message
+    assert "pruning was {'ratio': 0.25}, now {'ratio': 0.5}" in message
+    assert "seed was None, now 1" in message
+    assert "candidates" not in message
+    assert "another study name" in message
+    assert optuna.load_study(study_name="s", storage=url).user_attrs[RECIPE_ATTR] == RECIPE
+
+
+def test_a_recipe_is_the_same_again_after_json_made_lists_of_its_tuples(url):
+    recipe = {"candidates": (2, 4, 8)}
+    create_study(storage=url, study_name="s", recipe=recipe)
+    assert create_study(storage=url, study_name="s", recipe=recipe).study_name == "s"
+
+
+def test_a_database_of_an_url_gets_a_heartbeat_that_retries(url):
+    storage = open_storage(url)
+    assert storage.heartbeat_interval > 0
+    assert create_study(storage=storage)._storage._backend is storage
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:////no/such/folder/study.db",
+        "postgresql+psycopg://me:s3cret@127.0.0.1:1/studies",
+        "postgresql+nodriver://me:s3cret@127.0.0.1/studies",
+        "nodatabase://me:s3cret@127.0.0.1/studies",
+        "oracle://me:s3cret@127.0.0.1/studies",
+        "postgresql://me:s3cret@127.0.0.1:port/studies",
+        "study.db",
+    ],
+)
+def test_a_storage_that_cannot_be_opened_is_named_without_its_password(url):
+    with pytest.raises(ValueError, match="cannot open the storage ") as caught:
+        create_study(storage=url)
+    assert "s3cret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_a_masked_url_keeps_all_but_the_password():
+    assert masked("postgresql+psycopg://me:s3cret@host:5432/db") == "postgresql+psycopg://me:***@host:5432/db"
+    assert masked("sqlite:///study.db") == "sqlite:///study.db"
+    assert masked("s3cret") == "(not a database URL)"
+
+
+def test_failed_and_infinite_trials_are_no_finished_trials():
+    study = create_study(space=SPACE)
+    for value in ("nan", "inf", "-inf"):
+        study.optimize(lambda trial, value=value: 0 * SPACE.suggest(trial)[1] + float(value), n_trials=1)
+    assert finished_trials(study) == []
+    with pytest.raises(ValueError, match="no finished trial"):
+        recommend(study)
+
+
+def test_a_study_opened_elsewhere_knows_its_space(url):
+    study = create_study(storage=url, study_name="s", space=SPACE)
+    study.optimize(lambda trial: float(score(SPACE.suggest(trial))), n_trials=3)
+    opened = optuna.load_study(study_name="s", storage=url)
+    assert study_space(opened) == SPACE
+    assert [t.number for t in uniform_trials(opened)] == [0]
+    assert SPACE.is_feasible(recommend(opened).ranks)

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import optuna
+import pytest
+from optuna.samplers import RandomSampler
+
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study, recommend
+from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from rankadaptor_optuna.cli import main
+from rankadaptor_optuna.jobs.meta_train import train_prior
+from rankadaptor_optuna.priors.store import PriorStore
+from rankadaptor_optuna.studies.tasks import meta_task, read_tasks
+from rankadaptor_optuna.views.priors import card_text
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def new_study(url=None, name="s", direction="maximize", **settings):
+    settings = {"sampler": RandomSampler(seed=0), **settings}
+    return optuna.create_study(storage=url, study_name=name, direction=direction, **settings)
+
+
+def searched(url, name, direction="maximize", scale=1.0, n_trials=12, **settings):
+    space = RankSpace(4, (2, 4, 8), "uniform:4")
+    sampler = RankAdaptorSampler(space, prior=None, seed=len(name))
+    study = create_study(storage=url, study_name=name, space=space, sampler=sampler, direction=direction, **settings)
+    sign = 1 if direction == "maximize" else -1
+
+    study.optimize(lambda t: sign * scale * sum(r / (1 + i) for i, r in space.suggest(t).items()), n_trials=n_trials)
+    return study
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path / 'studies.db'}"
+
+
+def test_a_study_with_a_space_becomes_a_task(url):
+    study = searched(url, "s", direction="minimize", recipe={"model": "tiny"})
+    task = meta_task(optuna.load_study(study_name="s", storage=url))
+    assert (task.name, task.family, task.points) == ("s", "tiny", None)
+    assert task.grid.costs.tolist() == [1] * 4
+    assert task.ranks.tolist() == [[t.params[f"layer_{i:02}_rank"] for i in range(4)] for t in study.trials]
+    assert task.scores.tolist() == [-t.value for t in study.trials]  # higher is better
+
+
+def test_a_foreign_study_becomes_a_task_with_its_other_parameters():
+    study = new_study()
+
+    def objective(trial):
+        lr = trial.suggest_float("lr", 1e-4, 1e-2, log=True)
+        return lr + sum(trial.suggest_int(f"block_{i}.r", 0, 8) for i in (11, 2, 5))
+
+    study.optimize(objective, n_trials=12)
+    task = meta_task(study)
+    assert task.ranks[3].tolist() == [study.trials[3].params[f"block_{i}.r"] for i in (2, 5, 11)]
+    assert task.points.shape == (12, 1)
+    assert ((task.points >= 0) & (task.points <= 1)).all()
+    assert task.points[:, 0].argmax() == np.argmax([t.params["lr"] for t in study.trials])
+
+
+def test_a_study_by_sublayers_becomes_a_task_of_two_series():
+    space = RankSpace(4, (2, 4, 8), "uniform:4", granularity="sublayer")
+    study = new_study(sampler=RankAdaptorSampler(space, prior=None, seed=0))
+    study.optimize(lambda trial: float(sum(space.suggest(trial).values())) + trial.number, n_trials=10)
+    task = meta_task(study)
+    assert task.grid.series.tolist() == [0, 1] * 4
+    assert task.ranks.shape == (10, 8)
+
+
+def test_trials_that_verify_failed_or_were_pruned_are_left_out():
+    space = RankSpace(4, (2, 4, 8), "uniform:4")
+    study = new_study(sampler=RankAdaptorSampler(space, prior=None, seed=0))
+
+    def objective(trial):
+        ranks = space.suggest(trial)
+        trial.report(float(trial.number), 1)
+        if trial.number == 11:
+            raise optuna.TrialPruned
+        return float("nan") if trial.number == 12 else sum(i * r for i, r in ranks.items()) + 0.1
+
+    study.optimize(objective, n_trials=13)
+    recommend(study, verify=1, seeds=2)
+    study.optimize(objective, n_trials=4)
+    assert len(study.trials) == 17
+    assert len(meta_task(study).scores) == 11
+
+
+def several_objectives():
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    study.optimize(lambda trial: (trial.suggest_int("r_0", 0, 4), 1.0), n_trials=1)
+    return study
+
+
+def no_ranks():
+    study = new_study()
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=11)
+    return study
+
+
+def short():
+    return searched(None, "short", n_trials=9)
+
+
+def constant():
+    return searched(None, "constant", scale=0.0)
+
+
+def failed():
+    space = RankSpace(4, (2, 4, 8), "uniform:4")
+    study = new_study(sampler=RankAdaptorSampler(space, prior=None, seed=0))
+    study.optimize(lambda trial: 0 * space.suggest(trial)[0] + float("nan"), n_trials=11)
+    return study
+
+
+@pytest.mark.parametrize(
+    ("study", "why"),
+    [
+        (failed, "0 finished trials, fewer than 10"),
+        (several_objectives, "2 objectives"),
+        (no_ranks, "no rank parameters in common"),
+        (new_study, "no trial"),
+        (short, "9 finished trials, fewer than 10"),
+        (constant, "the same score"),
+    ],
+)
+def test_why_a_study_is_no_task_is_said(study, why):
+    with pytest.raises(ValueError, match=why):
+        meta_task(study())
+
+
+def test_all_studies_of_a_pattern_are_read_and_the_reasons_of_the_others():
+    url = optuna.storages.InMemoryStorage()
+    for name in ("a-1", "a-2", "b-1"):
+        searched(url, name)
+    new_study(url, "a-empty")
+    tasks, reasons = read_tasks(url, ["a-*"])
+    assert [task.name for task in tasks] == ["a-1", "a-2"]
+    assert list(reasons) == ["a-empty"]
+    assert [task.name for task in read_tasks(url, ["b-?", "a-1"])[0]] == ["a-1", "b-1"]
+    with pytest.raises(ValueError, match=r"no study is named 'c\*'; there are 4: a-1, a-2, a-empty, b-1"):
+        read_tasks(url, ["c*"])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Random trials of studies of several depths, scales and directions, and one study without any."""
+    file = tmp_path_factory.mktemp("many") / "studies.db"
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        n_layers, direction = 6 + 2 * i, ("maximize", "minimize")[i % 2]
+        space = RankSpace(n_layers, (2, 4, 8), "uniform:4")
+        study = new_study(f"sqlite:///{file}", f"s{i}", direction)
+        study.set_user_attr("rankadaptor:space", space.to_dict())
+        for _ in range(24):
+            ranks = rng.choice([2, 4, 8], n_layers)
+            score = 10.0 ** (i - 4) * (ranks * np.exp(-((np.arange(n_layers) / n_layers - 0.3) ** 2) / 0.01)).sum()
+            params = {space.name(layer): int(rank) for layer, rank in enumerate(ranks)}
+            value = score if direction == "maximize" else -score
+            study.add_trial(optuna.create_trial(params=params, distributions=space.distributions(), value=value))
+    new_study(f"sqlite:///{file}", "empty")
+    return file
+
+
+@pytest.fixture
+def many(made, tmp_path):
+    return f"sqlite:///{shutil.copy(made, tmp_path / 'many.db')}"
+
+
+def test_a_prior_learned_from_a_database_is_stored_there_and_helps_on_held_out_studies(many):
+    said = []
+    version, prior = train_prior(many, "mine", say=said.append)
+    assert str(version) == "db:mine@1"
+    assert "Not learned from: study 'empty': no trial" in said[0]
+    stored = PriorStore(many).load("mine")
+    assert stored.checksum == prior.checksum
+    assert [task["name"] for task in stored.card["tasks"]] == [f"s{i}" for i in range(8)]
+    assert stored.card["held_out"]["gain"] > 0.05
+    assert "from 8 tasks, 192 trials, 6 to 20 layers" in card_text(stored)
+    assert "gain +" in card_text(stored)
+    assert str(train_prior(many, "mine", ["s[0-3]"], say=said.append)[0]) == "db:mine@2"
+
+
+def test_the_command_says_what_was_learned_and_how_to_use_it(many, capsys):
+    assert main(["meta-train", "--storage", many, "--name", "mine", "--study", "s0", "s1", "--study", "s[23]"]) == 0
+    printed = capsys.readouterr().out
+    assert "Learning from 4 studies, 96 trials" in printed
+    assert "Tasks held out: 1; the rest of each predicted from its first 8 trials, rank correlation" in printed
+    assert "Stored as db:mine@1: RankAdaptorSampler(prior='db:mine')" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--name", "a b"], "expected a prior like db:NAME"),
+        (["--name", "a@1"], "without a version"),
+        (["--study", "nothing"], "no study is named 'nothing'"),
+        ([], "has 0 studies to learn from; meta-learning needs two"),
+    ],
+)
+def test_what_cannot_be_learned_is_an_error_in_one_line(url, capsys, arguments, error):
+    new_study(url, "empty")
+    assert main(["meta-train", "--storage", url, *arguments]) == 2
+    assert error in capsys.readouterr().err
+
+
+def test_a_study_that_knows_its_layers_sensitivities_teaches_them(url):
+    study = searched(url, "s")
+    known = {name: float(i) for i, name in enumerate(sorted(study.trials[0].params))}
+    study.set_user_attr(SENSITIVITY_ATTR, known)
+    assert meta_task(study).grid.sensitivity.tolist() == [0, 1, 2, 3]
