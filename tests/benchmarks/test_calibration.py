@@ -5,8 +5,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def calibration(importable):
-    import calibration
+def calibration():
+    from benchmarks.race import calibration
 
     return calibration
 
@@ -32,8 +32,8 @@ def test_collected_tasks_are_judged_on_recoveries_that_were_not_learned_from(cal
 
 
 def test_what_a_search_promises_is_measured_on_fresh_seeds_and_in_random_spreads(calibration, tmp_path):
-    from race import FRESH, OURS
-    from synthetic_tasks import Synthetic
+    from benchmarks.race.race import FRESH, OURS
+    from benchmarks.tasks.synthetic import Synthetic
 
     class Shifted(Synthetic):
         """Every fresh seed's losses are a hundredfold."""

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import optuna
@@ -18,18 +15,12 @@ from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.tasks import meta_task
 
-_BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def collecting():
-    """The script, which imports its neighbours by name."""
-    sys.path.insert(0, str(_BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("collect_tasks", _BENCHMARKS / "collect_tasks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(_BENCHMARKS))
+    from benchmarks.tasks import collect
+
+    return collect
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +36,7 @@ def cache(tmp_path_factory):
 
 
 def test_there_are_enough_tasks_and_none_of_a_model_that_is_raced_on(collecting):
-    import recovery_tasks
+    from benchmarks.tasks import recovery as recovery_tasks
 
     specs = collecting.specs()
     assert len({spec.name for spec in specs}) == len(specs) >= 40
@@ -156,7 +147,7 @@ def test_a_task_collected_before_sensitivities_were_gets_them_without_another_re
     head, rows = collecting._read(file)
     known = head.pop("sensitivity")
     file.write_text("\n".join([f"# {json.dumps(head)}", *whole.splitlines()[1:], ""]))
-    monkeypatch.setattr("recovery_tasks.RecoveryTask.losses", None)
+    monkeypatch.setattr("benchmarks.tasks.recovery.RecoveryTask.losses", None)
     collecting.collect(spec, tmp_path, 3, cache)
     again, same = collecting._read(file)
     assert again["sensitivity"] == pytest.approx(known)

@@ -8,8 +8,8 @@ from rankadaptor_optuna import RankSpace
 
 
 @pytest.fixture
-def losses(importable):
-    import losses
+def losses():
+    from benchmarks.tasks import losses
 
     return losses
 

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import optuna
@@ -15,23 +13,16 @@ from rankadaptor_optuna.jobs.compare import METHODS, Row
 from rankadaptor_optuna.recovery.train import TrainingConfig
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _benchmarks():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    yield
-    sys.path.pop(0)
-
-
 @pytest.fixture
 def paper():
-    import paper_table
+    from benchmarks.paper import table as paper_table
 
     return paper_table
 
 
 @pytest.fixture
 def ablations():
-    import paper_ablations
+    from benchmarks.paper import ablations as paper_ablations
 
     return paper_ablations
 
@@ -164,7 +155,7 @@ def test_a_block_is_searched_compared_and_not_run_again(
 
 
 def test_blocks_of_the_same_size_add_up_to_one_table(paper, blocks, tmp_path, monkeypatch):
-    import results
+    from benchmarks import report as results
 
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     size = paper.Size()
@@ -178,7 +169,7 @@ def test_blocks_of_the_same_size_add_up_to_one_table(paper, blocks, tmp_path, mo
 
 @pytest.fixture
 def spec(ablations):
-    from recovery_tasks import Damage, Dense, TaskSpec
+    from benchmarks.tasks.recovery import Damage, Dense, TaskSpec
 
     dense = Dense("docs", 4, 32, heads=4, kv_heads=2, intermediate=48, training=TrainingConfig(6, 4, 3e-3))
     recovery = TrainingConfig(3, 2, 1e-2)
@@ -210,7 +201,7 @@ def _only_known(real):
 
 
 def test_performance_models_learn_from_the_same_trials_and_gains_are_over_uniform(ablations, tmp_path):
-    from synthetic_tasks import Synthetic
+    from benchmarks.tasks.synthetic import Synthetic
 
     task = Synthetic("tiny", smooth=True, noise=0.0, seed=9)
     losses = ablations.Losses(task, tmp_path / "losses.csv")

@@ -6,8 +6,8 @@ from rankadaptor_optuna.surrogate.prior import PRETRAINED, load_prior
 
 
 @pytest.fixture(scope="module")
-def script(importable):
-    import pretrain_prior
+def script():
+    from benchmarks.prior import pretrain as pretrain_prior
 
     return pretrain_prior
 

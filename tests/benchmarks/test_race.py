@@ -8,8 +8,8 @@ from rankadaptor_optuna import RankSpace
 
 
 @pytest.fixture(scope="module")
-def race(importable):
-    import race
+def race():
+    from benchmarks.race import race
 
     return race
 
@@ -108,7 +108,7 @@ def test_the_equivalent_rank_is_read_off_the_uniform_curve(race):
 
 @pytest.mark.parametrize("costs", [[1] * 6, [1, 2, 1, 3, 1, 1]])
 def test_a_projection_uses_up_the_budget_and_keeps_the_order(race, costs):
-    from peers import projected
+    from benchmarks.race.peers import projected
 
     space = RankSpace(6, (0, 4, 8, 16, 32), "uniform:8", costs=costs)
     for wanted in ([32] * 6, [0] * 6, [0, 4, 8, 16, 32, 32]):

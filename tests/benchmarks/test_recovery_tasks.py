@@ -2,27 +2,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.tasks import recovery as tasks
 from rankadaptor_optuna.pruning import load_pruned
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
 from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
-
-_SOURCE = Path(__file__).parents[2] / "benchmarks" / "recovery_tasks.py"
-_spec = importlib.util.spec_from_file_location("recovery_tasks", _SOURCE)
-tasks = importlib.util.module_from_spec(_spec)
-sys.modules["recovery_tasks"] = tasks  # its dataclasses look their module up
-_spec.loader.exec_module(tasks)
 
 SPEC = tasks.TaskSpec(
     "tiny",

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from rankadaptor_optuna.pruning import prune
@@ -12,8 +9,7 @@ from rankadaptor_optuna.texts import Texts
 
 @pytest.fixture
 def smollm2(monkeypatch, texts):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import smollm2_task
+    from benchmarks.tasks import smollm2 as smollm2_task
 
     monkeypatch.setattr(smollm2_task, "load_texts", lambda: Texts(texts[:6], texts[6:9], texts[9:]))
     return smollm2_task
@@ -38,8 +34,7 @@ def test_a_loss_is_after_a_recovery_with_its_own_ranks_and_seed_and_leaves_the_m
 
 
 def test_it_is_collected_as_a_family_of_its_own_and_only_when_asked_for(task, smollm2, tmp_path, monkeypatch):
-    sys.modules.pop("collect_tasks", None)
-    import collect_tasks
+    from benchmarks.tasks import collect as collect_tasks
 
     monkeypatch.setattr(collect_tasks, "load_smollm2", lambda spec, cache: task)
     file = collect_tasks.collect(task.spec, tmp_path, 3)

@@ -10,8 +10,8 @@ from rankadaptor_optuna.surrogate.grid import RankGrid
 
 
 @pytest.fixture(scope="module")
-def transfer(importable):
-    import transfer
+def transfer():
+    from benchmarks.race import transfer
 
     return transfer
 
@@ -21,7 +21,7 @@ def sources(transfer):
     """Two tasks of each of two families; later layers are worth more rank."""
 
     def source(name, n_layers):
-        from collect_tasks import configurations
+        from benchmarks.tasks.collect import configurations
 
         space = RankSpace(n_layers, (0, 2, 4, 8, 12), "uniform:4")
         ranks = np.asarray([list(ranks.values()) for ranks in configurations(space, 12)], dtype=float)
@@ -34,7 +34,7 @@ def sources(transfer):
 
 @pytest.fixture
 def task(transfer):
-    from synthetic_tasks import Synthetic
+    from benchmarks.tasks.synthetic import Synthetic
 
     task = Synthetic("tiny", smooth=True, noise=0.5, seed=9)
     task.sensitivity = lambda seed: {layer: 1.0 + layer + seed for layer in task.space.layers}
@@ -97,7 +97,7 @@ def test_a_run_goes_on_without_a_recovery_that_is_known_and_what_learns_searches
 ):
     made = []
     monkeypatch.setattr(transfer, "Losses", lambda *args: made.append(losses_of(*args)) or made[-1])
-    from losses import Losses as losses_of
+    from benchmarks.tasks.losses import Losses as losses_of
 
     before = transfer.transfer("a", task, sources, tmp_path, 5, 1)
     trials = next(tmp_path.glob("a-*.trials.csv")).read_text()

@@ -5,8 +5,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def simulated(importable):
-    import transfer_simulated
+def simulated():
+    from benchmarks.race import transfer_simulated
 
     return transfer_simulated
 

@@ -1,6 +1,6 @@
 """Which sampler finds better ranks, on real recoveries of small LLaMAs: RankAdaptor against Optuna's samplers.
 
-    python benchmarks/race.py [--quick] [--seeds 10] [--trials 50] [--folder DIR] [TASK ...]
+    python -m benchmarks.race [--quick] [--seeds 10] [--trials 50] [--folder DIR] [TASK ...]
 
 Each sampler searches each task with each seed, without any prior. Every study starts from the uniform configuration,
 and every trial is within the same budget. RankAdaptor is told how sensitive the loss is to the layers' adapters after
@@ -32,15 +32,15 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from losses import Losses, Ranks, Sensitivities, Task, Trials
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
-from peers import ALONE, OURS, SOURCE_ATTR, STATEFUL, Makers, open_study, ranks_of, sampler_of, samplers
-from recovery_tasks import DEVELOPMENT, TEST, load_task, random_ranks
-from results import FOLDER, check, interval, show, write
 from scipy import stats
-from synthetic_tasks import SYNTHETIC, Synthetic
 
+from benchmarks.race.peers import ALONE, OURS, SOURCE_ATTR, STATEFUL, Makers, open_study, ranks_of, sampler_of, samplers
+from benchmarks.report import FOLDER, check, interval, show, write
+from benchmarks.tasks.losses import Losses, Ranks, Sensitivities, Task, Trials
+from benchmarks.tasks.recovery import DEVELOPMENT, TEST, load_task, random_ranks
+from benchmarks.tasks.synthetic import SYNTHETIC, Synthetic
 from rankadaptor_optuna import RankSpace, recommend
 from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
 from rankadaptor_optuna.studies.recommendation import Recommendation

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from recovery_tasks import random_ranks
 
+from benchmarks.tasks.recovery import random_ranks
 from rankadaptor_optuna import RankSpace
 from rankadaptor_optuna.surrogate.allocations import Allocations
 from rankadaptor_optuna.surrogate.grid import RankGrid

@@ -1,6 +1,6 @@
 """The paper's ablations (its Table 3) on byte-level LLaMAs, where a recovery takes a CPU second and many seeds fit.
 
-    python benchmarks/paper_table.py --part ablation [--quick] [--folder DIR]
+    python -m benchmarks.paper_table --part ablation [--quick] [--folder DIR]
 
 * Sample size: LLM-Pruner calibrated on 10 or 50 samples. Element: its importance by the first or the second order of
   the Taylor expansion (``param_first``, ``param_second``). Each pruned model, one per calibration seed, is searched,
@@ -23,8 +23,11 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from losses import Losses, Ranks
-from recovery_tasks import (
+from scipy import stats
+
+from benchmarks.report import check, interval, show, write
+from benchmarks.tasks.losses import Losses, Ranks
+from benchmarks.tasks.recovery import (
     DEVELOPMENT,
     LENGTH,
     RecoveryTask,
@@ -35,9 +38,6 @@ from recovery_tasks import (
     random_ranks,
     weighted_ranks,
 )
-from results import check, interval, show, write
-from scipy import stats
-
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.recovery.data import Examples

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from losses import Ranks
-from recovery_tasks import DEVICE, made
 
+from benchmarks.tasks.losses import Ranks
+from benchmarks.tasks.recovery import DEVICE, made
 from rankadaptor_optuna import RankSpace, RecoveryObjective
 from rankadaptor_optuna.objective import examples_of
 from rankadaptor_optuna.pruning import load_pruned, prune

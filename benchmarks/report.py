@@ -58,8 +58,10 @@ def write(
     if "--folder" in arguments:  # where the machine that ran it keeps its studies says nothing to others
         at = arguments.index("--folder")
         del arguments[at : at + 2]
+    spec = sys.modules["__main__"].__spec__
+    command = spec.name.removesuffix(".__main__") if spec else sys.argv[0]
     report = {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
+        "command": " ".join(["python", "-m", command, *arguments]),
         "environment": {**environment, **packages},
         "seeds": seeds,
         "rows": list(rows),

@@ -1,0 +1,1 @@
+"""The table and the ablations of the RankAdaptor paper."""

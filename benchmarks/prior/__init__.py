@@ -1,0 +1,1 @@
+"""The shipped prior and other ways to meta-learn."""
