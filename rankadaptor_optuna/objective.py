@@ -17,9 +17,10 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
 from rankadaptor_optuna.attributes import ITEMS_ATTR, SENSITIVITY_ATTR
+from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS, LoraSettings, Ranks
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
-from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, attached, lora_config
+from rankadaptor_optuna.recovery.lora import attached, lora_config
 from rankadaptor_optuna.recovery.processes import place, sent, together
 from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
@@ -129,12 +130,7 @@ class RecoveryObjective:
         self.space = space
         self.seed = seed
         self.on_step = on_step
-        self.lora: dict[str, Any] = {
-            "targets": tuple(targets),
-            "alpha_ratio": alpha_ratio,
-            "alpha": alpha,
-            "dropout": dropout,
-        }
+        self.lora = LoraSettings(tuple(targets), alpha_ratio, alpha, dropout)
         self._report_every, self._report_items = report_every, report_items
         read = partial(examples_of, tokenizer, length=block_length, mask_prompt=mask_prompt)
         self.train = read(train)
@@ -171,7 +167,7 @@ class RecoveryObjective:
         device = next(self.model.parameters()).device
         if place()[0] == 0:
             sent([1, seed, *(int(ranks[module]) for module in self.space.modules)], device)
-        config = lora_config(adapted, **self.lora)
+        config = lora_config(adapted, self.lora)
         with ExitStack() as stack:
             with together(device):
                 model = stack.enter_context(attached(self.model, config, seed=seed))
@@ -195,7 +191,7 @@ class RecoveryObjective:
             if not on:
                 return
             try:
-                with self.recovered(dict(zip(self.space.modules, ranks, strict=True)), seed=seed):
+                with self.recovered(Ranks(zip(self.space.modules, ranks, strict=True)), seed=seed):
                     pass
             except _FAILURES:  # the main process says so of the trial
                 _free_memory()
@@ -291,8 +287,8 @@ def note_sensitivity(
         data: What the trial is scored on: blocks of token ids, (n, length), or examples. See ``sensitivities``.
     """
     study = getattr(trial, "study", None)  # which a FixedTrial has not
-    uniform = {space.name(module): rank for module, rank in space.uniform().items()}
-    is_uniform = any(uniform.values()) and uniform.items() <= trial.params.items()
+    uniform = space.uniform()
+    is_uniform = bool(uniform.adapted) and space.to_params(uniform).items() <= trial.params.items()
     if study is None or not is_uniform or verification_seed(trial) is not None or SENSITIVITY_ATTR in study.user_attrs:
         return
     found = space.by_module(sensitivities(model, data))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+
+from rankadaptor_optuna.ranks import Module, Ranks
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -77,7 +80,7 @@ class RankSpace:
             raise ValueError(f"layers must be increasing and not empty, got {list(self.layers)}.")
         if self.layers[0] < 0 or self.layers[-1] >= n_layers:
             raise ValueError(f"layers must lie in 0..{n_layers - 1}, got {list(self.layers)}.")
-        self.modules = self._modules_of(self.layers)
+        self.modules: tuple[Module, ...] = self._modules_of(self.layers)
         self.candidates = checked_candidates(candidates)
         n = len(self.modules)
         self.costs = tuple(float(c) for c in costs) if costs is not None else (1.0,) * n
@@ -90,14 +93,14 @@ class RankSpace:
         self.fixed_ranks = {int(i): int(r) for i, r in (fixed_ranks or {}).items()}
         self.fixed_cost = float(fixed_cost)
         self.budget = self._parse_budget(budget)
-        cheapest = self.cost(dict.fromkeys(self.modules, self.candidates[0]))
-        if self.budget is not None and cheapest > self.budget:
+        cheapest = self.cost(Ranks.uniform(self.modules, self.candidates[0]))
+        if not self.is_within_budget(cheapest):
             raise ValueError(
                 f"budget {self.budget:,.0f} is below the cheapest configuration: rank {self.candidates[0]} in every "
                 f"layer costs {cheapest:,.0f}. Raise the budget or add a smaller candidate."
             )
 
-    def _modules_of(self, layers: Iterable[int]) -> tuple[Any, ...]:
+    def _modules_of(self, layers: Iterable[int]) -> tuple[Module, ...]:
         if self.granularity == "layer":
             return tuple(layers)
         return tuple(f"{layer}.{sublayer}" for layer in layers for sublayer in SUBLAYERS)
@@ -208,7 +211,7 @@ class RankSpace:
                     found[module] += value
         return found
 
-    def name(self, module: int | str) -> str:
+    def name(self, module: Module) -> str:
         """Name of the study parameter that holds the rank of a layer, or of one of its sublayers."""
         layer, *sublayer = str(module).split(".")
         return "_".join(["layer", layer.zfill(max(2, len(str(self.n_layers - 1)))), *sublayer, "rank"])
@@ -223,19 +226,33 @@ class RankSpace:
             distribution = CategoricalDistribution(self.candidates)
         return {self.name(module): distribution for module in self.modules}
 
-    def suggest(self, trial: BaseTrial) -> dict[Any, int]:
+    @property
+    def names(self) -> dict[str, Module]:
+        """The study parameters that hold the ranks, in depth order: ``{parameter name: module}``."""
+        return {self.name(module): module for module in self.modules}
+
+    def to_params(self, ranks: Mapping[Any, int]) -> dict[str, int]:
+        """A configuration as study parameters."""
+        return {name: ranks[module] for name, module in self.names.items()}
+
+    def to_ranks(self, params: Mapping[str, Any]) -> Ranks:
+        """The configuration in study parameters; others than ranks are ignored."""
+        return Ranks({module: params[name] for name, module in self.names.items()})
+
+    def suggest(self, trial: BaseTrial) -> Ranks:
         """Asks ``trial`` for a rank per searched layer, ``{layer index: rank}``, or sublayer, ``{"0.mlp": rank}``.
 
         With ``RankAdaptorSampler`` the budget holds by construction. Another sampler may exceed it; such a trial is
         marked infeasible with the constraint ``budget`` (parameters over the budget), as Optuna's users expect (not
         before Optuna 5, where only samplers set constraints).
         """
-        ranks = {}
-        for module, (name, dist) in zip(self.modules, self.distributions().items(), strict=True):
+        params: dict[str, int] = {}
+        for name, dist in self.distributions().items():
             if isinstance(dist, IntDistribution):
-                ranks[module] = trial.suggest_int(name, dist.low, dist.high, step=dist.step)
+                params[name] = trial.suggest_int(name, dist.low, dist.high, step=dist.step)
             else:
-                ranks[module] = int(trial.suggest_categorical(name, self.candidates))
+                params[name] = trial.suggest_categorical(name, self.candidates)
+        ranks = self.to_ranks(params)
         if self.budget is not None and not self.is_feasible(ranks) and hasattr(trial, "set_constraint"):
             trial.set_constraint(BUDGET, self.cost(ranks) - self.budget)
         return ranks
@@ -259,14 +276,23 @@ class RankSpace:
     def is_feasible(self, ranks: Mapping[Any, int]) -> bool:
         """Whether every rank is a candidate and the cost is within the budget."""
         allowed = all(ranks.get(module) in self.candidates for module in self.modules)
-        return allowed and (self.budget is None or self.cost(ranks) <= self.budget * (1 + _ROUNDING))
+        return allowed and self.is_within_budget(self.cost(ranks))
 
-    def uniform(self) -> dict[Any, int]:
+    def is_within_budget(self, cost: float) -> bool:
+        """Whether a configuration of this cost (``cost``) keeps the budget; the one comparison, and its tolerance."""
+        return cost - self.fixed_cost <= self.searched_budget
+
+    @property
+    def searched_budget(self) -> float:
+        """The budget less the cost of the fixed layers, with the tolerance for rounding; infinite without a budget."""
+        return math.inf if self.budget is None else self.budget * (1 + _ROUNDING) - self.fixed_cost
+
+    def uniform(self) -> Ranks:
         """The reference: the largest candidate that fits the budget in every searched layer alike."""
-        configurations = (dict.fromkeys(self.modules, rank) for rank in reversed(self.candidates))
+        configurations = (Ranks.uniform(self.modules, rank) for rank in reversed(self.candidates))
         return next(ranks for ranks in configurations if self.is_feasible(ranks))
 
-    def with_fixed(self, ranks: Mapping[Any, int]) -> dict[Any, int]:
+    def with_fixed(self, ranks: Mapping[Any, int]) -> Ranks:
         """The ranks of all adapted layers (or sublayers): the searched ones as given, and the fixed ones.
 
         Raises:
@@ -275,7 +301,7 @@ class RankSpace:
         self._check(ranks)
         found = {module: rank for layer, rank in self.fixed_ranks.items() for module in self._modules_of([layer])}
         found |= {module: int(ranks[module]) for module in self.modules}
-        return {module: found[module] for module in self._modules_of(sorted({*self.fixed_ranks, *self.layers}))}
+        return Ranks({module: found[module] for module in self._modules_of(sorted({*self.fixed_ranks, *self.layers}))})
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description; ``from_dict`` reads it back."""

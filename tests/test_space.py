@@ -194,12 +194,13 @@ def pruned(make_model, tokenizer, texts):
 
 @pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj")])
 def test_the_cost_read_off_a_pruned_model_is_what_peft_trains(pruned, targets):
-    from rankadaptor_optuna.recovery.lora import TARGETS, attached, lora_config
+    from rankadaptor_optuna.ranks import TARGETS, LoraSettings
+    from rankadaptor_optuna.recovery.lora import attached, lora_config
 
     space = RankSpace.from_model(pruned, targets=targets)
     assert len(set(space.costs)) > 1  # pruning was uneven
     ranks = dict(zip(space.layers, space.candidates, strict=False))
-    config = lora_config(space.with_fixed(ranks), targets=targets or TARGETS)
+    config = lora_config(space.with_fixed(ranks), LoraSettings(targets or TARGETS))
     with attached(pruned.model, config, seed=0) as adapted:
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert space.cost(ranks) == trained
@@ -207,14 +208,17 @@ def test_the_cost_read_off_a_pruned_model_is_what_peft_trains(pruned, targets):
 
 @pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj")])
 def test_the_cost_of_each_sublayer_is_what_peft_trains_there(pruned, targets):
-    from rankadaptor_optuna.recovery.lora import TARGETS, attached, lora_config
+    from rankadaptor_optuna.ranks import TARGETS, LoraSettings
+    from rankadaptor_optuna.recovery.lora import attached, lora_config
 
     space = RankSpace.from_model(pruned, (0, 2, 4, 8, 12), targets=targets, granularity="sublayer")
     costs = dict(zip(space.modules, space.costs, strict=True))
     assert all(len(set(space.costs[part])) > 1 for part in space.series.values())  # pruning was uneven in both
     ranks = {module: space.candidates[i % 5] for i, module in enumerate(space.modules)}
     trained = dict.fromkeys(costs, 0)
-    with attached(pruned.model, lora_config(space.with_fixed(ranks), targets=targets or TARGETS), seed=0) as adapted:
+    with attached(
+        pruned.model, lora_config(space.with_fixed(ranks), LoraSettings(targets or TARGETS)), seed=0
+    ) as adapted:
         parameters = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
     for name, n in parameters.items():
         module = ".".join(name.split("layers.")[1].split(".")[:2])

@@ -77,7 +77,7 @@ def in_turns(rounds: int, *runs: Callable[[], None]) -> None:
 def bare(job: RecoveryObjective, ranks: dict[int, int]) -> float:
     """Tokens per second of the plainest loop that trains the same adapters on the same batches."""
     config = job.training
-    model = get_peft_model(job.model, lora_config(ranks, **job.lora))
+    model = get_peft_model(job.model, lora_config(ranks, job.lora))
     try:
         start, tokens = time.process_time(), 0
         parameters = [p for p in model.parameters() if p.requires_grad]

@@ -18,6 +18,7 @@ import optuna
 from rankadaptor_optuna.jobs.output import Results, bar, check_output_folder, write_text
 from rankadaptor_optuna.jobs.search import stored_recipe
 from rankadaptor_optuna.objective import RecoveryObjective, examples_of
+from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.references import (
     adalora,
@@ -104,7 +105,7 @@ def compare(
     found = recommend(study)
     settings = {
         "recipe": recipe.to_dict(),
-        "ranks": {str(module): rank for module, rank in found.ranks.items()},
+        "ranks": found.ranks.to_json(),
         "tasks": list(tasks),
         "limit": limit,
     }
@@ -153,7 +154,7 @@ def compare(
 
 
 def _recover_and_measure(
-    method: str, job: RecoveryObjective, ranks: dict[Any, int], seed: int, measure: Callable[[Any], dict[str, Any]]
+    method: str, job: RecoveryObjective, ranks: Ranks, seed: int, measure: Callable[[Any], dict[str, Any]]
 ) -> dict[str, Any]:
     if method == NONE:
         return {**measure(job.model), "seconds": 0.0}
@@ -173,14 +174,16 @@ def _recover_and_measure(
 def _recovered(
     method: str,
     job: RecoveryObjective,
-    ranks: dict[Any, int],
+    ranks: Ranks,
     rank: int,
     seed: int,
     on_step: Callable[[int, float], None],
 ) -> Iterator[Any]:
     if method in ("AdaLoRA", "EVA"):
         recovery = adalora if method == "AdaLoRA" else eva
-        with recovery(job.model, job.train, job.training, rank=rank, seed=seed, on_step=on_step, **job.lora) as adapted:
+        with recovery(
+            job.model, job.train, job.training, rank=rank, seed=seed, on_step=on_step, lora=job.lora
+        ) as adapted:
             yield adapted
         return
     chosen = {UNIFORM: job.space.uniform(), OURS: ranks}.get(method) or fisher_ranks(job)
@@ -192,16 +195,17 @@ def _recovered(
         job.on_step = None
 
 
-def fisher_ranks(job: RecoveryObjective) -> dict[Any, int]:
+def fisher_ranks(job: RecoveryObjective) -> Ranks:
     """Ranks of the searched layers in proportion to their Fisher information, within the budget."""
     space = job.space
-    shares = fisher_information(job.model, job.train, targets=job.lora["targets"])
+    shares = fisher_information(job.model, job.train, targets=job.lora.targets)
     layers = dict.fromkeys(space.layers, 0.0)
     for module, cost in zip(space.modules, space.costs, strict=True):
         layers[int(str(module).split(".")[0])] += cost
-    left = math.inf if space.budget is None else space.budget - space.fixed_cost
-    found = proportional_ranks({layer: shares[layer] for layer in layers}, layers, space.candidates, left)
-    return {module: found[int(str(module).split(".")[0])] for module in space.modules}
+    found = proportional_ranks(
+        {layer: shares[layer] for layer in layers}, layers, space.candidates, space.searched_budget
+    )
+    return Ranks({module: found[int(str(module).split(".")[0])] for module in space.modules})
 
 
 def _row(method: str, measured: list[dict[str, Any]]) -> Row:

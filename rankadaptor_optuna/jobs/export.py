@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import optuna
 
@@ -15,23 +14,8 @@ from rankadaptor_optuna.jobs.output import bar, write_text
 from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.search import stored_recipe
 from rankadaptor_optuna.recovery.evaluate import block_losses
-from rankadaptor_optuna.recovery.lora import lora_config
 from rankadaptor_optuna.studies.recommendation import Recommendation, recommend
 from rankadaptor_optuna.studies.storage import masked, open_storage
-
-_CONFIG_KEYS = (
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "lora_dropout",
-    "bias",
-    "task_type",
-)
 
 
 def export(
@@ -89,20 +73,14 @@ def export(
         except (RuntimeError, FloatingPointError) as error:  # out of memory is a RuntimeError
             raise ValueError(f"the training failed: {error}") from error
     tokenizer.save_pretrained(out / "adapter")
-    config = lora_config(job.space.with_fixed(found.ranks), **job.lora)
-    write_text(out / "rank_pattern.json", json.dumps(_plain(config), indent=1))
+    arguments = job.space.with_fixed(found.ranks).lora_arguments(job.lora)
+    write_text(out / "rank_pattern.json", json.dumps(arguments, indent=1))
     before = float(block_losses(job.model, job.held_out).mean())
     write_text(out / "README.md", _card(study_name, masked(storage), recipe, found, loss, before))
     if merge:
         save_pruned(PeftModel.from_pretrained(job.model, out / "adapter").merge_and_unload(), out / "merged", tokenizer)
     say(f"Held-out loss {loss:.4f} nats/token, {before:.4f} without recovery.")
     return found
-
-
-def _plain(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """What ``LoraConfig(**...)`` takes, JSON-able."""
-    found = {key: value for key in _CONFIG_KEYS if (value := getattr(config, key)) not in (None, {}, [])}
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}
 
 
 def _card(study: str, storage: str, recipe: Recipe, found: Recommendation, loss: float, before: float) -> str:

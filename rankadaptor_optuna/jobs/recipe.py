@@ -14,8 +14,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_optuna.jobs.settings import Data, Evaluation, Lora, Pruner, Pruning, Space, changed
+from rankadaptor_optuna.jobs.settings import Data, Evaluation, Pruner, Pruning, Space, changed
 from rankadaptor_optuna.objective import check_reports
+from rankadaptor_optuna.ranks import LoraSettings
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.space import RankSpace
 
@@ -71,7 +72,7 @@ class Recipe:
     space: Space = field(default_factory=Space)
     data: Data = field(default_factory=Data)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    lora: Lora = field(default_factory=Lora)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     evaluation: Evaluation = field(default_factory=Evaluation)
     report_every: int | None = None
     report_items: bool = False
@@ -246,7 +247,7 @@ PRESETS = {
             warmup=100,
             linear_decay=True,
         ),
-        lora=Lora(alpha=16, dropout=0.05),
+        lora=LoraSettings(alpha=16, dropout=0.05),
         evaluation=Evaluation(
             ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"), "accuracy"
         ),

@@ -209,7 +209,7 @@ def search(
         job.release()
     found = recommend(study)
     answer = {
-        "ranks": {str(module): rank for module, rank in found.ranks.items()},
+        "ranks": found.ranks.to_json(),
         "rank_pattern": found.rank_pattern,
         "alpha_pattern": found.alpha_pattern,
         "trainable_parameters": found.cost,

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS
 from rankadaptor_optuna.recovery.tasks import Metric, Part, TaskSuite
 from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
 
@@ -101,31 +100,6 @@ class Data:
         for name in ("block_length", "validation_blocks", "limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """The adapters.
-
-    Attributes:
-        targets: Names of the adapted modules.
-        alpha_ratio: Alpha as a multiple of each layer's rank, so that all ranks are scaled alike.
-        alpha: The same alpha in all layers instead, as in LLM-Pruner's recovery: low ranks are scaled up then.
-        dropout: Dropout before the adapters.
-    """
-
-    targets: tuple[str, ...] = TARGETS
-    alpha_ratio: float = ALPHA_RATIO
-    alpha: float | None = None
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("alpha_ratio", "alpha"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankadaptor_optuna.ranks import TARGETS, LoraSettings
 from rankadaptor_optuna.recovery.data import Examples
-from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS, detached, fixed_rng, lora_alpha
+from rankadaptor_optuna.recovery.lora import detached, fixed_rng
 from rankadaptor_optuna.recovery.train import TrainingConfig, batches, train
 
 if TYPE_CHECKING:
@@ -48,10 +49,7 @@ def adalora(
     *,
     rank: int,
     seed: int,
-    targets: Sequence[str] = TARGETS,
-    alpha_ratio: float = ALPHA_RATIO,
-    alpha: float | None = None,
-    dropout: float = 0.0,
+    lora: LoraSettings | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Iterator[Any]:
     """A model recovered by AdaLoRA, which takes ranks away while it trains; the adapter is gone after the context.
@@ -65,10 +63,7 @@ def adalora(
         training: Settings of the training loop.
         rank: Mean final rank of all adapted modules.
         seed: Of initialisation and data order.
-        targets: Names of the adapted modules.
-        alpha_ratio: Alpha as a multiple of ``rank``.
-        alpha: Alpha, whatever the rank. Default: by ``alpha_ratio``.
-        dropout: LoRA's dropout.
+        lora: The adapters' other settings. Default: ``LoraSettings()``.
         on_step: Called with (step, loss) after each step.
 
     Raises:
@@ -77,6 +72,7 @@ def adalora(
     """
     from peft import AdaLoraConfig, get_peft_model
 
+    lora = lora or LoraSettings()
     training = training.for_examples(len(data))
     steps = training.steps
     if steps < 4:
@@ -88,9 +84,9 @@ def adalora(
         tfinal=max(1, steps // 3),
         deltaT=max(1, steps // 100),
         total_step=steps,
-        lora_alpha=lora_alpha(rank, alpha_ratio, alpha),
-        target_modules=list(targets),
-        lora_dropout=dropout,
+        lora_alpha=lora.lora_alpha(rank),
+        target_modules=list(lora.targets),
+        lora_dropout=lora.dropout,
         task_type="CAUSAL_LM",
     )
     with detached(model):
@@ -109,10 +105,7 @@ def eva(
     *,
     rank: int,
     seed: int,
-    targets: Sequence[str] = TARGETS,
-    alpha_ratio: float = ALPHA_RATIO,
-    alpha: float | None = None,
-    dropout: float = 0.0,
+    lora: LoraSettings | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Iterator[Any]:
     """A model recovered by EVA, which allocates ranks by the variance of each module's inputs before it trains.
@@ -127,10 +120,7 @@ def eva(
         training: Settings of the training loop.
         rank: Mean rank of all adapted modules.
         seed: Of data order, and of what else is drawn.
-        targets: Names of the adapted modules.
-        alpha_ratio: Alpha as a multiple of each module's rank.
-        alpha: Alpha, whatever the rank. Default: by ``alpha_ratio``.
-        dropout: LoRA's dropout.
+        lora: The adapters' other settings. Default: ``LoraSettings()``.
         on_step: Called with (step, loss) after each step.
 
     Raises:
@@ -138,13 +128,14 @@ def eva(
     """
     from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 
+    lora = lora or LoraSettings()
     config = LoraConfig(
         r=rank,
-        lora_alpha=lora_alpha(rank, alpha_ratio, alpha),
+        lora_alpha=lora.lora_alpha(rank),
         init_lora_weights="eva",
-        eva_config=EvaConfig(rho=_EVA_RHO, adjust_scaling_factors=alpha is None),
-        target_modules=list(targets),
-        lora_dropout=dropout,
+        eva_config=EvaConfig(rho=_EVA_RHO, adjust_scaling_factors=lora.alpha is None),
+        target_modules=list(lora.targets),
+        lora_dropout=lora.dropout,
         task_type="CAUSAL_LM",
     )
     (rows,) = batches(len(data), replace(training, steps=1, batch_size=_EVA_EXAMPLES, epochs=None), seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
 from collections.abc import Sequence
@@ -191,10 +192,8 @@ class RankAdaptorSampler(BaseSampler):
     def _new_model(self, encoding: Encoding, prior: Prior | None = None) -> PerformanceModel:
         return PerformanceModel(encoding.grid, prior=prior, n_ordinary=encoding.width)
 
-    def _budget(self, encoding: Encoding) -> float | None:
-        if not encoding.is_given or self.space is None or self.space.budget is None:
-            return None
-        return self.space.budget - self.space.fixed_cost
+    def _budget(self, encoding: Encoding) -> float:
+        return math.inf if self.space is None or not encoding.is_given else self.space.searched_budget
 
     def _draw(
         self, study: Study, trials: EncodedTrials, allocations: Allocations, rng: np.random.Generator
@@ -217,7 +216,7 @@ class RankAdaptorSampler(BaseSampler):
             best = int(np.where(data.feasible, scores, scores.min()).argmax())
             incumbent = np.asarray(encoding.point(data.trials[best].params))
             margin = data.margin
-            held = {BUDGET} if self._budget(encoding) is not None else set()
+            held = {BUDGET} if self._budget(encoding) < math.inf else set()
             given = trials.constraints()
             constraints = [model.constraint(*given[name]) for name in given if name not in held]
 

@@ -29,7 +29,7 @@ def study_ranks(study: Study, space: RankSpace | None = None) -> dict[str, Any]:
     """The study's rank parameters in depth order, ``{parameter name: layer index}`` (or sublayer)."""
     space = space or study_space(study)
     if space is not None:
-        return {space.name(module): module for module in space.modules}
+        return space.names
     history = History(study)
     history.refresh()
     return rank_parameters(history.searched)
@@ -60,5 +60,5 @@ def uniform_trials(study: Study) -> list[FrozenTrial]:
     space = study_space(study)
     if space is None:
         return []
-    uniform = {space.name(module): rank for module, rank in space.uniform().items()}
+    uniform = space.to_params(space.uniform())
     return [t for t in finished_trials(study) if uniform.items() <= t.params.items()]

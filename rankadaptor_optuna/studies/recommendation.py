@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ from optuna.study import Study, StudyDirection
 
 from rankadaptor_optuna.attributes import RECIPE_ATTR
 from rankadaptor_optuna.priors.choice import PriorChoice, PriorLike
-from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, alpha_pattern, rank_pattern
+from rankadaptor_optuna.ranks import LoraSettings, Ranks
 from rankadaptor_optuna.sampling.history import History
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import BUDGET, RankSpace
@@ -63,27 +64,27 @@ class Recommendation:
         cost: Trainable parameters (sum of ranks where no space is known).
         evidence: What it rests on.
         all_ranks: Also the ranks of adapted layers that were not searched.
-        lora: The adapters' settings in the study's recipe (``targets``, ``alpha_ratio``, ``alpha``), where it has one.
+        lora: The adapters' other settings: those of the study's recipe, where it has one.
     """
 
-    ranks: dict[Any, int]
+    ranks: Ranks
     params: dict[str, Any]
     predicted: float
     std: float
     cost: float
     evidence: Evidence
-    all_ranks: dict[Any, int] = field(repr=False)
-    lora: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    all_ranks: Ranks = field(repr=False)
+    lora: LoraSettings = field(default_factory=LoraSettings, repr=False)
 
     @property
     def rank_pattern(self) -> dict[str, int]:
         """For ``peft.LoraConfig(rank_pattern=...)``; empty where ``ranks`` is."""
-        return rank_pattern(self.all_ranks)
+        return self.all_ranks.rank_pattern
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
         """For ``peft.LoraConfig(alpha_pattern=...)``: alpha proportional to rank, unless the recipe has one for all."""
-        return alpha_pattern(self.all_ranks, self.lora.get("alpha_ratio", ALPHA_RATIO), self.lora.get("alpha"))
+        return self.all_ranks.alpha_pattern(self.lora)
 
 
 class Findings:
@@ -103,7 +104,7 @@ class Findings:
         points: Their other parameters, (n, E).
         model: The performance model, fitted to them.
         allocations: The rank configurations within the budget.
-        lora: The adapters' settings in the study's recipe, where it has one.
+        lora: The adapters' other settings: those of the study's recipe, where it has one.
         sign: 1 where higher scores are better, else -1.
 
     Raises:
@@ -122,7 +123,7 @@ class Findings:
         sampler = getattr(study, "sampler", None)
         choice = sampler.prior if isinstance(sampler, RankAdaptorSampler) else PriorChoice.of(prior)
         self._prior = choice.find(study)
-        self.lora: Mapping[str, Any] = study.user_attrs.get(RECIPE_ATTR, {}).get("lora", {})
+        self.lora = LoraSettings.of(study.user_attrs.get(RECIPE_ATTR, {}).get("lora", {}))
         self.sign = 1.0 if study.direction is StudyDirection.MAXIMIZE else -1.0
         history = History(study)
         history.refresh()
@@ -133,11 +134,9 @@ class Findings:
         self.points = np.asarray([self.encoding.point(t.params) for t in self.data.trials])
         self.learn_from(len(self.data.trials))
         limited = trials.constraints()
-        budget = None
         if space is not None and space.budget is not None:
-            budget = space.budget - space.fixed_cost
             limited.pop(BUDGET, None)  # held by construction
-        self.allocations = Allocations.of(self.encoding.grid, budget)
+        self.allocations = Allocations.of(self.encoding.grid, math.inf if space is None else space.searched_budget)
         self._constraints = [self.model.constraint(*limited[name]) for name in limited]
 
     def new_model(self) -> PerformanceModel:
@@ -192,8 +191,7 @@ class Findings:
 
     def is_within_budget(self, params: Mapping[str, Any]) -> bool:
         """Whether a configuration's ranks are within the budget."""
-        cost = np.asarray(self.encoding.ranks(params)) * self.encoding.grid.costs
-        return float(cost.sum()) <= self.allocations.budget
+        return self.space is None or self.space.is_within_budget(self.space.cost(self.space.to_ranks(params)))
 
     def params(self, choice: Choice, point: Array) -> dict[str, Any]:
         """A configuration as the study's parameters."""
@@ -309,9 +307,9 @@ def _explained(
     own_gain, own_std = (float(x[0]) for x in model.predict_gain(chosen))
     gain, gain_std = (float(x[0]) for x in model.predict_lasting_gain(chosen))
     predicted, std = (float(x[0]) for x in model.predict(chosen, found.encoding.point(params)))
-    ranks = {layer: params[name] for name, layer in found.names.items()}
+    ranks = Ranks({module: params[name] for name, module in found.names.items()})
     if len(ranks) < len(found.names):
-        ranks = {}
+        ranks = Ranks()
     differing = (np.asarray([found.encoding.ranks(t.params) for t in data.trials]) != chosen).sum(1)
     nearest = np.argsort(differing, kind="stable")[:3]
     evidence = Evidence(

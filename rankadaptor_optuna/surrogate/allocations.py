@@ -33,7 +33,7 @@ class Allocations:
     budget: float
 
     @classmethod
-    def of(cls, grid: RankGrid, budget: float | None = None, given: Mapping[int, float] | None = None) -> Allocations:
+    def of(cls, grid: RankGrid, budget: float = math.inf, given: Mapping[int, float] | None = None) -> Allocations:
         """Those of ``grid``, where layers may have a ``given`` rank, candidate or not: the others get the rest."""
         ranks = grid.padded_values()
         allowed = np.arange(ranks.shape[1]) < np.asarray([len(v) for v in grid.values])[:, None]
@@ -41,7 +41,7 @@ class Allocations:
             ranks[row], allowed[row, 1:] = rank, False
         costs = ranks * grid.costs[:, None]
         cheapest = np.where(allowed, costs, np.inf).min(1).sum()
-        return cls(ranks, costs, allowed, np.inf if budget is None else max(budget, cheapest))
+        return cls(ranks, costs, allowed, max(budget, cheapest))
 
     def best(self, table: Array) -> Choice:
         """The choice of one candidate a layer with the highest total in ``table`` (L, C), as indices (L,)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import sys
 import textwrap
@@ -18,7 +17,6 @@ import optuna
 from optuna.study import Study
 
 from rankadaptor_optuna.priors.choice import PriorChoice, PriorLike
-from rankadaptor_optuna.recovery.lora import ALPHA_RATIO, TARGETS
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.reading import study_ranks, study_space
 from rankadaptor_optuna.studies.recommendation import Recommendation, recommend
@@ -30,6 +28,7 @@ HISTORY_ID = "rankadaptor-2-best-so-far"
 RANKS_ID = "rankadaptor-3-recommended-ranks"
 _BEGIN = "[//]: # (rankadaptor: written anew by each publish_dashboard; your own text goes above or below)"
 _END = "[//]: # (rankadaptor: end)"
+_LINE = 60  # characters of a long text on one line of code
 
 
 def publish_dashboard(study: Study, *, prior: PriorLike = "pretrained") -> None:
@@ -195,28 +194,15 @@ def _table(h: History, found: Recommendation) -> list[str]:
 
 
 def _code(found: Recommendation) -> list[str]:
-    ranks = {module: rank for module, rank in found.all_ranks.items() if rank > 0}
-    where = 'layers_to_transform=list(ranks),\n    layers_pattern="layers"'
-    if any(isinstance(module, str) for module in ranks):
-        ranks = {re.escape(module): rank for module, rank in ranks.items()}
-        where = r'''exclude_modules=rf"(.*\.)?layers\.(?!({'|'.join(ranks)})\.).*"'''
-    alpha = found.lora.get("alpha")
-    ratio = found.lora.get("alpha_ratio", ALPHA_RATIO)
-    code = rf"""from peft import LoraConfig
-
-ranks = {str(ranks).replace(": ", ":")}
-config = LoraConfig(
-    r=max(ranks.values()),
-    lora_alpha={f"{alpha:g}" if alpha else f"{ratio:g} * max(ranks.values())"},
-    rank_pattern={{rf"layers\.{{i}}\..*": r for i, r in ranks.items()}},
-    alpha_pattern={{rf"layers\.{{i}}\..*": {f"{alpha:g}" if alpha else f"{ratio:g} * r"} for i, r in ranks.items()}},
-    {where},
-    target_modules={list(found.lora.get("targets", TARGETS))},
-    task_type="CAUSAL_LM",
-)"""
-    # broken after commas: the note does not wrap code, it grows wider than the page
-    lines = (textwrap.wrap(line, 88, subsequent_indent=" " * 8) for line in code.splitlines())
-    return ["```python", *(part for wrapped in lines for part in wrapped or [""]), "```"]
+    """The call of ``LoraConfig``, in lines of at most 88 characters: the note's page does not wrap code."""
+    lines = []
+    for name, value in found.all_ranks.lora_arguments(found.lora).items():
+        if isinstance(value, str) and len(value) > _LINE:
+            pieces = [value[start : start + _LINE] for start in range(0, len(value), _LINE)]
+            lines += [f"    {name}=(", *(f"        {piece!r}" for piece in pieces), "    ),"]
+        else:
+            lines += textwrap.wrap(f"    {name}={value!r},", _LINE + 28, subsequent_indent=" " * 8)
+    return ["```python", "from peft import LoraConfig", "", "config = LoraConfig(", *lines, ")", "```"]
 
 
 def _merged(old: str, ours: str) -> str:

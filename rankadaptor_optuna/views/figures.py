@@ -12,6 +12,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
 from rankadaptor_optuna.attributes import CONVERGED_ATTR, SENSITIVITY_ATTR
+from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.sampling.history import verification_seed
 from rankadaptor_optuna.studies.reading import finished_trials, study_ranks, study_space, uniform_trials
 from rankadaptor_optuna.studies.recommendation import Recommendation
@@ -84,8 +85,8 @@ def history(study: Study) -> History:
     ranks = ranks.reshape(len(trials), len(names))
     within_budget = np.ones(len(trials), dtype=bool)
     if space is not None and space.budget is not None:  # another sampler may exceed it
-        costs = [space.cost(dict(zip(space.modules, row, strict=True))) for row in ranks.tolist()]
-        within_budget = np.asarray(costs) <= space.budget
+        costs = [space.cost(Ranks(zip(space.modules, row, strict=True))) for row in ranks.tolist()]
+        within_budget = np.asarray([space.is_within_budget(cost) for cost in costs])
     scores = best = None
     if len(study.directions) == 1:
         scores = np.asarray([t.value for t in trials], dtype=np.float64)

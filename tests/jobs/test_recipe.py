@@ -79,7 +79,7 @@ def test_the_papers_preset_is_llm_pruners_published_recovery(tokenizer):
     rates = [_learning_rate(step, training) for step in (0, 99, 100, 1554)]
     assert rates == pytest.approx([1 / 100, 1, 1, 1 / 1455])  # as transformers' linear schedule with 100 warm-up steps
     assert (paper.data.train, paper.data.block_length, paper.data.mask_prompt) == ("yahma/alpaca-cleaned", 256, True)
-    config = lora_config({0: 8, 1: 2}, **asdict(paper.lora))
+    config = lora_config({0: 8, 1: 2}, paper.lora)
     assert (config.lora_alpha, set(config.alpha_pattern.values()), config.lora_dropout) == (16, {16}, 0.05)
     assert config.target_modules == {f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")}
     assert paper.pruning.ratio == llm_pruner_preset(32)["ratio"]
@@ -195,5 +195,5 @@ def test_the_model_is_on_the_recipes_device_or_refused(model, tokenizer, tmp_pat
 
 
 def test_the_example_is_the_default_in_full():
-    example = Path(__file__).parents[1] / "examples" / "recipe.toml"
+    example = Path(__file__).parents[2] / "examples" / "recipe.toml"
     assert Recipe.load(example) == Recipe()

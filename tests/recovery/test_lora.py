@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankadaptor_optuna.recovery.lora import TARGETS, alpha_pattern, attached, lora_config, rank_pattern
+from rankadaptor_optuna.ranks import TARGETS, LoraSettings
+from rankadaptor_optuna.recovery.lora import attached, lora_config
 
 
 def adapters(model):
@@ -35,7 +36,7 @@ def test_every_layer_of_twelve_gets_its_own_rank_and_the_same_scaling(make_model
     """An unescaped pattern would give layers 10 and 11 what layer 1 has."""
     ranks = {i: 1 + (5 * i) % 12 for i in range(12)}
     assert len(set(ranks.values())) == 12
-    config = lora_config(ranks, alpha_ratio=alpha_ratio)
+    config = lora_config(ranks, LoraSettings(alpha_ratio=alpha_ratio))
     with attached(make_model(num_hidden_layers=12), config, seed=0) as adapted:
         assert adapters(adapted) == {i: {(r, alpha_ratio)} for i, r in ranks.items()}
 
@@ -43,11 +44,6 @@ def test_every_layer_of_twelve_gets_its_own_rank_and_the_same_scaling(make_model
 def test_layers_of_rank_zero_or_unnamed_get_no_adapter(make_model):
     with attached(make_model(num_hidden_layers=12), lora_config({1: 0, 2: 4, 10: 8, 11: 0}), seed=0) as adapted:
         assert adapters(adapted) == {2: {(4, 2.0)}, 10: {(8, 2.0)}}
-
-
-def test_patterns_leave_out_rank_zero():
-    assert rank_pattern({0: 0, 3: 4}) == {r"layers\.3\..*": 4}
-    assert alpha_pattern({0: 0, 3: 4}, 0.5) == {r"layers\.3\..*": 2.0}
 
 
 def test_parts_of_layers_get_their_own_ranks_and_the_same_scaling(make_model):
@@ -64,11 +60,6 @@ def test_parts_of_layers_get_their_own_ranks_and_the_same_scaling(make_model):
     assert found == {module: {(rank, 2.0)} for module, rank in ranks.items() if rank}
 
 
-def test_patterns_of_parts_are_escaped():
-    assert rank_pattern({"3.self_attn": 0, "3.mlp": 4}) == {r"layers\.3\.mlp\..*": 4}
-    assert alpha_pattern({"3.self_attn": 2, "3.mlp": 0}, 0.5) == {r"layers\.3\.self_attn\..*": 1.0}
-
-
 @pytest.mark.parametrize("ranks", [{}, {0: 0, 1: 0}, {"0.mlp": 0}])
 def test_nothing_to_train_is_refused(ranks):
     with pytest.raises(ValueError, match="every layer has rank 0"):
@@ -76,7 +67,7 @@ def test_nothing_to_train_is_refused(ranks):
 
 
 def test_only_the_target_modules_are_adapted(model):
-    with attached(model, lora_config({0: 2}, targets=["q_proj", "up_proj"]), seed=0) as adapted:
+    with attached(model, lora_config({0: 2}, LoraSettings(("q_proj", "up_proj"))), seed=0) as adapted:
         names = [n.rsplit(".", 1)[1] for n, m in adapted.named_modules() if getattr(m, "lora_A", None)]
     assert names == ["q_proj", "up_proj"]
     with attached(model, lora_config({0: 2}), seed=0) as adapted:
@@ -164,6 +155,6 @@ def test_the_base_model_is_left_in_its_mode(model, ids, mode):
 
 def test_torchs_own_generator_is_left_alone(model):
     state = torch.random.get_rng_state()
-    with attached(model, lora_config({0: 4}, dropout=0.1), seed=0):
+    with attached(model, lora_config({0: 4}, LoraSettings(dropout=0.1)), seed=0):
         assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(torch.random.get_rng_state(), state)

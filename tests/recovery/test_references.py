@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from rankadaptor_optuna.ranks import LoraSettings
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, detached, lora_config
@@ -89,7 +90,7 @@ def test_eva_starts_from_the_principal_components_of_each_modules_inputs(model, 
 
 @pytest.mark.parametrize(("alpha", "scaling"), [(None, lambda rank: 2.0), (6, lambda rank: 6 / rank)])
 def test_eva_scales_by_the_same_policy_of_alpha(model, data, alpha, scaling):
-    with eva(model, data, CONFIG, rank=4, seed=0, alpha=alpha) as adapted:
+    with eva(model, data, CONFIG, rank=4, seed=0, lora=LoraSettings(alpha=alpha)) as adapted:
         found = {(m.r["default"], m.scaling["default"]) for m in adapted.modules() if getattr(m, "lora_A", None)}
     assert len(found) > 1
     assert all(value == pytest.approx(scaling(rank)) for rank, value in found)
@@ -99,7 +100,7 @@ def test_parameters_in_use_are_rank_times_in_plus_out(model, data):
     with attached(model, lora_config({0: 2, 3: 8}), seed=0) as adapted:
         assert adapter_parameters(adapted) == 10 * COST
         assert adapter_parameters(adapted) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    with adalora(model, data, CONFIG, rank=4, seed=0, targets=["q_proj"]) as adapted:
+    with adalora(model, data, CONFIG, rank=4, seed=0, lora=LoraSettings(("q_proj",))) as adapted:
         assert adapter_parameters(adapted) == sum(ranks_in_use(adapted)) * 64 == 4 * 4 * 64
     assert adapter_parameters(model) == 0
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rankadaptor_optuna.ranks import LoraSettings
 from rankadaptor_optuna.recovery.data import IGNORED, Examples
 from rankadaptor_optuna.recovery.lora import attached, lora_config
 from rankadaptor_optuna.recovery.train import TrainingConfig, _learning_rate, batches, train
@@ -15,7 +16,7 @@ CONFIG = TrainingConfig(steps=6, batch_size=2, learning_rate=0.02)
 
 def trained(model, blocks, *, seed=0, dropout=0.0, config=CONFIG, on_step=None):
     """Result and weights of a short recovery."""
-    lora = lora_config({i: 4 for i in range(4)}, dropout=dropout)
+    lora = lora_config({i: 4 for i in range(4)}, LoraSettings(dropout=dropout))
     with attached(model, lora, seed=0) as adapted:
         result = train(adapted, blocks, config, seed=seed, on_step=on_step)
         weights = torch.cat([p.detach().flatten().clone() for p in adapted.parameters() if p.requires_grad])
@@ -80,7 +81,7 @@ def test_the_models_mode_and_torchs_generator_are_left_as_they_were(model, block
     state = torch.random.get_rng_state()
     for mode in (True, False):
         model.train(mode)
-        with attached(model, lora_config({0: 2}, dropout=0.5), seed=0) as adapted:
+        with attached(model, lora_config({0: 2}, LoraSettings(dropout=0.5)), seed=0) as adapted:
             adapted.train(mode)
             train(adapted, blocks, CONFIG, seed=0)
             assert adapted.training is mode

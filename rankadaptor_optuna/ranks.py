@@ -1,0 +1,139 @@
+"""Ranks: a rank configuration, and the LoRA settings that turn it into arguments of PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Module = int | str  # a layer's index, or a part of a layer such as "3.mlp"
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALPHA_RATIO = 2.0  # set by hand; LLM-Pruner's alpha 16 at rank 8
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The settings of the adapters beside their ranks.
+
+    Attributes:
+        targets: Names of the adapted modules (last path components).
+        alpha_ratio: Alpha as a multiple of each module's rank, so that all ranks have the same scaling.
+        alpha: One alpha for all modules instead, as in LLM-Pruner's recovery: low ranks are scaled up then.
+        dropout: Dropout before the adapters, in [0, 1).
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    targets: tuple[str, ...] = TARGETS
+    alpha_ratio: float = ALPHA_RATIO
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha_ratio", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> LoraSettings:
+        """Reads the settings from JSON (a stored recipe's ``lora`` section); missing ones take their defaults."""
+        known = {name: settings[name] for name in cls.__dataclass_fields__ if name in settings}
+        if "targets" in known:
+            known["targets"] = tuple(known["targets"])
+        return cls(**known)
+
+    def alpha_of(self, rank: int) -> float:
+        """Alpha of a module with this rank; LoRA scales its product by alpha / rank."""
+        return self.alpha or self.alpha_ratio * rank
+
+    def lora_alpha(self, rank: int) -> int:
+        """PEFT's ``lora_alpha``, an integer, for modules of this rank; ``alpha_pattern`` has the exact number."""
+        return max(1, round(self.alpha_of(rank)))
+
+
+class Ranks(dict[Module, int]):
+    """A rank configuration: the rank of each module, in depth order.
+
+    A module is a layer, ``{3: 8}``, or a part of a layer, ``{"3.mlp": 8}``; rank 0 means no adapter. A configuration
+    compares, prints and serialises as the ``dict`` that it is.
+
+    Args:
+        ranks: Rank by module.
+    """
+
+    def __init__(self, ranks: Mapping[Any, int] | Iterable[tuple[Any, int]] = ()) -> None:
+        super().__init__({module: int(rank) for module, rank in dict(ranks).items()})
+
+    @classmethod
+    def uniform(cls, modules: Iterable[Module], rank: int) -> Ranks:
+        """The configuration with one rank in all modules."""
+        return cls(dict.fromkeys(modules, rank))
+
+    @classmethod
+    def from_json(cls, ranks: Mapping[str, int]) -> Ranks:
+        """Reads the configuration that ``to_json`` wrote."""
+        return cls({int(module) if module.isdigit() else module: rank for module, rank in ranks.items()})
+
+    def to_json(self) -> dict[str, int]:
+        """The configuration with text as keys, as JSON objects have."""
+        return {str(module): rank for module, rank in self.items()}
+
+    @property
+    def adapted(self) -> Ranks:
+        """The modules that have an adapter: those with a positive rank."""
+        return Ranks({module: rank for module, rank in self.items() if rank > 0})
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """PEFT's ``rank_pattern``; modules of rank 0 are left out, see ``lora_arguments`` for excluding them."""
+        return {_pattern(module): rank for module, rank in self.adapted.items()}
+
+    def alpha_pattern(self, settings: LoraSettings | None = None) -> dict[str, float]:
+        """PEFT's ``alpha_pattern``: alpha in proportion to rank, or one alpha for all, as the settings say.
+
+        With alpha in proportion to rank, two configurations differ by their ranks and not by their effective learning
+        rates.
+        """
+        settings = settings or LoraSettings()
+        return {_pattern(module): settings.alpha_of(rank) for module, rank in self.adapted.items()}
+
+    def lora_arguments(self, settings: LoraSettings | None = None) -> dict[str, Any]:
+        """All arguments of ``peft.LoraConfig``, JSON-able; modules of rank 0 are excluded by name.
+
+        Raises:
+            ValueError: No module has a positive rank.
+        """
+        settings, adapted = settings or LoraSettings(), self.adapted
+        if not adapted:
+            raise ValueError("every layer has rank 0: there is nothing to train.")
+        default = max(adapted.values())
+        where: dict[str, Any] = {"layers_to_transform": sorted(adapted), "layers_pattern": "layers"}
+        if any(isinstance(module, str) for module in adapted):
+            where = {"exclude_modules": _all_but(adapted)}
+        return {
+            "r": default,
+            "lora_alpha": settings.lora_alpha(default),
+            "rank_pattern": adapted.rank_pattern,
+            "alpha_pattern": adapted.alpha_pattern(settings),
+            "target_modules": sorted(settings.targets),
+            **where,
+            "lora_dropout": settings.dropout,
+            "bias": "none",
+            "task_type": "CAUSAL_LM",
+        }
+
+
+def _pattern(module: Module) -> str:
+    """The regular expression that PEFT matches module names with."""
+    return rf"layers\.{re.escape(str(module))}\..*"  # an open dot would let layer 1 match layers 10 and 11
+
+
+def _all_but(modules: Iterable[Module]) -> str:
+    """For PEFT's ``exclude_modules``: everything inside the layers but these modules."""
+    return rf"(.*\.)?layers\.(?!({'|'.join(re.escape(str(module)) for module in modules)})\.).*"
