@@ -51,6 +51,16 @@ def _make_model(family="llama", **settings):
     return model.eval()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-seeds", type=int, default=40, metavar="N", help="seeds of each fuzz test (default: 40)")
+
+
+def pytest_generate_tests(metafunc):
+    """Runs a test that takes ``fuzz_seed`` once per seed."""
+    if "fuzz_seed" in metafunc.fixturenames:
+        metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("fuzz_seeds")))
+
+
 @sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")
 def _without_waiting_for_the_disk(connection, _):
     if isinstance(connection, sqlite3.Connection):

@@ -40,9 +40,8 @@ def architecture(draw):
     return family, settings
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_any_architecture_comes_out_whole(seed, make_model, tokenizer, texts, ids, tmp_path):
-    draw = random.Random(seed)
+def test_any_architecture_comes_out_whole(fuzz_seed, make_model, tokenizer, texts, ids, tmp_path):
+    draw = random.Random(fuzz_seed)
     family, settings = architecture(draw)
     dense = make_model(family, **settings)
     done = 0
