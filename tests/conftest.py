@@ -11,8 +11,12 @@ import sys
 
 import pytest
 import sqlalchemy
+from threadpoolctl import threadpool_limits
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before any test
+# matrices of the performance model are small: two BLAS threads make a test ten times slower on a busy machine
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of subprocesses
+threadpool_limits(1, user_api="blas")  # of this process, whose NumPy a plugin may have loaded already
 
 FAMILIES = {
     "llama": ("Llama", {}),
