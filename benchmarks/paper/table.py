@@ -105,7 +105,7 @@ def recipe_of(block: str, size: Size, model: str = "embedded") -> Recipe:
     method, ratio = BLOCKS[block]
     folder = data_folder()
     calibration = str(folder / "wikitext2" / "validation.txt")
-    pruning = Pruning(method, ratio, calibration)
+    pruning = Pruning(method=method, ratio=ratio, calibration=calibration)
     if method == "llm-pruner":
         changes = {"ratio": ratio, "calibration": calibration, "keep_first": None, "keep_last": None}
         pruning = replace(PRESETS["paper"].pruning, **changes)  # of 30 layers 4 and 2 stay whole by default, too

@@ -32,11 +32,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.report import check, show, write
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.pruning.calibration import draw_samples
-from rankadaptor_optuna.pruning.importance import CRITERIA, unit_importance
-from rankadaptor_optuna.pruning.methods import METHODS, silenced
+from rankadaptor_optuna.pruning.config import METHODS
+from rankadaptor_optuna.pruning.importance import unit_importance
+from rankadaptor_optuna.pruning.methods import silenced
 from rankadaptor_optuna.pruning.shortened import block_importance
 from rankadaptor_optuna.pruning.slimgpt import slimgpt
-from rankadaptor_optuna.pruning.structure import Kind, layer_shape, transformer_layers
+from rankadaptor_optuna.pruning.structure import UnitType, layer_shape, transformer_layers
 from rankadaptor_optuna.recovery.data import token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.models import cache_dir, load_model, quiet
@@ -142,7 +143,7 @@ def predicted_order(kept: Kept, n_layers: int) -> list[dict[str, Any]]:
     layers = transformer_layers(model)
     chosen = np.linspace(1, len(layers) - 2, n_layers).round().astype(int).tolist()
     first = unit_importance(model, samples, chosen)["channels"]
-    groups: dict[Kind, dict[int, list[list[int]]]] = {
+    groups: dict[UnitType, dict[int, list[list[int]]]] = {
         "heads": {layer: [[unit] for unit in range(layer_shape(layers[layer]).heads)] for layer in chosen},
         "channels": {layer: [part.tolist() for part in first[layer].argsort().chunk(8)] for layer in chosen},
     }
@@ -152,7 +153,7 @@ def predicted_order(kept: Kept, n_layers: int) -> list[dict[str, Any]]:
         found: dict[str, list[float]] = {kind: [] for kind in groups}
         for kind, by_layer in groups.items():
             for layer, parts in by_layer.items():
-                units = range(getattr(layer_shape(layers[layer]), kind))
+                units = range(layer_shape(layers[layer]).count(kind))
                 for part in parts:
                     with silenced(model, {kind: {layer: sorted(set(units) - set(part))}}):
                         found[kind].append(float(block_losses(model, samples).mean() - whole))
@@ -160,7 +161,7 @@ def predicted_order(kept: Kept, n_layers: int) -> list[dict[str, Any]]:
 
     measured = kept(f"removal-{n_layers}", losses)
     rows = []
-    for criterion in CRITERIA:
+    for criterion in METHODS["llm-pruner"].criteria:
         importance = unit_importance(model, samples, chosen, criterion=criterion)
         row: dict[str, Any] = {"criterion": criterion}
         for kind, by_layer in groups.items():

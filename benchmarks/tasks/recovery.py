@@ -34,9 +34,9 @@ from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.pruning.calibration import draw_samples
 from rankadaptor_optuna.pruning.checkpoint import build_pruned, save_pruned
 from rankadaptor_optuna.pruning.importance import unit_importance
-from rankadaptor_optuna.pruning.structure import KINDS, keep_units, transformer_layers
-from rankadaptor_optuna.recovery.evaluate import block_losses
+from rankadaptor_optuna.pruning.structure import UNIT_TYPES, keep_units, transformer_layers
 from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS
+from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.models import cache_dir
 from rankadaptor_optuna.recovery.sensitivity import SCALE
 from rankadaptor_optuna.recovery.train import TrainingConfig, _learning_rate, batches, train
@@ -519,7 +519,7 @@ def _pruned(model: Any, damage: Damage, calibration: list[str]) -> Any:  # noqa:
     importance = unit_importance(model, draw_samples(_tokenizer, calibration, **settings), hit)
     cut: dict[str, torch.Tensor] = {}
     for index in hit:
-        for kind in KINDS:
+        for kind in UNIT_TYPES:
             units = importance[kind][index]
             kept = units.argsort(descending=True)[: max(1, round((1 - damage.ratio) * len(units)))]
             tensors = keep_units(layers[index], kind, sorted(kept.tolist()))

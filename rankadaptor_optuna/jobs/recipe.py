@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankadaptor_optuna.jobs.settings import Data, Evaluation, Pruner, Pruning, Space, changed
 from rankadaptor_optuna.objective import check_reports
+from rankadaptor_optuna.pruning.config import llm_pruner_preset
 from rankadaptor_optuna.ranks import LoraSettings
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.space import RankSpace
@@ -156,7 +157,7 @@ class Recipe:
         if self.pruning.method == "none" or profile_of(model) is not None:
             return model, tokenizer, None
         options = {name: value for name, value in asdict(self.pruning).items() if value is not None}
-        pruned = prune(model, tokenizer, seed=self.seed, **options)
+        pruned = prune(model, tokenizer, **({"seed": self.seed} | options))
         return pruned.model.to(model.device), tokenizer, pruned
 
     def objective(self, model: Any, tokenizer: Any, **settings: Any) -> RecoveryObjective:  # noqa: ANN401
@@ -225,19 +226,11 @@ class Recipe:
 
 PRESETS = {
     "quick": Recipe(),
-    # LLM-Pruner's published settings: 0.25 on layers 4 to 29 of 32, alpha 16, two epochs of alpaca-cleaned with the
-    # prompt masked; and the seven tasks, candidates and budget of RankAdaptor
+    # LLM-Pruner's published recovery (post_training.py): alpha 16, two epochs of alpaca-cleaned with the prompt masked;
+    # and the seven tasks, candidates and budget of RankAdaptor
     "paper": Recipe(
         model="baffo32/decapoda-research-llama-7B-hf",
-        pruning=Pruning(
-            ratio=0.25 * 26 / 32,
-            criterion="param_first",
-            ranking="local",
-            keep_first=4,
-            keep_last=2,
-            n_samples=10,
-            sample_length=64,
-        ),
+        pruning=Pruning(**llm_pruner_preset(32)),
         data=Data(train="yahma/alpaca-cleaned", block_length=256, validation_blocks=2000, limit=100_000),
         training=TrainingConfig(
             epochs=2,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from rankadaptor_optuna.pruning.config import PruningConfig
 from rankadaptor_optuna.recovery.tasks import Metric, Part, TaskSuite
 from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
 
@@ -15,41 +16,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Pruning:
-    """How the model is pruned: arguments of ``pruning.prune``; None leaves the method's own default.
+class Pruning(PruningConfig):
+    """How the model is pruned: the options of `PruningConfig`, and the recipe's own.
 
     Attributes:
-        method: ``"llm-pruner"``, ``"shortened"`` or ``"slimgpt"``; ``"none"`` takes the model as it is, such as one
-            that others pruned by whole blocks, which looks like a dense one.
-        ratio: Share of the transformer blocks' parameters to remove.
+        method: `"none"`, too: takes the model as it is, such as a model that another tool pruned by whole blocks and
+            that looks like a dense one.
+        seed: Default: the recipe's seed.
         calibration: Text or JSONL file, or Hub data set. Default: the embedded text.
-        criterion: Importance criterion.
-        ranking: ``"global"`` or ``"local"``.
-        structure: ``"units"`` or ``"hidden"``.
-        steps: Steps to the ratio.
-        keep_first: Layers at the start that stay whole.
-        keep_last: Layers at the end that stay whole.
-        multiple_of: Of MLP widths.
-        n_samples: Calibration windows.
-        sample_length: Tokens of each.
     """
 
-    method: str = "llm-pruner"
-    ratio: float = 0.25
     calibration: str | None = None
-    criterion: str | None = None
-    ranking: str | None = None
-    structure: str | None = None
-    steps: int | None = None
-    keep_first: int | None = None
-    keep_last: int | None = None
-    multiple_of: int | None = None
-    n_samples: int | None = None
-    sample_length: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must lie between 0 and 1, got {self.ratio}.")
+        if self.method != "none":
+            super().__post_init__()
 
 
 @dataclass(frozen=True)

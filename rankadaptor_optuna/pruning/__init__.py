@@ -1,7 +1,7 @@
-"""Structural pruning: cut heads, MLP channels, hidden channels or whole blocks out of a language model.
+"""Structural pruning: remove heads, MLP channels, hidden channels or whole blocks from a language model.
 
-The names load on first use, so that importing the package pulls in neither torch nor transformers. Importing
-`rankadaptor_optuna.pruning.checkpoint` makes pruned checkpoints known to transformers' Auto classes.
+The names load on first use, so importing the package loads neither torch nor transformers. Importing
+`rankadaptor_optuna.pruning.checkpoint` registers the classes of pruned checkpoints with transformers' Auto classes.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankadaptor_optuna.pruning.checkpoint import LayerProfile, load_pruned, profile_of
-    from rankadaptor_optuna.pruning.core import PrunedModel, llm_pruner_preset, prune
+    from rankadaptor_optuna.pruning.config import PruningConfig, llm_pruner_preset
+    from rankadaptor_optuna.pruning.core import PrunedModel, prune
 
 _HOMES = {
     "LayerProfile": "checkpoint",
     "PrunedModel": "core",
-    "llm_pruner_preset": "core",
+    "PruningConfig": "config",
+    "llm_pruner_preset": "config",
     "load_pruned": "checkpoint",
     "profile_of": "checkpoint",
     "prune": "core",
 }
 
-__all__ = ["LayerProfile", "PrunedModel", "llm_pruner_preset", "load_pruned", "profile_of", "prune"]
+__all__ = ["LayerProfile", "PrunedModel", "PruningConfig", "llm_pruner_preset", "load_pruned", "profile_of", "prune"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

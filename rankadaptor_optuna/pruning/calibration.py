@@ -32,12 +32,8 @@ def draw_samples(
         Token ids, shape (n_samples, sample_length).
 
     Raises:
-        ValueError: A setting is out of range, or the texts are too short.
+        ValueError: `texts` is not a list of texts, or too short.
     """
-    if n_samples < 1 or sample_length < 2:
-        raise ValueError(
-            f"n_samples must be at least 1 and sample_length at least 2, not {n_samples} and {sample_length}"
-        )
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"calibration must be a list of texts (str), not {type(texts).__name__}")
     stream = [i for text in texts for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rankadaptor_optuna.pruning.config import Criterion
 from rankadaptor_optuna.pruning.gradients import Gradient, Gradients, Progress, evaluation_mode
-from rankadaptor_optuna.pruning.importance import Criterion, needs_gradients, parameter_importance
+from rankadaptor_optuna.pruning.importance import needs_gradients, parameter_importance
 from rankadaptor_optuna.pruning.streaming import BlockStream
 from rankadaptor_optuna.pruning.structure import transformer_layers
 

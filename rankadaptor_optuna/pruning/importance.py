@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from rankadaptor_optuna.pruning.config import Criterion, Reduction
 from rankadaptor_optuna.pruning.gradients import Gradient, Gradients, Progress, evaluation_mode
 from rankadaptor_optuna.pruning.streaming import BlockStream
 from rankadaptor_optuna.pruning.structure import (
-    KINDS,
     PROJECTIONS,
-    Kind,
+    UNIT_TYPES,
+    UnitType,
     layer_shape,
     transformer_layers,
     unit_sums,
     unit_tensors,
 )
 
-Importance = dict[Kind, dict[int, torch.Tensor]]
-Criterion = Literal["param_first", "param_second", "param_mix", "l1", "l2", "random"]
-Reduction = Literal["sum", "mean", "max", "prod", "first"]
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
-REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+Importance = dict[UnitType, dict[int, torch.Tensor]]
 
 # What one parameter is worth: weight and gradient in, a value of the same shape out.
 _TAYLOR: dict[str, Callable[[torch.Tensor, Gradient], torch.Tensor]] = {
@@ -51,7 +47,7 @@ def parameter_importance(criterion: str, weight: torch.Tensor, gradient: Gradien
     """Importance of each entry of a weight, in float32.
 
     Args:
-        criterion: Any of `CRITERIA` but "random".
+        criterion: Any `Criterion` but "random".
         weight: Any shape.
         gradient: Of the calibration loss; None where the criterion needs none.
     """
@@ -108,20 +104,23 @@ def unit_importance(
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         return {
-            kind: {i: torch.rand(getattr(layer_shape(blocks[i]), kind), generator=generator) for i in layers}
-            for kind in KINDS
+            unit_type: {i: torch.rand(layer_shape(blocks[i]).count(unit_type), generator=generator) for i in layers}
+            for unit_type in UNIT_TYPES
         }
-    importance: Importance = {kind: {} for kind in KINDS}
+    importance: Importance = {unit_type: {} for unit_type in UNIT_TYPES}
 
     def score(layer: int, gradients: dict[str, Gradient] | None) -> None:
-        for kind in KINDS:
-            importance[kind][layer] = _reduced(blocks[layer], kind, criterion, reduction, gradients)
+        for unit_type in UNIT_TYPES:
+            importance[unit_type][layer] = _reduced(blocks[layer], unit_type, criterion, reduction, gradients)
 
     if not needs_gradients(criterion):
         for layer in layers:
             score(layer, None)
         return importance
-    wanted = {layer: [name for kind in KINDS for name, _, _ in unit_tensors(blocks[layer], kind)] for layer in layers}
+    wanted = {
+        layer: [name for unit_type in UNIT_TYPES for name, _, _ in unit_tensors(blocks[layer], unit_type)]
+        for layer in layers
+    }
     with evaluation_mode(model):
         gradients = Gradients(BlockStream(model, samples), squares=criterion != "param_first", progress=progress)
         gradients.walk(wanted, score)
@@ -129,11 +128,11 @@ def unit_importance(
 
 
 def _reduced(
-    block: nn.Module, kind: Kind, criterion: str, reduction: str, gradients: dict[str, Gradient] | None
+    block: nn.Module, unit_type: UnitType, criterion: str, reduction: str, gradients: dict[str, Gradient] | None
 ) -> torch.Tensor:
-    units = getattr(layer_shape(block), kind)
-    by_projection = {name: torch.zeros(units, dtype=torch.float64) for name in PROJECTIONS[kind]}
-    for name, tensor, dim in unit_tensors(block, kind):
+    units = layer_shape(block).count(unit_type)
+    by_projection = {name: torch.zeros(units, dtype=torch.float64) for name in PROJECTIONS[unit_type]}
+    for name, tensor, dim in unit_tensors(block, unit_type):
         scores = parameter_importance(criterion, tensor, None if gradients is None else gradients[name])
         by_projection[name.rpartition(".")[0]] += unit_sums(scores, dim, units).double().cpu()
     return _REDUCE[reduction](torch.stack(list(by_projection.values()))).float()

@@ -28,7 +28,7 @@ from rankadaptor_optuna.pruning.checkpoint import (
     profile_to_json,
     save_pruned,
 )
-from rankadaptor_optuna.pruning.structure import KINDS, PROJECTIONS
+from rankadaptor_optuna.pruning.structure import PROJECTION_NAMES
 
 _PACKAGES = ("transformers", "LLMPruner", "tokenizers", "sentencepiece", "accelerate", "torch.nn", "collections")
 _NAMES = ("functools.partial", "builtins.object")
@@ -161,9 +161,8 @@ def _config(stub: Any, state: Mapping[str, torch.Tensor], file: Path) -> LlamaCo
     needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size")
     missing = [key for key in needed if key not in settings]
     missing += [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name not in state]
-    projections = [f"{name}.weight" for kind in KINDS for name in PROJECTIONS[kind]]
     for index in range(settings.get("num_hidden_layers") or 0):
-        missing += [n for name in projections if (n := f"model.layers.{index}.{name}") not in state]
+        missing += [n for name in PROJECTION_NAMES if (n := f"model.layers.{index}.{name}.weight") not in state]
     if missing:
         raise ValueError(f"{file} holds no LLaMA: it lacks {', '.join(missing[:3])}")
     settings["head_dim"] = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
@@ -180,11 +179,7 @@ def _is_plain(value: Any) -> bool:  # noqa: ANN401
 def _check_widths(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor], file: Path) -> None:
     head_dim, hidden = settings["head_dim"], state["model.embed_tokens.weight"].shape[1]
     for index in range(settings["num_hidden_layers"]):
-        shape = {
-            name: tuple(state[f"model.layers.{index}.{name}.weight"].shape)
-            for kind in KINDS
-            for name in PROJECTIONS[kind]
-        }
+        shape = {name: tuple(state[f"model.layers.{index}.{name}.weight"].shape) for name in PROJECTION_NAMES}
         query, key = shape["self_attn.q_proj"][0], shape["self_attn.k_proj"][0]
         channels = shape["mlp.gate_proj"][0]
         expected = {

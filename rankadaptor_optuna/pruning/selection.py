@@ -27,11 +27,6 @@ class Costs:
     total: int
 
 
-def default_kept(n_layers: int) -> tuple[int, int]:
-    """Layers kept whole at either end by default: 4 first and 2 last of 32 (LLM-Pruner), in proportion."""
-    return max(1, round(n_layers * 4 / 32)), max(1, round(n_layers * 2 / 32))
-
-
 def chunk_sizes(channels: int, multiple_of: int) -> list[int]:
     """Cut a layer's channels into the portions in which they go, the one that always stays left out.
 

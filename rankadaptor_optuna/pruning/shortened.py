@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from rankadaptor_optuna.pruning.config import BlockCriterion
 from rankadaptor_optuna.pruning.gradients import Gradient, Gradients, Progress, evaluation_mode
 from rankadaptor_optuna.pruning.importance import parameter_importance
 from rankadaptor_optuna.pruning.streaming import BlockStream
-from rankadaptor_optuna.pruning.structure import KINDS, PROJECTIONS, transformer_layers
-
-BlockCriterion = Literal["ppl", "taylor", "magnitude", "random"]
-BLOCK_CRITERIA: tuple[BlockCriterion, ...] = get_args(BlockCriterion)
+from rankadaptor_optuna.pruning.structure import PROJECTION_NAMES, transformer_layers
 
 
 def block_importance(
@@ -51,7 +48,7 @@ def block_importance(
         values = torch.rand(len(layers), generator=torch.Generator().manual_seed(seed)).tolist()
         return dict(zip(layers, values, strict=True))
     blocks = transformer_layers(model)
-    names = [f"{name}.weight" for kind in KINDS for name in PROJECTIONS[kind]]
+    names = [f"{name}.weight" for name in PROJECTION_NAMES]
     found: dict[int, float] = {}
 
     def score(layer: int, gradients: Mapping[str, Gradient] | None) -> None:

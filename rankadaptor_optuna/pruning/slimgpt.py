@@ -28,10 +28,10 @@ from rankadaptor_optuna.pruning.gradients import Progress, evaluation_mode
 from rankadaptor_optuna.pruning.importance import Importance
 from rankadaptor_optuna.pruning.selection import Costs, check_reachable, chunk_sizes, largest_removable, nearest
 from rankadaptor_optuna.pruning.streaming import BlockStream
-from rankadaptor_optuna.pruning.structure import KINDS, Kind, keep_units, layer_shape, unit_size
+from rankadaptor_optuna.pruning.structure import UNIT_TYPES, UnitType, keep_units, layer_shape, unit_size
 
 _GROWTH = 4.0  # the last layer's ratio over the first's (the paper's 0.0625 to 0.25)
-_OUTPUTS: dict[Kind, str] = {"heads": "self_attn.o_proj", "channels": "mlp.down_proj"}
+_OUTPUTS: dict[UnitType, str] = {"heads": "self_attn.o_proj", "channels": "mlp.down_proj"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Compensated:
         weights: o_proj and down_proj weights, cut and corrected, by name; in the model's dtype, on the CPU.
     """
 
-    kept: dict[Kind, dict[int, list[int]]]
+    kept: dict[UnitType, dict[int, list[int]]]
     importance: Importance
     weights: dict[str, torch.Tensor]
 
@@ -77,8 +77,8 @@ def slimgpt(
     Raises:
         ValueError: The ratio cannot be reached, or a Hessian is not finite.
     """
-    kept: dict[Kind, dict[int, list[int]]] = {kind: {} for kind in KINDS}
-    importance: Importance = {kind: {} for kind in KINDS}
+    kept: dict[UnitType, dict[int, list[int]]] = {unit_type: {} for unit_type in UNIT_TYPES}
+    importance: Importance = {unit_type: {} for unit_type in UNIT_TYPES}
     weights: dict[str, torch.Tensor] = {}
     with evaluation_mode(model), torch.no_grad():
         stream = BlockStream(model, samples)
@@ -86,22 +86,22 @@ def slimgpt(
         hidden = stream.embed()
         for index in range(max(layers) + 1):
             block = stream.layers[index]
-            outputs = {kind: block.get_parameter(f"{name}.weight") for kind, name in _OUTPUTS.items()}
-            before = {kind: weight.clone() for kind, weight in outputs.items()}
+            outputs = {unit_type: block.get_parameter(f"{name}.weight") for unit_type, name in _OUTPUTS.items()}
+            before = {unit_type: weight.clone() for unit_type, weight in outputs.items()}
             try:
-                for kind in KINDS if index in layers else ():
-                    surgeon = _Surgeon(outputs[kind], _hessian(stream, index, kind, hidden), damping)
-                    units = getattr(layer_shape(block), kind)
-                    width = outputs[kind].shape[1] // units
-                    importance[kind][index] = surgeon.errors(range(units), width).float().cpu()
-                    kept[kind][index] = surgeon.prune(units, plan.n_gone(index, kind), width)
-                    outputs[kind].copy_(surgeon.weight)  # zeros where units went: the block computes as if pruned
-                    cut = keep_units(block, kind, kept[kind][index])[f"{_OUTPUTS[kind]}.weight"]
-                    weights[f"model.layers.{index}.{_OUTPUTS[kind]}.weight"] = cut.cpu()
+                for unit_type in UNIT_TYPES if index in layers else ():
+                    surgeon = _Surgeon(outputs[unit_type], _hessian(stream, index, unit_type, hidden), damping)
+                    units = layer_shape(block).count(unit_type)
+                    width = outputs[unit_type].shape[1] // units
+                    importance[unit_type][index] = surgeon.errors(range(units), width).float().cpu()
+                    kept[unit_type][index] = surgeon.prune(units, plan.n_gone(index, unit_type), width)
+                    outputs[unit_type].copy_(surgeon.weight)  # zeros where units went: the block computes as if pruned
+                    cut = keep_units(block, unit_type, kept[unit_type][index])[f"{_OUTPUTS[unit_type]}.weight"]
+                    weights[f"model.layers.{index}.{_OUTPUTS[unit_type]}.weight"] = cut.cpu()
                 hidden = stream.advance(index, hidden)
             finally:
-                for kind, weight in outputs.items():
-                    weight.copy_(before[kind])
+                for unit_type, weight in outputs.items():
+                    weight.copy_(before[unit_type])
             if progress is not None and index in layers:
                 progress(len(kept["channels"]), len(layers))
     return Compensated(kept, importance, weights)
@@ -138,10 +138,10 @@ class _Plan:
         self._wanted = dict(zip(layers, zip(wanted, sizes, strict=True), strict=True))
         self._owed_heads = self._owed = 0.0  # heads, parameters: what rounding has left so far
 
-    def n_gone(self, index: int, kind: Kind) -> int:
+    def n_gone(self, index: int, unit_type: UnitType) -> int:
         """Units of a kind to remove from a layer; asked in order, heads before channels."""
         shape, (wanted, size) = self._shapes[index], self._wanted[index]
-        if kind == "heads":
+        if unit_type == "heads":
             self._owed += wanted
             self._owed_heads += shape.heads * wanted / size
             gone = max(0, min(shape.heads - 1, round(self._owed_heads), math.floor(self._owed / self._costs.head)))
@@ -158,9 +158,9 @@ class _Reached(Exception):
     """A projection has its inputs: the rest of the block need not run."""
 
 
-def _hessian(stream: BlockStream, index: int, kind: Kind, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+def _hessian(stream: BlockStream, index: int, unit_type: UnitType, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
     """X X^T over the inputs of a projection, (in, in) in float64."""
-    projection: Any = stream.layers[index].get_submodule(_OUTPUTS[kind])
+    projection: Any = stream.layers[index].get_submodule(_OUTPUTS[unit_type])
     size = projection.in_features
     total = torch.zeros(size, size, dtype=torch.float64, device=projection.weight.device)
 
@@ -178,7 +178,7 @@ def _hessian(stream: BlockStream, index: int, kind: Kind, hidden: Sequence[torch
         hook.remove()
     if not total.isfinite().all():
         raise ValueError(
-            f"the inputs of {_OUTPUTS[kind]} in layer {index} are not finite in {hidden[0].dtype}: "
+            f"the inputs of {_OUTPUTS[unit_type]} in layer {index} are not finite in {hidden[0].dtype}: "
             "load the model with dtype=torch.bfloat16 or torch.float32"
         )
     return total

@@ -83,10 +83,19 @@ def check_recipe(study: Study, recipe: Mapping[str, Any]) -> None:
 
 
 def differences(stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
-    """What differs between a stored recipe and one as given, which JSON may have made lists of tuples in."""
-    now = json.loads(json.dumps(recipe))
+    """What differs between a stored recipe and one as given; a missing setting is None, a tuple a list."""
+    stored, now = _given(stored), _given(json.loads(json.dumps(recipe)))
     pairs = {key: (stored.get(key), now.get(key)) for key in sorted({*stored, *now})}
     return [f"{key} was {was!s:.60}, now {given!s:.60}" for key, (was, given) in pairs.items() if was != given]
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops settings that are None, at any depth: recipes of older versions lack settings that were added since."""
+    return {
+        key: _given(value) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if value is not None
+    }
 
 
 def open_storage(url: str) -> RDBStorage:

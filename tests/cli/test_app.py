@@ -199,8 +199,8 @@ def test_prune_writes_a_checkpoint_that_opens_and_says_what_went(dense_folder, t
     ("arguments", "says"),
     [
         (["--ratio", "0.99"], "largest possible ratio is 0."),
-        (["--ratio", "2"], "ratio must lie in (0, 1), not 2.0"),
-        (["--criterion", "ppl"], "unknown criterion of llm-pruner 'ppl'"),
+        (["--ratio", "2"], "ratio must lie between 0 and 1, got 2.0"),
+        (["--criterion", "ppl"], "criterion 'ppl' is unknown to llm-pruner"),
         (["--calibration", "nowhere.txt"], "nowhere.txt is no file"),
     ],
 )

@@ -24,12 +24,6 @@ def test_too_little_text_says_how_much_there_is(tokenizer):
         draw_samples(tokenizer, ["hello", "world"], n_samples=2, sample_length=8, seed=0)
 
 
-@pytest.mark.parametrize(("n_samples", "sample_length"), [(0, 8), (1, 1)])
-def test_sample_settings_out_of_range_are_refused(tokenizer, n_samples, sample_length):
-    with pytest.raises(ValueError, match="n_samples must be at least 1"):
-        draw_samples(tokenizer, ["hello"], n_samples=n_samples, sample_length=sample_length, seed=0)
-
-
 @pytest.mark.parametrize("texts", ["one string", [1, 2]])
 def test_calibration_that_is_no_list_of_texts_is_refused(tokenizer, texts):
     with pytest.raises(ValueError, match="list of texts"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rankadaptor_optuna.pruning import LayerProfile, PrunedModel, llm_pruner_preset, prune
+from rankadaptor_optuna.pruning import LayerProfile, PrunedModel, PruningConfig, llm_pruner_preset, prune
 from rankadaptor_optuna.pruning.importance import unit_importance
 from rankadaptor_optuna.pruning.methods import silenced
 from rankadaptor_optuna.texts import load_texts
@@ -143,22 +143,25 @@ def test_keep_first_and_keep_last_say_which_layers_stay_whole(model, tokenizer, 
     assert [entry.parameters_removed > 0 for entry in result.profile] == [True, False, False, False]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"method": "magic"}, "unknown pruning method 'magic'; known methods: llm-pruner"),
-        ({"ratio": 0.0}, r"ratio must lie in \(0, 1\), not 0.0"),
-        ({"ratio": 1.0}, r"ratio must lie in \(0, 1\), not 1.0"),
-        ({"ratio": float("nan")}, r"ratio must lie in \(0, 1\), not nan"),
-        ({"ratio": 0.9}, r"largest possible ratio is 0\.\d+"),
-        ({"multiple_of": 0}, "multiple_of must be at least 1, not 0"),
-        ({"keep_first": -1}, "must not be negative, not -1 and 1"),
-        ({"keep_first": 2, "keep_last": 2}, "4 layers the first 2 and the last 2 are kept"),
-    ],
-)
-def test_arguments_that_cannot_work_are_refused(model, tokenizer, settings, changes, message):
-    with pytest.raises(ValueError, match=message):
-        prune(model, tokenizer, **{**settings, **changes})
+def test_arguments_that_do_not_fit_the_model_are_refused(model, tokenizer, settings):
+    with pytest.raises(ValueError, match=r"largest possible ratio is 0\.\d+"):
+        prune(model, tokenizer, ratio=0.9, **settings)
+    with pytest.raises(ValueError, match="4 layers the first 2 and the last 2 are kept"):
+        prune(model, tokenizer, keep_first=2, keep_last=2, **settings)
+    with pytest.raises(ValueError, match=r"no/such/file\.txt is no file, nor a data set"):
+        prune(model, tokenizer, **(settings | {"calibration": "no/such/file.txt"}))
+
+
+def test_a_config_and_keywords_say_the_same(model, tokenizer, settings):
+    calibration = settings.pop("calibration")
+    config = PruningConfig(method="shortened", ratio=0.5, **settings)
+    found = prune(model, tokenizer, config, calibration=calibration, ratio=0.25)
+    assert (
+        found.profile
+        == prune(model, tokenizer, method="shortened", ratio=0.25, calibration=calibration, **settings).profile
+    )
+    with pytest.raises(ValueError, match="unknown pruning option 'ratios'; known options: method, ratio, criterion"):
+        prune(model, tokenizer, ratios=0.25)
 
 
 def test_a_model_of_two_layers_cannot_be_pruned(make_model, tokenizer, settings):
@@ -199,7 +202,7 @@ def test_a_family_without_a_pruned_class_is_refused(model, tokenizer, settings):
 
 def test_importing_the_package_is_cheap():
     code = (
-        "import sys, rankadaptor_optuna.pruning as p; "
+        "import sys, rankadaptor_optuna.pruning as p; p.PruningConfig(); "
         "assert not {'torch', 'transformers'} & set(sys.modules); assert 'prune' in dir(p)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -259,25 +262,6 @@ def test_silenced_units_compute_as_if_they_were_gone(any_model, tokenizer, setti
     with silenced(any_model, kept):
         torch.testing.assert_close(any_model(ids).logits, result.model(ids).logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(any_model(ids).logits, before)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"criterion": "ppl"}, "unknown criterion of llm-pruner 'ppl'; known: param_first, "),
-        ({"method": "shortened", "criterion": "l1"}, "unknown criterion of shortened 'l1'; known: ppl, "),
-        ({"reduction": "median"}, "unknown reduction 'median'; known: sum, mean, max, prod, first"),
-        ({"ranking": "none"}, "unknown ranking 'none'; known: global, local"),
-        ({"structure": "depth"}, "unknown structure 'depth'; known: units, hidden"),
-        ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"method": "shortened", "ranking": "local"}, "method 'shortened' knows no ranking='local': leave it out"),
-        ({"structure": "hidden", "steps": 2}, "structure='hidden' knows no steps=2: leave it out"),
-        ({"calibration": "no/such/file.txt"}, "no/such/file.txt is no file, nor a data set"),
-    ],
-)
-def test_options_that_do_not_go_together_are_refused(model, tokenizer, settings, options, message):
-    with pytest.raises(ValueError, match=message):
-        prune(model, tokenizer, **(settings | options))
 
 
 def test_calibration_may_be_a_file(model, tokenizer, settings, texts, tmp_path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankadaptor_optuna.pruning.selection import Costs, chunk_sizes, default_kept, select_kept
+from rankadaptor_optuna.pruning.selection import Costs, chunk_sizes, select_kept
 
 
 def select(heads, channels, ratio, *, head=100, channel=10, total=1000, multiple_of=1):
@@ -87,8 +87,3 @@ def test_widths_stay_multiples(channels, multiple_of, widths):
     for size in chunk_sizes(channels, multiple_of):
         left.append(left[-1] - size)
     assert left == widths
-
-
-@pytest.mark.parametrize(("n_layers", "kept"), [(32, (4, 2)), (30, (4, 2)), (40, (5, 2)), (4, (1, 1))])
-def test_the_papers_share_of_layers_is_kept_whole(n_layers, kept):
-    assert default_kept(n_layers) == kept

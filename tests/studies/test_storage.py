@@ -64,6 +64,11 @@ def test_a_recipe_is_the_same_again_after_json_made_lists_of_its_tuples(url):
     assert create_study(storage=url, study_name="s", recipe=recipe).study_name == "s"
 
 
+def test_a_setting_that_an_older_recipe_lacks_is_its_default(url):
+    create_study(storage=url, study_name="s", recipe={"pruning": {"ratio": 0.25, "steps": None}})
+    assert create_study(storage=url, study_name="s", recipe={"pruning": {"ratio": 0.25, "reduction": None}}).user_attrs
+
+
 def test_a_database_of_an_url_gets_a_heartbeat_that_retries(url):
     storage = open_storage(url)
     assert storage.heartbeat_interval > 0
