@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rankadaptor_optuna.studies.convergence import StopWhenConverged
     from rankadaptor_optuna.studies.recommendation import recommend
     from rankadaptor_optuna.studies.storage import create_study
-    from rankadaptor_optuna.surrogate.model import PerformanceModel
+    from rankadaptor_optuna.surrogate.performance_model import PerformanceModel
     from rankadaptor_optuna.views.dashboard import publish_dashboard
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 register_when_imported()
 
 _HOMES = {
-    "PerformanceModel": "surrogate.model",
+    "PerformanceModel": "surrogate.performance_model",
     "RankAdaptorSampler": "sampling.sampler",
     "RankSpace": "space",
     "RecoveryObjective": "objective",

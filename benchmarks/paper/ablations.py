@@ -44,7 +44,7 @@ from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
-from rankadaptor_optuna.surrogate.model import PerformanceModel
+from rankadaptor_optuna import PerformanceModel
 
 FRESH = (101, 102, 103)
 PRUNINGS: dict[str, dict[str, Any]] = {

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from rankadaptor_optuna import __version__
+from rankadaptor_optuna.surrogate.bayesian import BayesianModel
 from rankadaptor_optuna.surrogate.features import MLP, N_INPUTS, mlp_inputs
 from rankadaptor_optuna.surrogate.grid import Array, RankGrid
-from rankadaptor_optuna.surrogate.model import PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior
 from rankadaptor_optuna.surrogate.statistics import rank_correlation
 
@@ -48,9 +48,9 @@ class MetaTask:
     name: str = ""
     family: str = ""
 
-    def model(self, prior: Prior | None) -> PerformanceModel:
+    def model(self, prior: Prior | None) -> BayesianModel:
         """A performance model of its search space that has seen nothing."""
-        return PerformanceModel(self.grid, prior=prior, n_ordinary=0 if self.points is None else self.points.shape[1])
+        return BayesianModel(self.grid, prior=prior, n_ordinary=0 if self.points is None else self.points.shape[1])
 
     def untold(self) -> MetaTask:
         """The same task, its layers' sensitivities unknown."""

@@ -8,7 +8,8 @@ import numpy as np
 
 from rankadaptor_optuna.priors.meta import MetaTask
 from rankadaptor_optuna.surrogate.grid import Array
-from rankadaptor_optuna.surrogate.paper import BATCH, HIDDEN, Network, network_inputs
+from rankadaptor_optuna.surrogate.network import HIDDEN, Network
+from rankadaptor_optuna.surrogate.paper import BATCH, network_inputs
 from rankadaptor_optuna.surrogate.statistics import standardise
 
 

@@ -14,8 +14,8 @@ from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from rankadaptor_optuna.attributes import ITEMS_ATTR, PROPOSAL_ATTR, SENSITIVITY_ATTR, VERIFY_ATTR
 from rankadaptor_optuna.sampling.encoding import Encoding
+from rankadaptor_optuna.surrogate.bayesian import BayesianModel
 from rankadaptor_optuna.surrogate.grid import Array
-from rankadaptor_optuna.surrogate.model import PerformanceModel
 
 _MIN_TO_EXTRAPOLATE = 3
 _LATEST = 10
@@ -82,7 +82,7 @@ class History:
         """The common parameters that have more than one value, by name: storages differ in their order."""
         return {name: dist for name, dist in sorted(self.common.items()) if not dist.single()}
 
-    def encoded(self, encoding: Encoding, new_model: Callable[[Encoding], PerformanceModel]) -> EncodedTrials:
+    def encoded(self, encoding: Encoding, new_model: Callable[[Encoding], BayesianModel]) -> EncodedTrials:
         """The finished trials as input of a performance model, made where nothing was encoded so before."""
         if self._encoded is None or not self._encoded.encoding.is_like(encoding):
             self._encoded = EncodedTrials(encoding, new_model(encoding), self._n_values)
@@ -125,7 +125,7 @@ class EncodedTrials:
         tried: How the trials of each rank configuration ended, ``{ranks: states}``.
     """
 
-    def __init__(self, encoding: Encoding, model: PerformanceModel, n_values: int = 1) -> None:
+    def __init__(self, encoding: Encoding, model: BayesianModel, n_values: int = 1) -> None:
         self.encoding, self.model = encoding, model
         self.tried: dict[tuple[int, ...], list[TrialState]] = {}
         self._n_taken = 0

@@ -20,8 +20,9 @@ from rankadaptor_optuna.sampling.encoding import Encoding
 from rankadaptor_optuna.sampling.history import EncodedTrials, History, announced
 from rankadaptor_optuna.space import BUDGET, RankSpace
 from rankadaptor_optuna.surrogate.allocations import Allocations, within_constraints
+from rankadaptor_optuna.surrogate.bayesian import BayesianModel
+from rankadaptor_optuna.surrogate.belief import Belief
 from rankadaptor_optuna.surrogate.grid import Array, RankGrid
-from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel
 from rankadaptor_optuna.surrogate.prior import Prior
 
 _MAX_REDRAWS = 10
@@ -189,8 +190,8 @@ class RankAdaptorSampler(BaseSampler):
             self._settle(study, study._storage.get_study_user_attrs(study._study_id).get(PRIOR_ATTR))
         return self._settled[key]
 
-    def _new_model(self, encoding: Encoding, prior: Prior | None = None) -> PerformanceModel:
-        return PerformanceModel(encoding.grid, prior=prior, n_ordinary=encoding.width)
+    def _new_model(self, encoding: Encoding, prior: Prior | None = None) -> BayesianModel:
+        return BayesianModel(encoding.grid, prior=prior, n_ordinary=encoding.width)
 
     def _budget(self, encoding: Encoding) -> float:
         return math.inf if self.space is None or not encoding.is_given else self.space.searched_budget

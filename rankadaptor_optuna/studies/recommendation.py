@@ -19,9 +19,10 @@ from rankadaptor_optuna.space import BUDGET, RankSpace
 from rankadaptor_optuna.studies.reading import finished_trials, study_encoding, study_ranks, study_space
 from rankadaptor_optuna.studies.verification import Configuration, Confirmation, Verifications
 from rankadaptor_optuna.surrogate.allocations import Allocations, keeps, within_constraints
+from rankadaptor_optuna.surrogate.bayesian import BayesianModel
+from rankadaptor_optuna.surrogate.belief import Belief
 from rankadaptor_optuna.surrogate.grid import Array
 from rankadaptor_optuna.surrogate.knapsack import Choice
-from rankadaptor_optuna.surrogate.model import Belief, PerformanceModel
 from rankadaptor_optuna.surrogate.statistics import t_interval
 
 _MIN_SEEDS = 2
@@ -139,10 +140,10 @@ class Findings:
         self.allocations = Allocations.of(self.encoding.grid, math.inf if space is None else space.searched_budget)
         self._constraints = [self.model.constraint(*limited[name]) for name in limited]
 
-    def new_model(self) -> PerformanceModel:
+    def new_model(self) -> BayesianModel:
         """A performance model of the search space that has seen nothing."""
         grid, direction = self.encoding.grid, "maximize" if self.sign > 0 else "minimize"
-        return PerformanceModel(grid, prior=self._prior, direction=direction, n_ordinary=self.encoding.width)
+        return BayesianModel(grid, prior=self._prior, direction=direction, n_ordinary=self.encoding.width)
 
     def learn_from(self, n: int) -> None:
         """Fits the model to the first ``n`` trials, by number."""
@@ -158,7 +159,7 @@ class Findings:
             self.data.margin,
         )
 
-    def safest(self, model: PerformanceModel, n: int, verifications: Verifications) -> list[dict[str, Any]]:
+    def safest(self, model: BayesianModel, n: int, verifications: Verifications) -> list[dict[str, Any]]:
         """Configurations with the best lower bounds of a gain over uniform, the best first: up to n, one at least.
 
         Uniform comes before them where all bounds are below 0. The bound is concave in the features: Frank and Wolfe's

@@ -15,7 +15,7 @@ from rankadaptor_optuna.priors.meta import MetaTask
 from rankadaptor_optuna.sampling.history import History
 from rankadaptor_optuna.studies.reading import study_encoding
 from rankadaptor_optuna.studies.storage import open_storage
-from rankadaptor_optuna.surrogate.model import PerformanceModel
+from rankadaptor_optuna.surrogate.bayesian import BayesianModel
 
 MIN_TRIALS = 10
 
@@ -41,7 +41,7 @@ def meta_task(study: Study, *, min_trials: int = MIN_TRIALS) -> MetaTask:
     if not encoding.rank_names:
         raise ValueError("its finished trials have no rank parameters in common" if history.common else "no trial")
     trials = history.encoded(
-        encoding, lambda encoding: PerformanceModel(encoding.grid, prior=None, n_ordinary=encoding.width)
+        encoding, lambda encoding: BayesianModel(encoding.grid, prior=None, n_ordinary=encoding.width)
     )
     data = trials.data()
     finished = [i for i, variance in enumerate(data.variance) if variance == 0]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rankadaptor_optuna.surrogate.belief import Belief
 from rankadaptor_optuna.surrogate.grid import Array, RankGrid
 from rankadaptor_optuna.surrogate.knapsack import Choice, solve, solve_unseen
-from rankadaptor_optuna.surrogate.model import Belief
 
 _PENALTY_STEPS = 10
 

@@ -72,8 +72,8 @@ class RankGrid:
         return {"values": values, "widths": widths, **{name: np.asarray(getattr(self, name)) for name in given}}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Array]) -> RankGrid:
-        """The grid that has these ``tensors``."""
+    def from_tensors(cls, tensors: Mapping[str, Array]) -> RankGrid:
+        """Returns the grid that has these ``tensors``."""
         rest: dict[str, Any] = dict(tensors)
         values, ends = rest.pop("values"), rest.pop("widths").cumsum().astype(int)
         return cls(values=np.split(values, ends[:-1]) if len(ends) else [], **rest)

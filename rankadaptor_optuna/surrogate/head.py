@@ -1,25 +1,53 @@
-"""The closed-form Bayesian head: linear regression on grouped features, hyperparameters weighted by evidence.
+"""The closed-form Bayesian head: linear regression on grouped features, hyperparameters weighted by their evidence.
 
-Adaptive Bayesian linear regression (Perrone et al., 2018) over a small grid of hyperparameters. Instead of one
-maximum of the marginal likelihood, the grid's points are mixed by their evidence: with ten observations no single
-point is certain, and a group that does not explain the data (a bad prior, say) fades out.
+Adaptive Bayesian linear regression (Perrone et al., 2018, "Scalable Hyperparameter Transfer Learning") over a small
+grid of hyperparameters. It does not maximise the marginal likelihood but mixes the grid's points by it: with ten
+observations no single point is certain, and a group that does not explain the data (a bad prior, say) fades out.
+
+Notation (RW: Rasmussen & Williams, 2006, "Gaussian Processes for Machine Learning"; one point of the grid unless said
+otherwise):
+    X       (n, F)  features, one row per observation
+    y       (n,)    standardised scores
+    v       (n,)    extra variance of each observation's noise
+    sigma   scalar  standard deviation of the noise that all observations share
+    W       (n, n)  diag(1 / (sigma^2 + v)), precision of the observations
+    m, S    (F,), (F, F)  prior mean and covariance of the weights w; S = diag(std^2)
+    P       (F, F)  posterior precision, X'WX + S^-1
+    u       (F,)    projected residual, X'W(y - Xm)
+    L       (F, F)  Cholesky factor, P = L L'
+    q       scalar  squared residual, (y - Xm)'W(y - Xm)
+
+Formulas:
+    model       y = Xw + noise, w ~ N(m, S), noise ~ N(0, W^-1)
+    posterior   w | y ~ N(m + P^-1 u, P^-1)                                     RW 2.8, with a prior mean
+    evidence    log p(y) = -1/2 (log|2 pi W^-1| + log|P| + log|S| + q - u'P^-1 u)   RW 2.30, by RW A.9 and A.10
+    mixture     mean and variance by the laws of total expectation and total variance
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from rankadaptor_optuna.surrogate.grid import Array
 
-_NEGLIGIBLE = 1e-4  # weight of a point of the grid that is left out of the mixture
+_NEGLIGIBLE = 1e-4  # share of the evidence below which a point is left out of the mixture; set by hand, for speed
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """One point of the grid: prior mean and standard deviation of each weight, and the noise."""
+    """One point of the grid.
+
+    Attributes:
+        mean: Prior mean of each weight, m, (F,).
+        std: Prior standard deviation of each weight, (F,).
+        noise: Standard deviation of the common noise, sigma.
+        log_prior: Logarithm of the point's prior weight in the mixture, up to a constant.
+    """
 
     mean: Array
     std: Array
@@ -27,87 +55,91 @@ class Hyperparameters:
     log_prior: float = 0.0
 
 
+class _Statistics(NamedTuple):
+    """Sufficient statistics of the observations at one noise level.
+
+    Attributes:
+        xx: X'WX, (F, F).
+        xy: X'Wy, (F,).
+        yy: y'Wy.
+        log_noise: log|2 pi W^-1|.
+    """
+
+    xx: Array
+    xy: Array
+    yy: float
+    log_noise: float
+
+
 class BayesianHead:
     """Posterior of y = features @ w + noise, w ~ N(mean, diag(std^2)), mixed over hyperparameters by evidence.
 
     Args:
-        features: (n, F); n may be 0, then everything is the prior.
-        targets: (n,), standardised.
-        grid: Hyperparameter points.
-        extra: Variance of each target's noise beyond the common one, (n,). Default: none.
+        features: Features of the observations, (n, F). With n = 0, the posterior is the prior.
+        targets: Standardised scores, (n,).
+        grid: Points of the hyperparameter grid.
+        extra: Variance of each observation's noise beyond the common one, (n,). Default: zeros.
+
+    Attributes:
+        log_evidence: Logarithm of the sum of the points' evidences times their prior weights.
+        weights: Weight of each point kept in the mixture, (K,).
+        mean: Posterior mean of w, (F,).
+        noise: Root of the mixture's mean noise variance.
     """
 
     def __init__(
         self, features: Array, targets: Array, grid: list[Hyperparameters], extra: Array | None = None
     ) -> None:
-        width = features.shape[1]
-        means = np.stack([h.mean for h in grid])
-        std = np.stack([h.std for h in grid])
-        noises = np.asarray([h.noise for h in grid])
         extra = np.zeros(len(targets)) if extra is None else extra
-        # the precision, and below it the projected residual: of that, the factorisation makes all that evidence needs;
-        # one after the other, as one fits a processor's cache
-        bordered = np.full((width + 1, width + 1), np.inf)
-        factors = [bordered] * len(grid)
-        log_noise, squares = np.empty(len(grid)), np.empty(len(grid))
-        plain = extra == 0
-        squared, crossed, own = _statistics(features[plain], targets[plain], np.ones(int(plain.sum())))
-        for noise in np.unique(noises):  # what runs over the observations without extra variance is done once
+        means, std = np.stack([h.mean for h in grid]), np.stack([h.std for h in grid])
+        noises = np.asarray([h.noise for h in grid])
+        evidence = np.asarray([h.log_prior for h in grid])
+        factors: list[Array] = [np.zeros(0)] * len(grid)
+        for noise, data in _statistics_by_noise(features, targets, extra, np.unique(noises)):
             at = np.flatnonzero(noises == noise)
-            variance = noise**2 + extra
-            rest = _statistics(features[~plain], targets[~plain], 1 / variance[~plain])
-            precision, right = squared / noise**2 + rest[0], crossed / noise**2 + rest[1]
-            projections = right - means[at] @ precision
-            log_noise[at] = np.log(2 * np.pi * variance).sum()
-            squares[at] = own / noise**2 + rest[2] - means[at] @ right - (means[at] * projections).sum(1)
-            for g, projected in zip(at, projections, strict=True):
-                bordered[:width, :width], bordered[width, :width] = precision, projected
-                bordered[np.arange(width), np.arange(width)] += 1 / std[g] ** 2
-                factors[g] = np.linalg.cholesky(bordered)
-        # precision = factor factor^T; a sample of w is mean + factor^-T z
-        log_det = 2 * np.log([factor.diagonal()[:width] for factor in factors]).sum(1) + 2 * np.log(std).sum(1)
-        fit = squares - (np.asarray([factor[width, :width] for factor in factors]) ** 2).sum(1)
-        evidence = -0.5 * (log_noise + log_det + fit) + np.asarray([h.log_prior for h in grid])
+            projected = data.xy - means[at] @ data.xx  # u
+            found = _bordered_factors(data.xx, projected, std[at])
+            evidence[at] += _log_evidence(data, means[at], std[at], projected, found)
+            for g, factor in zip(at, found, strict=True):
+                factors[g] = factor
         self.log_evidence = float(np.logaddexp.reduce(evidence))
         weights = np.exp(evidence - self.log_evidence)
         kept = np.flatnonzero(weights > _NEGLIGIBLE)
-        self.weights = weights[kept] / weights[kept].sum()
-        solved = np.stack([factors[g] for g in kept])
-        self._factor = solved[:, :width, :width]
-        shift = np.linalg.solve(self._factor.transpose(0, 2, 1), solved[:, width, :width, None])
+        self.weights: Array = weights[kept] / weights[kept].sum()
         self._prior_mean, self._prior_variance = means[kept], std[kept] ** 2
-        self._mean = self._prior_mean + shift[:, :, 0]
+        self._factor, self._mean = _posteriors(np.stack([factors[g] for g in kept]), self._prior_mean)
         self.mean: Array = self.weights @ self._mean
         self.noise = float(np.sqrt(self.weights @ noises[kept] ** 2))
 
     @cached_property
     def _inverse(self) -> Array:
-        inverse: Array = np.linalg.inv(self._factor)
-        return inverse
+        """L^-1 of each point, (K, F, F)."""
+        return np.asarray(np.linalg.inv(self._factor), dtype=np.float64)
 
     def sample(self, rng: np.random.Generator) -> Array:
-        """One draw of the weights, (F,), hyperparameters drawn by their evidence (Thompson sampling)."""
+        """Returns one draw of the weights, (F,), its hyperparameters drawn by their evidence (Thompson sampling)."""
         g = rng.choice(len(self.weights), p=self.weights)
+        # m + P^-1 u + L^-T z with z ~ N(0, I) has covariance P^-1
         drawn: Array = self._mean[g] + np.linalg.solve(self._factor[g].T, rng.standard_normal(self._mean.shape[1]))
         return drawn
 
     def covariance_with(self, features: Array) -> Array:
-        """Covariance of each weight with features @ w, of one row of ``features`` (F,), over the mixture, (F,)."""
-        own = self._inverse.transpose(0, 2, 1) @ (self._inverse @ features)[:, :, None]
-        apart = self._mean - self.mean
-        covariance: Array = self.weights @ (own[:, :, 0] + apart * (apart @ features)[:, None])
+        """Returns the covariance of each weight with features @ w over the mixture, (F,), for one row (F,)."""
+        within = self._inverse.transpose(0, 2, 1) @ (self._inverse @ features)[:, :, None]  # P^-1 features
+        between = self._mean - self.mean
+        covariance: Array = self.weights @ (within[:, :, 0] + between * (between @ features)[:, None])
         return covariance
 
     def predict(self, features: Array) -> tuple[Array, Array]:
-        """Mean and standard deviation (without noise) of features @ w, each (n,), over the mixture."""
+        """Returns mean and standard deviation of features @ w, without noise, over the mixture, each (n,)."""
         return self.predict_shared(features, 0.0)
 
     def predict_shared(self, features: Array, apart: float) -> tuple[Array, Array]:
-        """As ``predict``, of what other studies of the same task share with this one.
+        """Returns the same as ``predict`` for the part of the weights that other studies of the same task share.
 
-        The weights are a sum of shared ones and of this study's own, whose prior variance is ``apart`` times the shared
-        ones'. Given the sum w ~ N(mean, std^2), the shared ones are N(mean + (w - mean) / (1 + apart), apart std^2 /
-        (1 + apart)^2).
+        The weights are a sum of shared ones and of this study's own ones, whose prior variance is ``apart`` times that
+        of the shared ones. Given the sum w ~ N(m, std^2), the shared ones are distributed as N(m + (w - m) / (1 +
+        apart), apart std^2 / (1 + apart)^2), by conditioning a Gaussian (RW A.6).
         """
         keep = 1 / (1 + apart)
         means = features @ (self._prior_mean + keep * (self._mean - self._prior_mean)).T
@@ -118,7 +150,52 @@ class BayesianHead:
         return mean, np.sqrt(np.maximum(variance, 0))
 
 
-def _statistics(features: Array, targets: Array, weights: Array) -> tuple[Array, Array, float]:
-    """All that a linear regression needs of its observations: X'WX, X'Wy and y'Wy."""
-    weighted = features * weights[:, None]
-    return weighted.T @ features, weighted.T @ targets, float(weights @ targets**2)
+def _statistics_by_noise(
+    features: Array, targets: Array, extra: Array, noises: Array
+) -> Iterator[tuple[float, _Statistics]]:
+    """Yields each noise level with its statistics; observations without extra variance are summed up once for all."""
+    plain = extra == 0
+    shared = _weighted_sums(features[plain], targets[plain], np.ones(int(plain.sum())))
+    for noise in noises:
+        variance = noise**2 + extra
+        own = _weighted_sums(features[~plain], targets[~plain], 1 / variance[~plain])
+        xx, xy, yy = (a / noise**2 + b for a, b in zip(shared, own, strict=True))
+        yield noise, _Statistics(xx, xy, yy, np.log(2 * np.pi * variance).sum())
+
+
+def _weighted_sums(features: Array, targets: Array, precision: Array) -> tuple[Array, Array, float]:
+    """Returns X'WX, X'Wy and y'Wy for W = diag(precision)."""
+    weighted = features * precision[:, None]
+    return weighted.T @ features, weighted.T @ targets, float(precision @ targets**2)
+
+
+def _bordered_factors(xx: Array, projected: Array, std: Array) -> list[Array]:
+    """Returns, for each point, the Cholesky factor of its precision P bordered by its u, (F + 1, F + 1).
+
+    The factor's last row is (L^-1 u)', so one factorisation yields every term of posterior and evidence. The corner of
+    the border is infinite, which keeps the matrix positive definite; the factor's corner is not used.
+    """
+    width = len(xx)
+    diagonal = np.arange(width)
+    bordered, factors = np.full((width + 1, width + 1), np.inf), []
+    for own_projected, own_std in zip(projected, std, strict=True):  # one at a time fits a processor's cache
+        bordered[:width, :width], bordered[width, :width] = xx, own_projected
+        bordered[diagonal, diagonal] += 1 / own_std**2
+        factors.append(np.linalg.cholesky(bordered))
+    return factors
+
+
+def _log_evidence(data: _Statistics, means: Array, std: Array, projected: Array, factors: list[Array]) -> Array:
+    """Returns log p(y) of each point, (G,)."""
+    residual = data.yy - means @ data.xy - (means * projected).sum(1)  # q
+    explained = (np.asarray([factor[-1, :-1] for factor in factors]) ** 2).sum(1)  # u'P^-1 u
+    log_det = 2 * np.log([factor.diagonal()[:-1] for factor in factors]).sum(1) + 2 * np.log(std).sum(1)  # |P| |S|
+    evidence: Array = -0.5 * (data.log_noise + log_det + (residual - explained))
+    return evidence
+
+
+def _posteriors(factors: Array, prior_means: Array) -> tuple[Array, Array]:
+    """Returns Cholesky factor L and mean m + L^-T (L^-1 u) of each point, (K, F, F) and (K, F)."""
+    factor = factors[:, :-1, :-1]
+    shift = np.linalg.solve(factor.transpose(0, 2, 1), factors[:, -1, :-1, None])
+    return factor, prior_means + shift[:, :, 0]

@@ -1,4 +1,4 @@
-"""The meta-learned prior: the MLP that makes features, and where its weights are expected to lie."""
+"""Prior: a meta-learned start of the performance model."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rankadaptor_optuna.surrogate.features import MLP
-from rankadaptor_optuna.surrogate.files import dumps, loads, read, write
 from rankadaptor_optuna.surrogate.grid import Array
+from rankadaptor_optuna.surrogate.old_formats import prior_card, without_sensitivity_input
+from rankadaptor_optuna.surrogate.tensor_files import pack_tensors, read_tensors, unpack_tensors, write_tensors
 
 FORMAT = "2"
-_FORMATS = ("1", FORMAT)  # of the first the card is another
+READABLE = ("1", FORMAT)
 PRETRAINED = Path(__file__).parent / "pretrained" / "prior.safetensors"
 
 
 @dataclass(frozen=True)
 class Prior:
-    """A meta-learned start of the performance model.
+    """A meta-learned start of the performance model: a feature network, and a Gaussian over its output weights.
 
     Attributes:
-        mlp: Feature network.
-        mean: Expected weight of each of its features, (M,), for standardised scores where higher is better.
-        std: How far a new task's weight strays from that, (M,).
-        card: What it was learned from and how well it transfers, JSON-able.
+        mlp: Feature network with M outputs.
+        mean: Expected weight of each output, (M,), for standardised scores where higher is better.
+        std: Standard deviation of a new task's weights about ``mean``, (M,).
+        card: Description of the tasks that it was learned from and of how well it transfers, JSON-able.
     """
 
     mlp: MLP
@@ -39,74 +41,78 @@ class Prior:
 
     @property
     def tensors(self) -> dict[str, Array]:
-        """All its arrays by name."""
+        """The arrays by name, for a file."""
         tensors = {"mean": self.mean, "std": self.std}
         for i, (weight, bias) in enumerate(zip(self.mlp.weights, self.mlp.biases, strict=True)):
             tensors |= {f"mlp.{i}.weight": weight, f"mlp.{i}.bias": bias}
         return tensors
 
-    @property
+    @cached_property
     def checksum(self) -> str:
-        """What tells its weights from others', 12 hexadecimal digits; the card does not count."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.tensors.items()):
-            digest.update(f"{name}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
-        return digest.hexdigest()[:12]
+        """Identity of the weights, 12 hexadecimal digits; the card does not count."""
+        return _checksum(self.tensors)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Array], card: Mapping[str, Any] | None = None) -> Prior:
-        """The prior that has these ``tensors``."""
+    def from_tensors(cls, tensors: dict[str, Array], card: Mapping[str, Any] | None = None) -> Prior:
+        """Returns the prior that has these ``tensors``, which may be those of an earlier format."""
+        mean, std, converted = tensors["mean"], tensors["std"], without_sensitivity_input(tensors)
         depth = sum(name.endswith(".weight") for name in tensors)
-        return cls(
-            mlp=MLP(
-                [tensors[f"mlp.{i}.weight"] for i in range(depth)],
-                [tensors[f"mlp.{i}.bias"] for i in range(depth)],
-            ),
-            mean=tensors["mean"],
-            std=tensors["std"],
-            card=card or {},
-        )
+        mlp = MLP(*([converted[f"mlp.{i}.{kind}"] for i in range(depth)] for kind in ("weight", "bias")))
+        prior = cls(mlp, mean, std, card or {})
+        if converted is not tensors:  # studies name their prior by the weights in its file
+            prior.__dict__["checksum"] = _checksum(tensors)
+        return prior
 
     def _metadata(self) -> dict[str, str]:
         return {"format": FORMAT, "card": json.dumps(dict(self.card))}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes safetensors, with the card in the metadata."""
-        write(path, self.tensors, self._metadata())
+        """Writes a safetensors file with the card in its metadata.
+
+        Raises:
+            ValueError: The file cannot be written.
+        """
+        write_tensors(path, self.tensors, self._metadata())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Prior:
-        """Reads what ``save`` wrote.
+        """Reads the file of a prior.
 
         Raises:
-            ValueError: The file is missing, not safetensors, not a prior, or of another format.
+            ValueError: The file is missing, not safetensors, not a prior, or of a format that is not read.
         """
-        return cls._of(*read(path, "prior", *_FORMATS), f"prior {os.fspath(path)!r}")
+        return cls._read(*read_tensors(path, "prior", *READABLE), f"prior {os.fspath(path)!r}")
 
     def dumps(self) -> bytes:
-        """The content of the file that ``save`` writes."""
-        return dumps(self.tensors, self._metadata())
+        """Returns the content of the file that ``save`` writes."""
+        return pack_tensors(self.tensors, self._metadata())
 
     @classmethod
     def loads(cls, data: bytes, what: str) -> Prior:
-        """Reads what ``dumps`` made; ``what`` it is, for messages.
+        """Reads the content of a prior's file; ``what`` names it in error messages.
 
         Raises:
-            ValueError: It is not safetensors, not a prior, or of another format.
+            ValueError: ``data`` is not safetensors, not a prior, or of a format that is not read.
         """
-        return cls._of(*loads(data, what, *_FORMATS), what)
+        return cls._read(*unpack_tensors(data, what, *READABLE), what)
 
     @classmethod
-    def _of(cls, tensors: Mapping[str, Array], metadata: dict[str, str], what: str) -> Prior:
+    def _read(cls, tensors: dict[str, Array], metadata: dict[str, str], what: str) -> Prior:
         try:
-            card = {name: text for name, text in metadata.items() if name not in ("format", "card")}  # as it was kept
-            return cls.of(tensors, {**card, **json.loads(metadata.get("card", "{}"))})
+            return cls.from_tensors(tensors, prior_card(metadata))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"cannot read the {what}: {error!r}") from error
 
 
+def _checksum(tensors: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()[:12]
+
+
 def load_prior(prior: str | os.PathLike[str] | None) -> Prior | None:
-    """``"pretrained"`` is the shipped prior, None is none, anything else a path.
+    """Returns the shipped prior for ``"pretrained"``, None for None, else the prior of a file.
 
     Raises:
         ValueError: The file cannot be read.

@@ -11,7 +11,7 @@ from rankadaptor_optuna import PerformanceModel, RankSpace
 from rankadaptor_optuna.priors.meta import MetaTask
 from rankadaptor_optuna.priors.paper import pretrain, reptile
 from rankadaptor_optuna.surrogate.grid import RankGrid
-from rankadaptor_optuna.surrogate.paper import Network
+from rankadaptor_optuna.surrogate.network import Network
 
 SPACE = RankSpace(10, budget="uniform:8")
 WEIGHTS = np.linspace(0.2, 2, 10)
@@ -188,20 +188,6 @@ def test_ordinary_parameters_are_inputs_too():
     model.update(ranks, 10 * points[:, 0], points)
     mean = model.predict([[8.0] * 10] * 2, [[0.1, 0.5], [0.9, 0.5]])[0]
     assert mean[1] > mean[0] + 4
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda m: m.sample(np.random.default_rng(0)),
-        lambda m: m.mean(),
-        lambda m: m.constraint(m.features, m.targets),
-        lambda m: m.predict_lasting_gain([8.0] * 10),
-    ],
-)
-def test_there_are_no_tables_to_draw(call):
-    with pytest.raises(ValueError, match='needs the Bayesian head, which mode="paper" has not'):
-        call(fitted(5))
 
 
 @pytest.mark.parametrize("hidden", [(32, 32), (32, 0, 32), (32, 32.0, 32), 32, "abc", ()])

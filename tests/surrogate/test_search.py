@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rankadaptor_optuna.surrogate.allocations import Allocations, keeps, within_constraints
+from rankadaptor_optuna.surrogate.belief import Belief
 from rankadaptor_optuna.surrogate.knapsack import solve, solve_unseen
-from rankadaptor_optuna.surrogate.model import Belief
 
 
 def every_choice(values, costs, budget):

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rankadaptor_optuna import PerformanceModel, RankSpace
-from rankadaptor_optuna.surrogate.features import MLP, groups
+from rankadaptor_optuna.surrogate.features import MLP, feature_groups
 from rankadaptor_optuna.surrogate.grid import RankGrid
-from rankadaptor_optuna.surrogate.model import FORMAT
-from rankadaptor_optuna.surrogate.paper import Network
+from rankadaptor_optuna.surrogate.model_files import FORMAT
+from rankadaptor_optuna.surrogate.network import Network
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
 from rankadaptor_optuna.surrogate.statistics import standardise
 
@@ -216,7 +216,7 @@ def test_a_misleading_prior_fades_out_as_trials_come_in(prior):
 def test_before_any_trial_a_prior_is_believed_by_a_sixth_on_the_scale_of_the_signal(prior):
     test = configurations(20)
     with_prior, without = PerformanceModel(SPACE, prior=prior), PerformanceModel(SPACE, prior=None)
-    columns = groups(with_prior.grid, prior.mlp)["mlp"]
+    columns = feature_groups(with_prior.grid, prior.mlp)["mlp"]
     says = with_prior.encode(test)[:, 1:][:, columns] @ prior.mean
     moved = with_prior.predict(test)[0] - without.predict(test)[0]
     assert np.abs(says).max() > 1
