@@ -38,13 +38,12 @@ from benchmarks.tasks.recovery import (
     random_ranks,
     weighted_ranks,
 )
-from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
+from rankadaptor_optuna import PerformanceModel, RankAdaptorSampler, RankSpace, recommend
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
-from rankadaptor_optuna import PerformanceModel
 
 FRESH = (101, 102, 103)
 PRUNINGS: dict[str, dict[str, Any]] = {
