@@ -1,4 +1,4 @@
-"""Makes pruned checkpoints known to transformers' Auto classes, without importing transformers before the user does."""
+"""Registers pruned checkpoints with transformers' Auto classes as soon as these are imported, and no earlier."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REGISTERS = "rankadaptor_optuna.pruning.checkpoint"
 
 
 class _ThenRegister(Loader):
-    """Loads the Auto classes as ever, then registers ours with them."""
+    """Loads the Auto classes as usual, then registers the pruned classes."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -25,7 +25,7 @@ class _ThenRegister(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        with suppress(ImportError):  # a transformers too old for pruning still has to import
+        with suppress(ImportError):  # an old transformers, which cannot prune, must still import
             import_module(_REGISTERS)
 
 
@@ -41,7 +41,7 @@ class _WhenImported(MetaPathFinder):
 
 
 def register_when_imported() -> None:
-    """Registers the pruned classes now if the Auto classes are loaded, else as soon as they are."""
+    """Registers the pruned classes now if the Auto classes are imported, else as soon as they are."""
     if _AUTO in sys.modules:
         import_module(_REGISTERS)
     else:

@@ -1,4 +1,4 @@
-"""Calibration samples: windows of tokens out of texts."""
+"""Calibration samples: windows of tokens from texts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def draw_samples(
     sample_length: int,
     seed: int,
 ) -> torch.Tensor:
-    """Cut calibration texts into windows and draw some at random.
+    """Draws windows of tokens from texts at random.
 
-    The texts are joined end to end, so that short ones count too; no special tokens are added.
+    The texts are joined end to end, so short texts count too; no special tokens are added.
 
     Args:
         tokenizer: A transformers tokenizer.
-        texts: The texts.
-        n_samples: Windows to draw, without replacement.
+        texts: Calibration texts.
+        n_samples: Number of windows, drawn without replacement.
         sample_length: Tokens per window.
-        seed: Decides which windows.
+        seed: Seed of the draw.
 
     Returns:
         Token ids, shape (n_samples, sample_length).

@@ -1,7 +1,7 @@
 """Checkpoints of pruned models: safetensors and JSON that open like any other model.
 
-Importing this module registers the pruned classes: `AutoModelForCausalLM.from_pretrained` then opens the checkpoints.
-`import rankadaptor_optuna` arranges that this happens as soon as transformers' Auto classes are used.
+Importing this module registers the pruned classes, so that `AutoModelForCausalLM.from_pretrained` opens the
+checkpoints. `import rankadaptor_optuna` imports it as soon as transformers' Auto classes are used (`auto_classes`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from rankadaptor_optuna.pruning.structure import transformer_layers
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """What pruning took from one layer of the dense model, as shares in [0, 1] of what the layer had.
+    """Shares in [0, 1] of a dense model's layer that pruning removed.
 
     Attributes:
         layer: Index of the layer in the dense model, from 0.
-        heads_removed: Share of the key-value heads (their query heads went with them).
+        heads_removed: Share of the key-value heads, with their query heads.
         channels_removed: Share of the MLP channels.
-        parameters_removed: Share of the parameters: projections and norms.
+        parameters_removed: Share of the parameters, projections and norms.
         importance_removed: Share of the summed importance of all units.
     """
 
@@ -55,13 +55,13 @@ for _config, _model in _CLASSES.values():
 
 
 def check_prunable(model: nn.Module) -> None:
-    """Check that a model has a pruned counterpart to become.
+    """Checks that a model can be pruned.
 
     Args:
         model: The model to prune.
 
     Raises:
-        ValueError: Its family is not known here, its modules are not LLaMA's, or it is pruned already.
+        ValueError: The model's family is unknown, its modules are not named as LLaMA's, or it is pruned already.
     """
     transformer_layers(model)
     config = getattr(model, "config", None)
@@ -78,16 +78,16 @@ def build_pruned(
     pruning: Mapping[str, Any],
     layers: Sequence[int] | None = None,
 ) -> PreTrainedModel:
-    """Make the pruned counterpart of a dense model, on the CPU.
+    """Makes the pruned counterpart of a dense model, on the CPU.
 
-    Where all layers are left with one shape it is an ordinary model that any tool opens, unless the family's config
-    refuses the shape (LLaMA's wants a hidden size that is a multiple of the number of heads); else it is of the pruned
-    class. The dense model may fill an accelerator: the new one is put together in main memory.
+    If all its layers have one shape, it is an ordinary model that any tool opens, unless the family's config refuses
+    the shape (LLaMA's requires a hidden size that is a multiple of the number of heads). Else it is of the pruned
+    class. It is built in main memory, as the dense model may fill an accelerator.
 
     Args:
-        model: The dense model; it stays as it is and shares no memory with the new one.
+        model: The dense model; it is not changed and shares no memory with the new model.
         cut: The tensors that differ, by their name in the dense model; on the CPU.
-        pruning: What the config shall say of the pruning, JSON-able.
+        pruning: Record of the pruning for the config, JSON-able.
         layers: The blocks to keep, in rising order. Default: all.
 
     Returns:
@@ -117,15 +117,15 @@ def build_pruned(
 
 
 def model_from_state(config: Any, state: Mapping[str, torch.Tensor], pruning: Mapping[str, Any]) -> PreTrainedModel:  # noqa: ANN401
-    """Make a model out of the weights of a pruned one.
+    """Makes a model from the weights of a pruned model.
 
     Args:
-        config: The dense model's, of a family known here; `layer_types`, where it has them, of the blocks that stay.
-        state: The pruned model's tensors, on the CPU; taken over.
-        pruning: See `build_pruned`.
+        config: The dense model's config, of a known family; its `layer_types`, if any, are those of the blocks kept.
+        state: The pruned model's tensors, on the CPU; the model uses them without a copy.
+        pruning: Record of the pruning for the config, JSON-able.
 
     Returns:
-        The model, in evaluation mode; see `build_pruned` for its class.
+        The model, in evaluation mode; `build_pruned` says of which class.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shapes: list[dict[str, int]] = []
@@ -160,7 +160,7 @@ def model_from_state(config: Any, state: Mapping[str, torch.Tensor], pruning: Ma
     with torch.device("meta"):
         model: PreTrainedModel = model_class(new)
     model.load_state_dict(dict(state), assign=True)
-    # its buffers are not in the state and are still on the meta device
+    # the rotary embedding's buffers are not in the state and are still on the meta device
     rotary: Any = model.get_submodule("model.rotary_emb")
     model.set_submodule("model.rotary_emb", type(rotary)(new))
     model.tie_weights()
@@ -169,24 +169,24 @@ def model_from_state(config: Any, state: Mapping[str, torch.Tensor], pruning: Ma
 
 
 def check_save_path(path: Path) -> None:
-    """Check that a checkpoint can be written to a path.
+    """Checks that a checkpoint can be written to a path.
 
     Raises:
-        ValueError: It exists and is not an empty directory.
+        ValueError: The path exists and is not an empty directory.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"cannot save to {path}: it exists and is not empty; remove it or choose another path")
 
 
 def save_pruned(model: PreTrainedModel, path: str | PathLike[str], tokenizer: Any = None) -> None:  # noqa: ANN401
-    """Write a checkpoint: all of it or, on any failure, nothing.
+    """Writes a checkpoint: all of it or, on any failure, nothing.
 
-    The files go to a temporary directory beside `path`, which is then renamed.
+    Writes to a temporary directory beside `path` and renames it.
 
     Args:
         model: The model to save.
         path: Directory to create; its parents are created too.
-        tokenizer: Saved along if given.
+        tokenizer: Tokenizer to save with the model. Default: none.
 
     Raises:
         ValueError: `path` exists and is not an empty directory.
@@ -208,17 +208,17 @@ def save_pruned(model: PreTrainedModel, path: str | PathLike[str], tokenizer: An
 
 
 def load_pruned(path: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:  # noqa: ANN401
-    """Open a pruned checkpoint.
+    """Opens a pruned checkpoint.
 
     Args:
         path: Directory, or name on the Hugging Face Hub.
-        **kwargs: For `AutoModelForCausalLM.from_pretrained`, such as `dtype` or `attn_implementation`.
+        **kwargs: Arguments of `AutoModelForCausalLM.from_pretrained`, such as `dtype` or `attn_implementation`.
 
     Returns:
         The pruned model, in evaluation mode.
 
     Raises:
-        ValueError: There is an ordinary model instead.
+        ValueError: The checkpoint holds an ordinary model.
         OSError: There is no model.
     """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **kwargs)
@@ -231,10 +231,10 @@ def load_pruned(path: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:  #
 
 
 def profile_of(model: nn.Module) -> list[LayerProfile] | None:
-    """Read what pruning took from each layer of a model.
+    """Reads the pruning profile from a model's config.
 
     Args:
-        model: Any model; one wrapped by PEFT too.
+        model: Any model, also with a PEFT adapter.
 
     Returns:
         One entry per layer of the dense model, first to last, or None if this package did not prune the model.
@@ -244,5 +244,5 @@ def profile_of(model: nn.Module) -> list[LayerProfile] | None:
 
 
 def profile_to_json(profile: Sequence[LayerProfile]) -> list[dict[str, Any]]:
-    """Turn a profile into what the config stores."""
+    """Returns a profile in the form that the config stores."""
     return [asdict(entry) for entry in profile]

@@ -1,4 +1,4 @@
-"""Gradients of the calibration loss, block by block, so that those of one block are held at a time."""
+"""Gradients of the calibration loss, block by block, so that the device holds those of one block at a time."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Gradient:
     """Gradient of one parameter over the samples, in float32.
 
     Attributes:
-        mean: Of the samples' gradients: the gradient of the mean loss.
-        mean_square: Of the samples' gradients' squares; zeros where they were not asked for.
+        mean: Mean of the samples' gradients: the gradient of the mean loss.
+        mean_square: Mean of the samples' squared gradients; zeros unless requested.
     """
 
     mean: torch.Tensor
@@ -31,7 +31,7 @@ class Gradient:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode with gradients enabled and none required; afterwards it is as it was."""
+    """Puts a model into evaluation mode with gradients enabled but not required; restores its flags on exit."""
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -47,14 +47,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Gradients:
-    """The backward pass of the mean calibration loss, one block after the other, from the last to the first.
+    """The backward pass of the mean calibration loss, one block at a time, from the last to the first.
 
-    The forward pass keeps what enters each block, on the CPU; each block is then run again for its gradients. The sums
-    are those of an ordinary backward pass, up to rounding.
+    The forward pass keeps the inputs of each block on the CPU; the backward pass runs each block again. Sums equal
+    those of an ordinary backward pass up to rounding.
 
     Args:
         stream: The blocks of a model in `evaluation_mode`.
-        squares: Whether the mean of the squares is wanted too.
+        squares: Whether to compute `Gradient.mean_square` too.
         progress: Called with (blocks done, blocks in all).
     """
 
@@ -64,14 +64,14 @@ class Gradients:
     def walk(
         self, wanted: Mapping[int, Sequence[str]], visit: Visit, *, ends: Mapping[str, nn.Parameter] | None = None
     ) -> None:
-        """Visits blocks with the gradients of some of their parameters, then forgets these.
+        """Calls `visit` with the gradients of each block in turn, then drops them.
 
         Args:
-            wanted: For each block to visit, names of parameters within it.
+            wanted: By block index, the names within the block of the parameters to differentiate.
             visit: Called with a block's index and its gradients by name, from the last block to the first.
-            ends: Final norm, head and embedding, by name, if they are to be visited too: norm and head before the
-                last block, under its index plus 1; the embedding after the first, under -1, with the gradient of
-                what it puts in alone, also where it is tied to the head.
+            ends: Final norm, head and embedding, by name, to visit too: norm and head before the last block, under its
+                index plus 1; the embedding after the first block, under -1. Its gradient is that of its use as an
+                input alone, even if it is tied to the head. Default: none.
 
         Raises:
             ValueError: A gradient is not finite.
@@ -80,21 +80,21 @@ class Gradients:
         first = 0 if ends else min(wanted)
         states = self._forward()
         outer = {name: p for name, p in (ends or {}).items() if "embed" not in name}
-        flowing, totals = self._backward(None, outer, states.pop(), None)
+        out_grads, totals = self._backward(None, outer, states.pop(), None)
         if outer:
             visit(last, totals)
         for index in range(last - 1, first - 1, -1):
             named = {name: stream.layers[index].get_parameter(name) for name in wanted.get(index, ())}
-            flowing, totals = self._backward(partial(stream.run, index), named, states.pop(), flowing)
+            out_grads, totals = self._backward(partial(stream.run, index), named, states.pop(), out_grads)
             if named:
                 visit(index, totals)
             if self._progress is not None:
                 self._progress(last - index, last - first)
         for name in (ends or {}).keys() - outer.keys():
-            visit(-1, {name: self._of_embedding(ends[name], flowing)})  # type: ignore[index]
+            visit(-1, {name: self._embedding_gradient(ends[name], out_grads)})  # type: ignore[index]
 
     def _forward(self) -> list[list[torch.Tensor]]:
-        """What enters each block and what leaves the last, by sample."""
+        """Returns the inputs of each block and the outputs of the last, by sample."""
         with torch.no_grad():
             states = [self._stream.embed()]
         for index in range(len(self._stream.layers)):
@@ -105,22 +105,32 @@ class Gradients:
         self,
         function: Callable[[torch.Tensor], torch.Tensor] | None,
         parameters: Mapping[str, nn.Parameter],
-        entering: Sequence[torch.Tensor],
-        flowing: Sequence[torch.Tensor] | None,
+        inputs: Sequence[torch.Tensor],
+        out_grads: Sequence[torch.Tensor] | None,
     ) -> tuple[list[torch.Tensor], dict[str, Gradient]]:
-        """Gradients of what enters a block and of parameters in it, from those of what leaves; None means the loss."""
-        totals = {name: _empty(parameter, self._squares) for name, parameter in parameters.items()}
-        arriving = []
+        """Differentiates one function of the hidden states.
+
+        Args:
+            function: A block; None stands for the loss.
+            parameters: Its parameters to differentiate.
+            inputs: Its inputs, by sample.
+            out_grads: Gradients of its outputs, by sample; None for the loss.
+
+        Returns:
+            (gradients of the inputs by sample, gradients of the parameters by name).
+        """
+        totals = {name: _zeros(parameter, self._squares) for name, parameter in parameters.items()}
+        in_grads = []
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        for sample, hidden in enumerate(entering):
+        for sample, hidden in enumerate(inputs):
             hidden.requires_grad_(True)
             out = self._stream.loss(sample, hidden) if function is None else function(hidden)
-            after = None if flowing is None else flowing[sample].to(out.device)
-            into, *grads = torch.autograd.grad(out, [hidden, *parameters.values()], after)
-            arriving.append(into)
+            out_grad = None if out_grads is None else out_grads[sample].to(out.device)
+            in_grad, *grads = torch.autograd.grad(out, [hidden, *parameters.values()], out_grad)
+            in_grads.append(in_grad)
             for total, grad in zip(totals.values(), grads, strict=True):
-                self._add(total, grad, len(entering))
+                self._add(total, grad, len(inputs))
         for name, parameter in parameters.items():
             parameter.requires_grad_(False)
             if not (totals[name].mean.isfinite().all() and totals[name].mean_square.isfinite().all()):
@@ -128,21 +138,21 @@ class Gradients:
                     f"the calibration loss has gradients that are not finite in {parameter.dtype}: "
                     "load the model with dtype=torch.bfloat16 or torch.float32"
                 )
-        return arriving, totals
+        return in_grads, totals
 
     def _add(self, total: Gradient, grad: torch.Tensor, n_samples: int) -> None:
         total.mean += grad.float() / n_samples
         if self._squares:
             total.mean_square += grad.float().square() / n_samples
 
-    def _of_embedding(self, weight: torch.Tensor, flowing: Sequence[torch.Tensor]) -> Gradient:
-        total = _empty(weight, self._squares)
-        for ids, hidden in zip(self._stream.samples.to(weight.device), flowing, strict=True):
+    def _embedding_gradient(self, weight: torch.Tensor, out_grads: Sequence[torch.Tensor]) -> Gradient:
+        total = _zeros(weight, self._squares)
+        for ids, hidden in zip(self._stream.samples.to(weight.device), out_grads, strict=True):
             grad = torch.zeros_like(total.mean).index_add_(0, ids, hidden[0].to(weight.device).float())
-            self._add(total, grad, len(flowing))
+            self._add(total, grad, len(out_grads))
         return total
 
 
-def _empty(parameter: torch.Tensor, squares: bool) -> Gradient:
+def _zeros(parameter: torch.Tensor, squares: bool) -> Gradient:
     zeros = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
     return Gradient(zeros, zeros.clone() if squares else zeros.new_zeros(()))

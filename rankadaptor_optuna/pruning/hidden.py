@@ -1,4 +1,4 @@
-"""Channel-wise pruning: the hidden size made smaller through the whole model, as LLM-Pruner's channel mode does."""
+"""Hidden-channel pruning: reduces the hidden size of the whole model (LLM-Pruner's `--channel_wise`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from rankadaptor_optuna.pruning.importance import needs_gradients, parameter_imp
 from rankadaptor_optuna.pruning.streaming import BlockStream
 from rankadaptor_optuna.pruning.structure import transformer_layers
 
+_TOLERANCE = 0.005  # of the ratio, within which the width is rounded to `multiple_of`; set by hand
 _EMBEDDING = "model.embed_tokens.weight"
-# The dimension of each parameter along which the hidden channels lie, by the end of its name; others have none.
-_DIMENSIONS = {
+# Dimension of a parameter along which the hidden channels lie, by the end of its name; other parameters have none.
+# LLM-Pruner finds the same couplings by its dependency graph.
+_HIDDEN_DIMS = {
     "embed_tokens.weight": 1,
     "lm_head.weight": 1,
     "input_layernorm.weight": 0,
@@ -34,13 +36,13 @@ _DIMENSIONS = {
 }
 
 
-def _dimension(name: str) -> int | None:
-    return next((dim for end, dim in _DIMENSIONS.items() if name.endswith(end)), None)
+def _hidden_dim(name: str) -> int | None:
+    return next((dim for end, dim in _HIDDEN_DIMS.items() if name.endswith(end)), None)
 
 
 def coupled_size(layer: nn.Module) -> int:
-    """Number of a block's parameters that the hidden channels share out: nearly all."""
-    return sum(p.numel() for name, p in layer.named_parameters() if _dimension(name) is not None)
+    """Returns the number of a block's parameters that belong to hidden channels: nearly all."""
+    return sum(p.numel() for name, p in layer.named_parameters() if _hidden_dim(name) is not None)
 
 
 def hidden_importance(
@@ -51,20 +53,20 @@ def hidden_importance(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Scores the channels of the hidden state: the sum of the importance of all parameters that go with one.
+    """Scores the channels of the hidden state by the summed importance of all their parameters.
 
-    These are its entries in the embedding, the head, all norms and all projections. Tied embeddings count at either
-    use.
+    A channel's parameters are its entries in the embedding, the head, all norms and all projections. Tied embeddings
+    count once for each use.
 
     Args:
-        model: A LLaMA-like causal language model; it is left as it was.
+        model: A LLaMA-like causal language model; it is not changed.
         samples: Token ids, (samples, tokens).
         criterion: See `unit_importance`.
-        seed: Of "random".
+        seed: Seed of `"random"`.
         progress: Called with (blocks done, blocks in all).
 
     Returns:
-        (hidden size,), float32 on the CPU.
+        Importance, (hidden size,), float32 on the CPU.
 
     Raises:
         ValueError: See `unit_importance`.
@@ -76,16 +78,16 @@ def hidden_importance(
     def add(weights: dict[str, nn.Parameter], gradients: dict[str, Gradient] | None) -> None:
         for name, weight in weights.items():
             scores = parameter_importance(criterion, weight, None if gradients is None else gradients[name])
-            total.add_(scores.movedim(_dimension(name) or 0, 0).reshape(len(total), -1).sum(1).double().cpu())
+            total.add_(scores.movedim(_hidden_dim(name) or 0, 0).reshape(len(total), -1).sum(1).double().cpu())
 
     everything = dict(model.named_parameters())
     if not needs_gradients(criterion):
-        add({name: p for name, p in everything.items() if _dimension(name) is not None}, None)
+        add({name: p for name, p in everything.items() if _hidden_dim(name) is not None}, None)
         return total.float()
     blocks = transformer_layers(model)
     ends = {name: model.get_parameter(name) for name in ("model.norm.weight", "lm_head.weight", _EMBEDDING)}
     wanted = {
-        layer: [name for name, _ in block.named_parameters() if _dimension(name) is not None]
+        layer: [name for name, _ in block.named_parameters() if _hidden_dim(name) is not None]
         for layer, block in enumerate(blocks)
     }
 
@@ -100,24 +102,24 @@ def hidden_importance(
 
 
 def select_hidden(importance: torch.Tensor, *, ratio: float, share: float, heads: int, multiple_of: int) -> list[int]:
-    """Hidden channels to keep when the least important go.
+    """Selects the hidden channels to keep: the least important are removed.
 
     Args:
-        importance: (hidden size,).
+        importance: Importance of the channels, (hidden size,).
         ratio: Share of all block parameters to remove.
-        share: Share of the block parameters that would go with all channels.
-        heads: Attention heads of a layer. The width left is a multiple of their number, as ordinary configs want it.
-        multiple_of: It is a multiple of this too where one comes within half a point of the ratio.
+        share: Share of the block parameters that belong to hidden channels.
+        heads: Number of attention heads of a layer. The remaining width is a multiple of it, as ordinary configs need.
+        multiple_of: The remaining width is also a multiple of this if one misses the ratio by 0.005 at most.
 
     Returns:
-        Channels in rising order.
+        Channels to keep, in rising order.
 
     Raises:
         ValueError: The ratio cannot be reached.
     """
     width, wanted = len(importance), (1 - ratio / share) * len(importance)
     step = math.lcm(heads, multiple_of)
-    if abs(step * round(wanted / step) - wanted) / width * share > 0.005:
+    if abs(step * round(wanted / step) - wanted) / width * share > _TOLERANCE:
         step = heads
     left = step * round(wanted / step)
     if not 0 < left < width:
@@ -129,9 +131,9 @@ def select_hidden(importance: torch.Tensor, *, ratio: float, share: float, heads
 
 
 def keep_hidden(model: PreTrainedModel, kept: list[int]) -> dict[str, torch.Tensor]:
-    """Cuts all parameters of a model down to some channels of its hidden state: new tensors by name, on the CPU."""
+    """Cuts a model's parameters down to some hidden channels and returns the new tensors by name, on the CPU."""
     return {
         name: tensor.detach().index_select(dim, torch.tensor(kept, device=tensor.device)).cpu()
         for name, tensor in model.state_dict().items()
-        if (dim := _dimension(name)) is not None
+        if (dim := _hidden_dim(name)) is not None
     }

@@ -22,13 +22,14 @@ from rankadaptor_optuna.pruning.structure import (
 
 Importance = dict[UnitType, dict[int, torch.Tensor]]
 
-# What one parameter is worth: weight and gradient in, a value of the same shape out.
+# Importance of each entry of a weight: LLM-Pruner, section 3.2; equation 2 of the RankAdaptor paper.
 _TAYLOR: dict[str, Callable[[torch.Tensor, Gradient], torch.Tensor]] = {
     "param_first": lambda w, g: (w * g.mean).abs(),
     "param_second": lambda w, g: (w.square() * g.mean_square).abs(),
     "param_mix": lambda w, g: (w * g.mean - w.square() * g.mean_square / 2).abs(),
 }
 _MAGNITUDE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"l1": torch.abs, "l2": torch.square}
+# (projections, units) -> (units,)
 _REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda scores: scores.sum(0),
     "mean": lambda scores: scores.mean(0),
@@ -39,17 +40,20 @@ _REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def needs_gradients(criterion: str) -> bool:
-    """Whether a criterion is measured on calibration samples."""
+    """Returns whether a criterion is measured on calibration samples."""
     return criterion in _TAYLOR
 
 
 def parameter_importance(criterion: str, weight: torch.Tensor, gradient: Gradient | None) -> torch.Tensor:
-    """Importance of each entry of a weight, in float32.
+    """Scores each entry of a weight, in float32.
 
     Args:
-        criterion: Any `Criterion` but "random".
+        criterion: Any `Criterion` but `"random"`.
         weight: Any shape.
-        gradient: Of the calibration loss; None where the criterion needs none.
+        gradient: Gradient of the calibration loss; None for a criterion without gradients.
+
+    Returns:
+        Importance, of the weight's shape.
     """
     weight = weight.detach().float()
     if gradient is None:
@@ -67,38 +71,39 @@ def unit_importance(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Importance:
-    """Scores every head and channel of some layers by the damage that its removal is expected to do.
+    """Scores every head and channel of some layers by the expected damage of its removal.
 
     With g_i the gradient of sample i's mean next-token loss and g their mean, the importance of a parameter w is
-    (equation 2 of the RankAdaptor paper; names as in LLM-Pruner):
+    (criteria as LLM-Pruner names them; equation 2 of the RankAdaptor paper is `"param_mix"`):
 
     * `"param_first"`: |w g|, the first-order Taylor term;
     * `"param_second"`: |w^2 mean(g_i^2)|, the second-order term with the diagonal of the Fisher matrix as Hessian;
     * `"param_mix"`: |w g - w^2 mean(g_i^2) / 2|, both;
-    * `"l1"`, `"l2"`: |w|, w^2, no samples needed;
-    * `"random"`: a random number for each unit, no matter which parameters.
+    * `"l1"`, `"l2"`: |w|, w^2, without samples;
+    * `"random"`: a random number for each unit.
 
-    Parameters of a unit are summed projection by projection, and the projections reduced by `reduction`: their sum,
-    mean, maximum or product, or "first": the root of LLM-Pruner's dependency graph alone (k_proj, gate_proj).
-    LLM-Pruner reduces row by row before it adds up the rows of a head; here, because with grouped-query attention query
-    and key rows do not pair up, a head's rows are added first. For sum and mean this makes no difference.
+    The importances of a unit's parameters are summed within each projection, then reduced over the projections: by
+    their sum, mean, maximum or product, or by `"first"`, which takes the root of LLM-Pruner's dependency graph alone
+    (k_proj, gate_proj). LLM-Pruner reduces row by row and then sums the rows of a head. Here the rows of a head are
+    summed first, because with grouped-query attention query and key rows do not pair up; sum and mean are the same
+    either way.
 
-    The model runs block by block: beside it, one block's gradients are held, in float32.
+    The model runs block by block: its device holds one block's gradients beside the model, in float32.
 
     Args:
-        model: A LLaMA-like causal language model. Its gradients and its flags are left as they were.
+        model: A LLaMA-like causal language model. Its gradients and flags are not changed.
         samples: Token ids, (samples, tokens).
-        layers: Which layers to score, by index.
-        criterion: See above.
-        reduction: See above.
-        seed: Of "random".
+        layers: Indices of the layers to score.
+        criterion: One of the criteria above.
+        reduction: One of the reductions above.
+        seed: Seed of `"random"`.
         progress: Called with (blocks done, blocks in all).
 
     Returns:
-        For each kind of unit, by layer: a float32 tensor on the CPU of shape (units,).
+        For each unit type, by layer: a float32 tensor on the CPU of shape (units,).
 
     Raises:
-        ValueError: The token ids do not fit the model, or the gradients are not finite.
+        ValueError: A token id is outside the model's vocabulary, or a gradient is not finite.
     """
     blocks = transformer_layers(model)
     if criterion == "random":
@@ -130,9 +135,9 @@ def unit_importance(
 def _reduced(
     block: nn.Module, unit_type: UnitType, criterion: str, reduction: str, gradients: dict[str, Gradient] | None
 ) -> torch.Tensor:
-    units = layer_shape(block).count(unit_type)
-    by_projection = {name: torch.zeros(units, dtype=torch.float64) for name in PROJECTIONS[unit_type]}
+    n_units = layer_shape(block).count(unit_type)
+    by_projection = {name: torch.zeros(n_units, dtype=torch.float64) for name in PROJECTIONS[unit_type]}
     for name, tensor, dim in unit_tensors(block, unit_type):
         scores = parameter_importance(criterion, tensor, None if gradients is None else gradients[name])
-        by_projection[name.rpartition(".")[0]] += unit_sums(scores, dim, units).double().cpu()
+        by_projection[name.rpartition(".")[0]] += unit_sums(scores, dim, n_units).double().cpu()
     return _REDUCE[reduction](torch.stack(list(by_projection.values()))).float()

@@ -1,10 +1,10 @@
-"""LLM-Pruner's pickled checkpoints, converted to safetensors without running anything that is in them.
+"""Converts LLM-Pruner's pickled checkpoints to safetensors without running any code from them.
 
-LLM-Pruner saves whole pickled objects: ``torch.save({"model": ..., "tokenizer": ...}, file)``. Unpickling such a file
-the ordinary way runs whatever it says. Here torch's restricted unpickler (``weights_only=True``) reads it: it knows a
-fixed list of harmless constructors for tensors and containers and refuses every other name. The names of model and
-tokenizer classes, of a few packages alone, are given to it as stubs that store what they are handed and do nothing; no
-module is imported and no function called by a file's word. Any other name is an error before a single object is made.
+LLM-Pruner saves whole pickled objects: ``torch.save({"model": ..., "tokenizer": ...}, file)``. An ordinary unpickler
+runs any function that it names. Here torch's restricted unpickler (``weights_only=True``) reads it: it has a
+fixed list of harmless constructors for tensors and containers and refuses every other name. Names from the packages of
+models and tokenizers are replaced by stubs, which store their arguments and do nothing; no module is imported and no
+function is called because a file names it. Any other name is an error before the first object is created.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class _Stub:
-    """Stands for an object of a class that is named in a file: it keeps its arguments and its state."""
+    """Stands for an object of a class that a file names: stores its arguments and its state."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Stub:  # noqa: ANN401
         stub = object.__new__(cls)
@@ -44,7 +44,7 @@ class _Stub:
         return stub
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Nothing to do: ``__new__`` keeps the arguments."""
+        """Does nothing: ``__new__`` has stored the arguments."""
 
     def __setstate__(self, state: Any) -> None:  # noqa: ANN401
         self.__dict__["_state"] = state
@@ -58,11 +58,11 @@ class Imported:
     """A converted checkpoint.
 
     Attributes:
-        model: The pruned model, as it was saved.
-        profile: What each layer had lost, against the dense shapes in the file's config; the file does not say which
-            importance went, so that is 0.
-        parameters_removed: Share of the parameters of all transformer blocks that is gone.
-        has_tokenizer: Whether a tokenizer was saved along.
+        model: The pruned model.
+        profile: What each layer lost, relative to the dense shapes in the file's config; the removed importance is
+            unknown and set to 0.
+        parameters_removed: Share of the parameters of all transformer blocks that was removed.
+        has_tokenizer: Whether a tokenizer was saved with the model.
     """
 
     model: PreTrainedModel
@@ -81,27 +81,27 @@ def import_checkpoint(
     """Converts a checkpoint of LLM-Pruner to safetensors and JSON.
 
     Args:
-        file: Its ``pytorch_model.bin``, in the zip format that torch.save writes since torch 1.6.
+        file: LLM-Pruner's ``pytorch_model.bin``, in the zip format of torch.save since torch 1.6.
         out: Folder to create.
-        tokenizer: Folder or Hub name to take the tokenizer from. Default: the file's, if it can be read: fast ones hold
-            their JSON, slow LLaMA ones their sentencepiece model.
-        allow_pickle: Says that a pickle is to be read, which is refused otherwise (as numpy's ``load`` has it).
+        tokenizer: Folder or Hub name of the tokenizer. Default: the file's tokenizer, if it can be read: a fast one
+            holds its JSON, a slow LLaMA one its sentencepiece model.
+        allow_pickle: Must be True to read a pickle, as in ``numpy.load``.
 
     Raises:
-        ValueError: Pickles are not allowed, there is no such file, it names something that has no place in such a file,
-            or it holds no LLaMA.
+        ValueError: Pickles are not allowed, there is no such file, it names anything but models and tokenizers, or it
+            holds no LLaMA.
     """
     file, out = Path(file), Path(out)
     if not allow_pickle:
         raise ValueError(
-            f"{file} is a pickle. torch's restricted unpickler, which runs nothing of it, reads it if you say so: "
-            "allow_pickle=True (--allow-pickle)"
+            f"{file} is a pickle. To read it by torch's restricted unpickler, which runs no code from it, "
+            "set allow_pickle=True (--allow-pickle)"
         )
     check_save_path(out)
-    content = _read(file)
+    content = _unpickle(file)
     model = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(model, _Stub):
-        raise ValueError(f"{file} is no checkpoint of LLM-Pruner: it holds no model object under 'model'")
+        raise ValueError(f"{file} is not a checkpoint of LLM-Pruner: it holds no model object under 'model'")
     state = dict(_tensors(model))
     config = _config(getattr(model, "config", None), state, file)
     profile, removed = _profile(config, state)
@@ -113,16 +113,16 @@ def import_checkpoint(
     return Imported(pruned, profile, removed, found is not None)
 
 
-def _read(file: Path) -> Any:  # noqa: ANN401
-    """The file's content, with stubs for objects of the packages that such files name."""
+def _unpickle(file: Path) -> Any:  # noqa: ANN401
+    """Returns the file's content, with stubs for objects of the packages in ``_PACKAGES``."""
     if not file.is_file() or not zipfile.is_zipfile(file):
-        raise ValueError(f"{file} is no file of torch.save's zip format; give the pytorch_model.bin of LLM-Pruner")
+        raise ValueError(f"{file} is not in torch.save's zip format; give the pytorch_model.bin of LLM-Pruner")
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
         if refused := [name for name in names if not _harmless(name)]:
             raise ValueError(
-                f"it names {', '.join(refused)}, which has no place in a model's checkpoint and may be meant to run "
-                "code on your machine. Nothing of it was run; do not load the file in any other way"
+                f"it names {', '.join(refused)}, which does not belong in a model's checkpoint and may run code on "
+                "your machine. No code was run; do not load the file in any other way"
             )
         stubs: list[Any] = [(type("Stub", (_Stub,), {}), name) for name in names]
         with torch.serialization.safe_globals(stubs):
@@ -139,7 +139,7 @@ def _harmless(name: str) -> bool:
 
 
 def _tensors(stub: _Stub, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters of a pickled module and of all modules in it, by name."""
+    """Yields the parameters of a pickled module and of all its submodules, by name."""
     for name, tensor in _dict(stub, "_parameters").items():
         if isinstance(tensor, torch.Tensor):
             yield f"{prefix}{name}", tensor.detach()
@@ -154,7 +154,7 @@ def _dict(stub: _Stub, name: str) -> Mapping[str, Any]:
 
 
 def _config(stub: Any, state: Mapping[str, torch.Tensor], file: Path) -> LlamaConfig:  # noqa: ANN401
-    """The dense model's config, as the file has it, in today's terms."""
+    """Returns the dense model's config from the file, with the names of current transformers."""
     plain = {key: value for key, value in getattr(stub, "__dict__", {}).items() if _is_plain(value)}
     known = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
     settings = {key: plain[key] for key in known & plain.keys() if key not in ("model_type", "architectures")}
@@ -195,7 +195,7 @@ def _check_widths(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]
             if shape[name] != expected[name] or query % head_dim or key % head_dim or query % key:
                 raise ValueError(
                     f"{file}: model.layers.{index}.{name} has shape {shape[name]}, which does not fit {expected[name]} "
-                    f"with heads of {head_dim}"
+                    f"with a head size of {head_dim}"
                 )
 
 
@@ -226,7 +226,7 @@ def _named_tokenizer(name: str | PathLike[str]) -> Any:  # noqa: ANN401
 
 
 def _tokenizer(stub: Any, scratch: Path) -> Any:  # noqa: ANN401
-    """The tokenizer that a pickled one was; None if it cannot be told."""
+    """Rebuilds a pickled tokenizer; returns None if it cannot be read."""
     attributes = getattr(stub, "__dict__", {})
     special = {name: token for name in _SPECIAL if (token := _token(attributes, name)) is not None}
     try:
@@ -246,7 +246,7 @@ def _tokenizer(stub: Any, scratch: Path) -> Any:  # noqa: ANN401
                 name: bool(attributes.get(name, name == "add_bos_token")) for name in ("add_bos_token", "add_eos_token")
             }
             return LlamaTokenizer.from_pretrained(scratch, **special, **adds)  # type: ignore[arg-type]
-    except Exception:  # parsers of damaged content raise anything; a model without its tokenizer is still of use
+    except Exception:  # parsers raise anything on damaged content; a model without its tokenizer is still useful
         return None
     return None
 

@@ -1,8 +1,8 @@
 """Pruned models as transformers classes: layers of differing shape that save and load like any other model.
 
-This file stands alone: transformers copies it into the checkpoints, so that `from_pretrained` opens them with
-`trust_remote_code=True` where rankadaptor_optuna is not installed. In the config, `layer_shapes` says how wide each
-layer is and `pruning` how it came about; the widths elsewhere in it are the dense model's.
+transformers copies this file into checkpoints, so that `from_pretrained` opens them with `trust_remote_code=True`
+without rankadaptor_optuna; it must import nothing of the package. In the config, `layer_shapes` holds the widths of
+each layer and `pruning` the record of the pruning; all other widths are the dense model's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import (
 
 
 def _counterparts(dense_config: Any, dense_model: Any) -> tuple[Any, Any]:  # noqa: ANN401
-    """Make the pruned counterparts of a model family's config and model."""
+    """Makes the pruned counterparts of a model family's config and model classes."""
 
     class PrunedConfig(dense_config):  # type: ignore[misc]
         model_type = f"pruned_{dense_config.model_type}"
@@ -46,7 +46,7 @@ def _counterparts(dense_config: Any, dense_model: Any) -> tuple[Any, Any]:  # no
             self.post_init()  # initialises the new projections
 
         def _get_static_cache_init_shape(self) -> None:
-            """Let the static cache take its sizes from the keys: those in the config are the dense ones."""
+            """Makes the static cache take its sizes from the keys; the config holds the dense sizes."""
 
     stem = dense_model.__name__.removesuffix("ForCausalLM")
     for cls, name in ((PrunedConfig, f"Pruned{stem}Config"), (PrunedForCausalLM, f"Pruned{stem}ForCausalLM")):
@@ -59,7 +59,7 @@ def _counterparts(dense_config: Any, dense_model: Any) -> tuple[Any, Any]:  # no
 
 
 def _resize(layer: Any, shape: dict[str, int]) -> None:  # noqa: ANN401
-    """Replace the projections of a dense block by ones of the pruned shape."""
+    """Replaces the projections of a dense block by projections of the pruned shape."""
     query, key = (shape[name] * layer.self_attn.head_dim for name in ("num_attention_heads", "num_key_value_heads"))
     channels, hidden = shape["intermediate_size"], layer.mlp.down_proj.out_features
     for name, n_out, n_in in (

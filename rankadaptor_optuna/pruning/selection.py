@@ -1,4 +1,4 @@
-"""Which units to remove: the least important, until a given share of all block parameters is gone."""
+"""Selects the units to keep: the least important are removed until the ratio is met."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rankadaptor_optuna.pruning.structure import LayerShape
 
 @dataclass(frozen=True)
 class Costs:
-    """What there is to remove, in parameters.
+    """Sizes in parameters.
 
     Attributes:
-        head: Parameters of one key-value head with its query heads.
-        channel: Parameters of one MLP channel.
-        total: Parameters of all transformer blocks, kept ones too.
+        head: One key-value head with its query heads.
+        channel: One MLP channel.
+        total: All transformer blocks, including those that stay whole.
     """
 
     head: int
@@ -28,10 +28,10 @@ class Costs:
 
 
 def chunk_sizes(channels: int, multiple_of: int) -> list[int]:
-    """Cut a layer's channels into the portions in which they go, the one that always stays left out.
+    """Returns the sizes of the portions in which a layer's channels are removed, in order.
 
-    Whatever goes, the width left is a multiple of `multiple_of`. For a layer narrower than that, the largest
-    proper divisor of its width takes its place.
+    After each portion the width is a multiple of `multiple_of`, or, in a layer narrower than `multiple_of`, of the
+    largest proper divisor of the layer's width. The last portion of the width always stays and is not listed.
     """
     if channels < multiple_of:
         multiple_of = next(size for size in range(max(1, channels // 2), 0, -1) if channels % size == 0)
@@ -40,22 +40,22 @@ def chunk_sizes(channels: int, multiple_of: int) -> list[int]:
 
 
 def largest_removable(shape: LayerShape, costs: Costs, multiple_of: int) -> int:
-    """Most parameters that can go from a layer, which keeps a head and a portion of channels."""
+    """Returns the most parameters that a layer can lose; it keeps one head and one portion of channels."""
     channels = sum(chunk_sizes(shape.channels, multiple_of))
     return (shape.heads - 1) * costs.head + channels * costs.channel
 
 
 def check_reachable(ratio: float, removable: int, costs: Costs, n_layers: int) -> None:
-    """Check that a ratio can be reached.
+    """Checks that a ratio can be reached.
 
     Args:
         ratio: Share of `costs.total` to remove.
-        removable: Parameters that can go (`largest_removable` of all layers).
-        costs: What there is.
-        n_layers: How many layers may be pruned, for the message.
+        removable: Parameters that can be removed (`largest_removable` of all layers).
+        costs: Sizes.
+        n_layers: Number of layers that may be pruned, for the message.
 
     Raises:
-        ValueError: It cannot; the message says which can.
+        ValueError: The ratio is too large; the message gives the largest possible one.
     """
     if ratio * costs.total > removable:
         largest = math.floor(removable / costs.total * 1e4) / 1e4
@@ -74,26 +74,26 @@ def select_kept(
     multiple_of: int,
     local: bool = False,
 ) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Rank the units and keep the most important ones.
+    """Ranks the units and selects the most important ones.
 
-    Heads and channels are ranked apart, as LLM-Pruner's global pruning does, and lose about the same share.
-    Heads are coarse: as many go as is nearest to that share; the channels make up the rest, in portions of
-    `multiple_of` so that widths stay multiples of it. Every layer keeps a head and a portion of channels.
+    Heads and channels are ranked separately, as in LLM-Pruner's global pruning, and lose about the same share. Heads
+    are coarse: their number removed is the nearest to this share, and channels make up for the difference, in portions
+    of `multiple_of`, so that widths stay multiples of it. Every layer keeps one head and one portion of channels.
 
     Args:
         heads: By layer, the importance of each head.
         channels: By layer, the importance of each channel.
         ratio: Share of `costs.total` to remove.
-        costs: Parameters of the units and of all blocks.
+        costs: Sizes of the units and of all blocks.
         multiple_of: Widths are multiples of this.
-        local: Rank within each layer, so that all lose the same share, to within one head and one portion of
-            channels. Default: all layers together.
+        local: Whether to rank within each layer, so that all lose the same share, to within one head and one portion
+            of channels. Default: rank all layers together.
 
     Returns:
         By layer, the heads and the channels to keep, in rising order.
 
     Raises:
-        ValueError: More is asked than can go; the message says how much can.
+        ValueError: The ratio is too large; the message gives the largest possible one.
     """
     shapes = [LayerShape(len(heads[layer]), len(channels[layer])) for layer in heads]
     removable = sum(largest_removable(shape, costs, multiple_of) for shape in shapes)
@@ -115,9 +115,9 @@ def select_kept(
 def _drop_lowest(importance: Mapping[int, torch.Tensor], n_gone: int, local: bool) -> dict[int, list[int]]:
     kept = {layer: list(range(len(values))) for layer, values in importance.items()}
     ranking = sorted(
-        (turn / len(values) if local else 0.0, float(values[unit]), layer, int(unit))
+        (rank / len(values) if local else 0.0, float(values[unit]), layer, int(unit))
         for layer, values in importance.items()
-        for turn, unit in enumerate(torch.argsort(values, stable=True))
+        for rank, unit in enumerate(torch.argsort(values, stable=True))
     )
     for _, _, layer, unit in ranking:
         if n_gone > 0 and len(kept[layer]) > 1:
@@ -129,14 +129,14 @@ def _drop_lowest(importance: Mapping[int, torch.Tensor], n_gone: int, local: boo
 def _drop_portions(
     importance: Mapping[int, torch.Tensor], n_gone: float, multiple_of: int, local: bool
 ) -> dict[int, list[int]]:
-    """Drop portions of channels, lowest mean importance first, until about `n_gone` channels are gone."""
+    """Drops portions of channels, lowest mean importance first, until about `n_gone` channels are gone."""
     portions: list[tuple[float, float, int, int]] = []
     order: dict[int, torch.Tensor] = {}
     for layer, values in importance.items():
         order[layer] = torch.argsort(values, stable=True)
         start, mean = 0, 0.0
         for size in chunk_sizes(len(values), multiple_of):
-            # Channels rise along the order; despite rounding so must the means, for portions to go in turn.
+            # portions of a layer must be removed in order, so their means must not fall through rounding
             mean = max(mean, float(values[order[layer][start : start + size]].double().mean()))
             portions.append((start / len(values) if local else 0.0, mean, layer, size))
             start += size
@@ -150,6 +150,6 @@ def _drop_portions(
 
 
 def nearest(sizes: Sequence[int], target: float) -> int:
-    """How many of the first sizes add up to nearest the target."""
+    """Returns how many of the first sizes have the sum nearest to the target."""
     sums = list(accumulate(sizes, initial=0))
     return min(range(len(sums)), key=lambda n: abs(sums[n] - target))

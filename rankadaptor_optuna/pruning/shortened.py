@@ -1,4 +1,4 @@
-"""Depth pruning: whole blocks removed, as Shortened LLaMA does (arXiv 2402.02834)."""
+"""Depth pruning: removes whole blocks, as Shortened LLaMA does (arXiv 2402.02834)."""
 
 from __future__ import annotations
 
@@ -23,55 +23,55 @@ def block_importance(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[int, float]:
-    """Scores whole transformer blocks.
+    """Scores whole transformer blocks by the criteria of Shortened LLaMA.
 
     * `"ppl"`: the calibration loss (log perplexity) of the model without the block;
     * `"taylor"`: the sum of |w g| over the block's projections, g being the gradient of the mean calibration loss;
-    * `"magnitude"`: the sum of |w| over them;
+    * `"magnitude"`: the sum of |w| over the block's projections;
     * `"random"`: a random number.
 
     Args:
-        model: A LLaMA-like causal language model; it is left as it was.
+        model: A LLaMA-like causal language model; it is not changed.
         samples: Token ids, (samples, tokens).
-        layers: Which blocks to score, by index.
-        criterion: See above.
-        seed: Of "random".
+        layers: Indices of the blocks to score.
+        criterion: One of the criteria above.
+        seed: Seed of `"random"`.
         progress: Called with (blocks done, blocks in all).
 
     Returns:
-        Importance by layer; the lowest goes first.
+        Importance by layer; the least important block is removed first.
 
     Raises:
-        ValueError: The token ids do not fit the model, or what is measured is not finite.
+        ValueError: A token id is outside the model's vocabulary, or a loss or gradient is not finite.
     """
     if criterion == "random":
         values = torch.rand(len(layers), generator=torch.Generator().manual_seed(seed)).tolist()
         return dict(zip(layers, values, strict=True))
     blocks = transformer_layers(model)
     names = [f"{name}.weight" for name in PROJECTION_NAMES]
-    found: dict[int, float] = {}
+    importance: dict[int, float] = {}
 
     def score(layer: int, gradients: Mapping[str, Gradient] | None) -> None:
-        found[layer] = 0.0
+        importance[layer] = 0.0
         for name in names:
-            how, gradient = ("l1", None) if gradients is None else ("param_first", gradients[name])
-            found[layer] += float(parameter_importance(how, blocks[layer].get_parameter(name), gradient).sum())
+            term, gradient = ("l1", None) if gradients is None else ("param_first", gradients[name])
+            importance[layer] += float(parameter_importance(term, blocks[layer].get_parameter(name), gradient).sum())
 
     if criterion == "magnitude":
         for layer in layers:
             score(layer, None)
-        return found
+        return importance
     with evaluation_mode(model):
         stream = BlockStream(model, samples)
         if criterion == "taylor":
             Gradients(stream, progress=progress).walk(dict.fromkeys(layers, names), score)
-            return found
+            return importance
         return _losses_without(stream, layers, progress)
 
 
 @torch.no_grad()
 def _losses_without(stream: BlockStream, layers: Sequence[int], progress: Progress | None) -> dict[int, float]:
-    """Mean loss without each block in turn; what comes before the block is computed once for all."""
+    """Returns the mean loss without each block in turn; the blocks before it run once for all."""
     losses: dict[int, float] = {}
     hidden = stream.embed()
     for index in range(max(layers) + 1):
@@ -89,10 +89,10 @@ def _losses_without(stream: BlockStream, layers: Sequence[int], progress: Progre
 
 
 def select_blocks(importance: Mapping[int, float], *, ratio: float, n_layers: int) -> list[int]:
-    """Blocks to keep when the least important go: as many as come nearest to a share of all blocks.
+    """Selects the blocks to keep: the least important are removed, as many as come nearest to the ratio.
 
     Args:
-        importance: Of the blocks that may go, by layer.
+        importance: Importance of the blocks that may be removed, by layer.
         ratio: Share of all blocks to remove.
         n_layers: Number of all blocks.
 
@@ -100,7 +100,7 @@ def select_blocks(importance: Mapping[int, float], *, ratio: float, n_layers: in
         Layers to keep, in rising order.
 
     Raises:
-        ValueError: No block would go, or more than may; the message says which ratios are possible.
+        ValueError: The ratio amounts to no block, or to more than may be removed; the message gives the possible range.
     """
     n_gone = round(ratio * n_layers)
     if not 1 <= n_gone <= len(importance):

@@ -1,4 +1,4 @@
-"""A model run block by block over calibration samples, so that no more than one block's work is held at a time."""
+"""Runs a model block by block over calibration samples, so that the device holds the work of one block at a time."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rankadaptor_optuna.pruning.structure import transformer_layers
 class BlockStream:
     """The transformer blocks of a LLaMA-like model, called one at a time.
 
-    Hidden states wait on the CPU, one tensor of shape (1, tokens, hidden) per sample, and visit a block's device only
-    while that block runs: what a method keeps besides the model itself grows with one block, not with the depth.
+    Hidden states are kept on the CPU, one tensor of shape (1, tokens, hidden) per sample, and are on a block's device
+    only while this block runs. Device memory beside the model therefore grows with one block, not with the depth.
 
     Args:
         model: A causal language model in evaluation mode.
-        samples: Token ids, (samples, tokens); all of one length, so that all share the arguments of the blocks.
+        samples: Token ids, (samples, tokens). All have one length, so all share the arguments of the blocks.
 
     Attributes:
         samples: As given.
         layers: The blocks, first to last.
 
     Raises:
-        ValueError: The token ids do not fit the model, or it is not LLaMA-like.
+        ValueError: A token id is outside the model's vocabulary, or the model is not LLaMA-like.
     """
 
     def __init__(self, model: nn.Module, samples: torch.Tensor) -> None:
@@ -39,17 +39,17 @@ class BlockStream:
                 f"the tokenizer gave token id {int(samples.max())}, but the model knows {vocabulary} tokens: "
                 "pass the model's own tokenizer"
             )
-        self._arguments = self._record()
+        self._arguments = self._record_arguments()
 
     @torch.no_grad()
-    def _record(self) -> list[dict[str, Any]]:
-        """What the model hands to each block beside the hidden states: the same for all samples of a length."""
+    def _record_arguments(self) -> list[dict[str, Any]]:
+        """Records the keyword arguments of each block (mask, positions, ...), equal for all samples of one length."""
         recorded: list[dict[str, Any]] = []
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recorded.append(kwargs)
 
-        hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in self.layers]
+        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
         try:
             self._model.model(input_ids=self._ids(0), use_cache=False)  # type: ignore[operator]
         finally:
@@ -61,22 +61,22 @@ class BlockStream:
         return self.samples[sample].unsqueeze(0).to(self._model.get_parameter("model.embed_tokens.weight").device)
 
     def embed(self) -> list[torch.Tensor]:
-        """Hidden states that enter the first block, by sample; they carry gradients where those are enabled."""
+        """Returns the inputs of the first block by sample, with gradients if these are enabled."""
         embedding = self._model.get_submodule("model.embed_tokens")
         return [embedding(self._ids(i)).cpu() for i in range(len(self.samples))]
 
     def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Sends one sample's hidden states through a block; the result stays on the block's device."""
+        """Runs a block on one sample's hidden states; the result stays on the block's device."""
         device = next(self.layers[index].parameters()).device
         return self.layers[index](hidden.to(device), **self._arguments[index])
 
     @torch.no_grad()
     def advance(self, index: int, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Sends all samples through a block: the inputs of the next one."""
+        """Runs a block on all samples and returns the inputs of the next block, on the CPU."""
         return [self.run(index, h).cpu() for h in hidden]
 
     def loss(self, sample: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Mean next-token loss of a sample from what leaves the last block."""
+        """Returns the mean next-token loss of a sample, given the output of the last block."""
         norm, head = self._model.get_submodule("model.norm"), self._model.get_submodule("lm_head")
         hidden = norm(hidden.to(next(norm.parameters()).device))
         logits = head(hidden.to(next(head.parameters()).device))[0, :-1].float()

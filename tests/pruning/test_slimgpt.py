@@ -39,7 +39,7 @@ def best_without(weight, damped, gone):
 def test_compensation_is_the_least_squares_solution_over_the_columns_left(problem):
     weight, _, hessian, damped = problem
     surgeon = _Surgeon(weight, hessian, 0.01)
-    left = surgeon.prune(24, 9, 1)
+    left = surgeon.remove_units(24, 9, 1)
     gone = sorted(set(range(24)) - set(left))
     assert len(gone) == 9
     torch.testing.assert_close(surgeon.weight, best_without(weight, damped, gone)[0])
@@ -56,7 +56,7 @@ def test_the_error_of_a_unit_is_what_is_left_after_the_others_made_up_for_it(pro
 
 def test_heads_go_one_by_one_each_the_cheapest_of_those_left(problem):
     weight, _, hessian, damped = problem
-    left = _Surgeon(weight, hessian, 0.01).prune(6, 3, 4)
+    left = _Surgeon(weight, hessian, 0.01).remove_units(6, 3, 4)
     gone = []
     for _ in range(3):
         candidates = [unit for unit in range(6) if unit not in gone]
@@ -68,7 +68,7 @@ def test_heads_go_one_by_one_each_the_cheapest_of_those_left(problem):
 def test_compensation_makes_the_output_error_smaller(problem):
     weight, inputs, hessian, _ = problem
     surgeon = _Surgeon(weight, hessian, 0.01)
-    left = surgeon.prune(24, 6, 1)
+    left = surgeon.remove_units(24, 6, 1)
     cut = weight.clone()
     cut[:, sorted(set(range(24)) - set(left))] = 0
     error = {name: (inputs @ (w - weight).T).square().sum() for name, w in (("cut", cut), ("made up", surgeon.weight))}
