@@ -34,8 +34,9 @@ from scipy import stats
 
 from benchmarks.report import FOLDER, check, interval, show, write
 from benchmarks.speed.pruning import data_folder
-from rankadaptor_optuna.jobs.compare import METHODS, OURS, UNIFORM, Row, alike, compare
+from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.recipe import PRESETS, Recipe
+from rankadaptor_optuna.jobs.results import METHODS, OURS, UNIFORM, Row, alike
 from rankadaptor_optuna.jobs.search import search
 from rankadaptor_optuna.jobs.settings import Data, Pruning
 from rankadaptor_optuna.recovery.models import cache_dir, quiet
@@ -148,7 +149,7 @@ def run_block(block: str, recipe: Recipe, size: Size, folder: Path, tasks: Seque
             include_path=str(data / "tasks"),
             limit=size.items,
             say=say,
-        )
+        ).rows
 
 
 def finished_block(block: str, size: Size, file: Path) -> list[Row]:
@@ -158,7 +159,7 @@ def finished_block(block: str, size: Size, file: Path) -> list[Row]:
         return []
     names = {field.name for field in fields(Row)}
     those = [measured for measured in found["measured"] if measured["block"] == block]
-    return [Row(**{name: measured[name] for name in names}) for measured in those]
+    return [Row(**{name: measured[name] for name in names & measured.keys()}) for measured in those]
 
 
 def averages(row: Row) -> list[float]:

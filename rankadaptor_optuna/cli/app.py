@@ -292,7 +292,7 @@ def _compare(args: argparse.Namespace) -> None:
 
     quiet()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    rows = compare(
+    comparison = compare(
         args.storage,
         args.study,
         args.out,
@@ -303,40 +303,26 @@ def _compare(args: argparse.Namespace) -> None:
         limit=args.limit,
         say=lambda line: print(line, flush=True),
     )
-    print(f"\n{as_text(table(rows))}\n\nMarkdown, JSON and picture: {args.out}")
+    print(f"\n{as_text(table(comparison.rows))}\n\nMarkdown, JSON and picture: {args.out}")
 
 
 def _prune(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    from rankadaptor_optuna.jobs.prune import prune_checkpoint
+    from rankadaptor_optuna.recovery.models import quiet
 
-    from rankadaptor_optuna.pruning import llm_pruner_preset, prune
-    from rankadaptor_optuna.pruning.checkpoint import check_prunable, check_save_path
-    from rankadaptor_optuna.recovery.models import load_model, quiet
-
-    check_save_path(args.out)
     quiet()
-    model, tokenizer = load_model(None if args.model == "embedded" else args.model, args.dtype)
-    check_prunable(model)
-    options = llm_pruner_preset(model.config.num_hidden_layers) if args.preset else {}
     given = {k: v for k, v in vars(args).items() if v is not None}
-    options |= {k: v for k, v in given.items() if k not in ("command", "run", "model", "out", "preset", "dtype")}
-    with tqdm(desc="calibration", leave=False, dynamic_ncols=True) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        pruned = prune(model, tokenizer, progress=progress, **options)
-    pruned.save(args.out, tokenizer)
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, pruned.model))
+    options = {k: v for k, v in given.items() if k not in ("command", "run", "model", "out", "preset", "dtype")}
+    found = prune_checkpoint(args.model, args.out, options, preset=args.preset is not None, dtype=args.dtype)
+    pruned = found.pruned
     print("layer  removed: heads  channels  parameters  importance")
     for layer in pruned.profile:
         shares = (layer.heads_removed, layer.channels_removed, layer.parameters_removed, layer.importance_removed)
         cells = (f"{share:>{width}.1%}" for share, width in zip(shares, (14, 8, 10, 10), strict=True))
         print(f"{layer.layer:5}  " + "  ".join(cells))
     print(
-        f"Removed {pruned.parameters_removed:.2%} of the blocks' parameters ({options.get('ratio', 0.25):.2%} asked), "
-        f"{pruned.total_parameters_removed:.2%} of all: {before:,} -> {after:,}."
+        f"Removed {pruned.parameters_removed:.2%} of the blocks' parameters ({found.ratio:.2%} asked), "
+        f"{pruned.total_parameters_removed:.2%} of all: {found.parameters_before:,} -> {found.parameters_after:,}."
     )
     print(f"Saved to {args.out} as {type(pruned.model).__name__}.")
 
@@ -364,8 +350,8 @@ def _meta_train(args: argparse.Namespace) -> None:
     from rankadaptor_optuna.views.priors import card_text
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    version, prior = train_prior(args.storage, args.name, args.study, say=lambda line: print(line, flush=True))
-    print(f"{card_text(prior)}\nStored as {version}: RankAdaptorSampler(prior='db:{version.name}')")
+    found = train_prior(args.storage, args.name, args.study, say=lambda line: print(line, flush=True))
+    print(f"{card_text(found.prior)}\nStored as {found.version}: RankAdaptorSampler(prior='db:{found.version.name}')")
 
 
 def _priors(args: argparse.Namespace) -> None:
@@ -389,9 +375,14 @@ def _priors(args: argparse.Namespace) -> None:
         print(as_text(priors_view.versions_table(args.storage)))
     elif args.action == "prune":
         name = None if args.prior is None else parse_reference(args.prior)[0]
-        print(priors_job.prune_versions(args.storage, args.keep, name))
+        removed = priors_job.prune_versions(args.storage, args.keep, name)
+        print(f"Removed {', '.join(map(str, removed)) or 'nothing'}.")
     else:
-        print(priors_job.collect_unused(args.storage))
+        gone = priors_job.collect_unused(args.storage)
+        print(
+            f"Forgot the uses of {len(gone.studies)} deleted studies{': ' if gone.studies else ''}"
+            f"{', '.join(gone.studies)}. Removed {', '.join(map(str, gone.versions)) or 'no version'}."
+        )
 
 
 def _dashboard(args: argparse.Namespace) -> None:

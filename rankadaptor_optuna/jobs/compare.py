@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,22 @@ import numpy as np
 import optuna
 
 from rankadaptor_optuna.jobs.output import Results, bar, check_output_folder, write_text
+from rankadaptor_optuna.jobs.results import (
+    BUDGET_TOLERANCE,
+    METHODS,
+    NONE,
+    OURS,
+    UNIFORM,
+    UNTRAINED,
+    Comparison,
+    Row,
+    alike,
+)
 from rankadaptor_optuna.jobs.search import stored_recipe
 from rankadaptor_optuna.objective import RecoveryObjective, examples_of
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.evaluate import block_losses
+from rankadaptor_optuna.recovery.models import n_parameters
 from rankadaptor_optuna.recovery.references import (
     adalora,
     adapter_parameters,
@@ -36,32 +47,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-NONE, UNIFORM, OURS = "no recovery", "LoRA, uniform", "RankAdaptor"
-METHODS = (NONE, UNIFORM, "AdaLoRA", "EVA", "Fisher-proportional", OURS)
-_TOLERANCE = 1.005  # of the budget, for methods that meet it only by trying
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to recover.
-
-    Attributes:
-        method: Its name, one of ``METHODS``.
-        losses: Held-out loss by fresh seed, nats per target.
-        accuracies: Accuracy by task and fresh seed.
-        scores: What the search optimised (margin or accuracy) by fresh seed, on other items than it saw; empty where
-            that was the loss.
-        parameters: Trainable parameters in use at the end, the most of any seed.
-        seconds: Mean wall time of the training.
-    """
-
-    method: str
-    losses: list[float]
-    accuracies: dict[str, list[float]]
-    scores: dict[str, list[float]]
-    parameters: int
-    seconds: float
-
 
 def compare(
     storage: str,
@@ -74,7 +59,7 @@ def compare(
     include_path: str | None = None,
     limit: int | None = None,
     say: Callable[[str], None] = print,
-) -> list[Row]:
+) -> Comparison:
     """Recovers with the recommended ranks and with the references, on fresh seeds, and writes a table and a picture.
 
     All train on the same data in the same order with the recipe's settings, and are scored on data, and items of tasks,
@@ -93,7 +78,7 @@ def compare(
         say: Receives one line for each step.
 
     Returns:
-        One row per method, in the order of ``METHODS``.
+        One row per method, in the order of ``METHODS``, and their paired differences.
 
     Raises:
         ValueError: There is no such study or task, or ``out`` belongs to other settings.
@@ -130,27 +115,28 @@ def compare(
             "loss": float(block_losses(adapted, report).mean()),
             "accuracies": {score.task: score.accuracy for score in scores},
             "parameters": adapter_parameters(adapted),
+            "total_parameters": n_parameters(adapted),
         }
 
     rows = []
+    fresh = tuple(1000 * (recipe.seed + 1) + i for i in range(seeds))
     for method in METHODS:
-        say(f"{method}: {seeds if method != NONE else 1} x {job.training.steps} steps")
+        say(f"{method}: {seeds if method not in UNTRAINED else 1} x {job.training.steps} steps")
         measured = []
-        for i in range(1 if method == NONE else seeds):
-            seed = 1000 * (recipe.seed + 1) + i
+        for seed in fresh[: 1 if method in UNTRAINED else None]:
             run = partial(_recover_and_measure, method, job, found.ranks, seed, measure)
             measured.append(results.get(f"{method}, seed {seed}", run))
         rows.append(_row(method, measured))
-    over = [row.method for row in rows if row.parameters > _TOLERANCE * (job.space.budget or math.inf)]
-    if over:
-        say(f"Over the budget of {job.space.budget:,.0f} parameters: {', '.join(over)}")
+    comparison = Comparison(rows, settings, job.space.budget, fresh, found.ranks, job.space.uniform(), out)
+    if comparison.over_budget:
+        say(f"Over the budget of {job.space.budget:,.0f} parameters: {', '.join(comparison.over_budget)}")
     lines = table(rows)
     write_text(out / "compare.json", json.dumps({"settings": settings, "rows": [vars(r) for r in rows]}, indent=1))
     said = verdict(rows)
     write_text(out / "compare.md", as_markdown(lines) + "\n\n" + said + "\n")
     figure(rows).savefig(out / "compare.png", dpi=120)
     say(said)
-    return rows
+    return comparison
 
 
 def _recover_and_measure(
@@ -158,7 +144,7 @@ def _recover_and_measure(
 ) -> dict[str, Any]:
     if method == NONE:
         return {**measure(job.model), "seconds": 0.0}
-    budget = (job.space.budget or math.inf) * _TOLERANCE
+    budget = (job.space.budget or math.inf) * BUDGET_TOLERANCE
     rank = next(iter(job.space.uniform().values()))
     while True:
         with bar(method, job.training.steps) as shown:
@@ -216,6 +202,7 @@ def _row(method: str, measured: list[dict[str, Any]]) -> Row:
         {metric: [m["scores"][metric] for m in measured] for metric in measured[0]["scores"]},
         max(m["parameters"] for m in measured),
         float(np.mean([m["seconds"] for m in measured])),
+        max(m.get("total_parameters", 0) for m in measured),
     )
 
 
@@ -264,11 +251,6 @@ def verdict(rows: Sequence[Row]) -> str:
             said.append(_told(difference, method, metric, each))
         found += f" By the {metric} that was searched on it is {'; '.join(said)}."
     return found
-
-
-def alike(differences: NDArray[np.float64]) -> bool:
-    """Whether all seeds differ by the same, as coarse scores may: there is no spread to make an interval of."""
-    return bool(np.ptp(differences) < 1e-9)
 
 
 def _told(gains: NDArray[np.float64], method: str, what: str, each: Sequence[str]) -> str:

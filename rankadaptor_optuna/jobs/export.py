@@ -12,6 +12,7 @@ import optuna
 
 from rankadaptor_optuna.jobs.output import bar, write_text
 from rankadaptor_optuna.jobs.recipe import Recipe
+from rankadaptor_optuna.jobs.results import Exported
 from rankadaptor_optuna.jobs.search import stored_recipe
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.studies.recommendation import Recommendation, recommend
@@ -28,7 +29,7 @@ def export(
     seed: int | None = None,
     merge: bool = False,
     say: Callable[[str], None] = print,
-) -> Recommendation:
+) -> Exported:
     """Trains the recommended configuration of a study and writes it.
 
     In ``out``: ``adapter/`` (PEFT), ``rank_pattern.json`` (arguments of ``peft.LoraConfig``), ``README.md`` (a model
@@ -80,7 +81,7 @@ def export(
     if merge:
         save_pruned(PeftModel.from_pretrained(job.model, out / "adapter").merge_and_unload(), out / "merged", tokenizer)
     say(f"Held-out loss {loss:.4f} nats/token, {before:.4f} without recovery.")
-    return found
+    return Exported(found, recipe, study_name, masked(storage), loss, before, out)
 
 
 def _card(study: str, storage: str, recipe: Recipe, found: Recommendation, loss: float, before: float) -> str:

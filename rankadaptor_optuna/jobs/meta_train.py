@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from tqdm import tqdm
 
 from rankadaptor_optuna.database import masked
+from rankadaptor_optuna.jobs.results import TrainedPrior
 from rankadaptor_optuna.priors.meta import MAX_EPOCHS, meta_train
-from rankadaptor_optuna.priors.store import PriorStore, Version, parse_reference
+from rankadaptor_optuna.priors.store import PriorStore, parse_reference
 from rankadaptor_optuna.studies.tasks import MIN_TRIALS, read_tasks
-from rankadaptor_optuna.surrogate.prior import Prior
 
 
 def train_prior(
@@ -21,7 +21,7 @@ def train_prior(
     min_trials: int = MIN_TRIALS,
     seed: int = 0,
     say: Callable[[str], None] = print,
-) -> tuple[Version, Prior]:
+) -> TrainedPrior:
     """Learns a prior from the studies of a shared database, and adds it there as the next version of ``name``.
 
     Args:
@@ -50,4 +50,4 @@ def train_prior(
             bar.update()
 
         prior = meta_train(tasks, seed=seed, progress=progress)
-    return PriorStore(storage_url).add(name, prior), prior
+    return TrainedPrior(PriorStore(storage_url).add(name, prior), prior, len(tasks), reasons)

@@ -19,12 +19,13 @@ from rankadaptor_optuna.attributes import RECIPE_ATTR
 from rankadaptor_optuna.jobs.output import bar, check_output_folder, write_text
 from rankadaptor_optuna.jobs.priors import read_prior
 from rankadaptor_optuna.jobs.recipe import Recipe
+from rankadaptor_optuna.jobs.results import SearchResult
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.priors.choice import OnBadPrior
 from rankadaptor_optuna.recovery.processes import join, main_first, place
 from rankadaptor_optuna.sampling.history import verification_seed
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
-from rankadaptor_optuna.studies.recommendation import Recommendation, recommend
+from rankadaptor_optuna.studies.recommendation import recommend
 from rankadaptor_optuna.studies.storage import check_recipe, create_study, masked, open_storage
 
 
@@ -138,7 +139,7 @@ def search(
     prior: str | None = "pretrained",
     on_bad_prior: OnBadPrior = "raise",
     say: Callable[[str], None] = print,
-) -> Recommendation:
+) -> SearchResult:
     """Prunes the model if it is dense, searches ranks up to a number of trials, and recommends.
 
     Run again with the same settings it goes on; any number of workers may share ``storage`` and ``study_name``. One
@@ -170,7 +171,7 @@ def search(
         shared = open_shared(storage, study_name, settings)
         if prior is not None and on_bad_prior == "raise":
             read_prior(prior, storage)  # before there is any work to lose
-        folder = out / "pruned"
+        folder, pruned = out / "pruned", None
         if folder.exists():
             model, tokenizer = recipe.open_model(folder)
             job = recipe.objective(model, tokenizer)
@@ -201,7 +202,7 @@ def search(
         study.set_metric_names([job.metric])
     if place()[0] != 0:
         job.follow()
-        return recommend(study)
+        return SearchResult(study, study_name, url, recipe, job.space, recommend(study), pruned, out)
     say(f"Study {study_name!r} in {masked(url)}: {trials} trials, {job.space!r}")
     try:
         run_trials(study, job, trials, shared=storage is not None)
@@ -217,4 +218,4 @@ def search(
     }
     write_text(out / "recommendation.json", json.dumps(answer, indent=1))
     say(found.evidence.statement)
-    return found
+    return SearchResult(study, study_name, url, recipe, job.space, found, pruned, out)

@@ -143,6 +143,11 @@ def load_model(
     return model, tokenizer
 
 
+def n_parameters(model: Any) -> int:  # noqa: ANN401
+    """Number of parameters of a model; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def quiet() -> None:
     """Leaves the screen to our own progress bars: transformers shows none, and errors only."""
     import transformers

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from rankadaptor_optuna.jobs import compare as compare_module
-from rankadaptor_optuna.jobs.compare import METHODS, Row
+from rankadaptor_optuna.jobs.results import METHODS, Row
 from rankadaptor_optuna.recovery.train import TrainingConfig
 
 

@@ -88,5 +88,6 @@ def test_a_prior_is_learned_and_stored_on_every_database(url: str) -> None:
         sampler = RankAdaptorSampler(space, prior=None, seed=seed)
         study = create_study(storage=url, study_name=f"s{seed}", space=space, sampler=sampler)
         study.optimize(lambda trial, space=space: sum(r * i for i, r in space.suggest(trial).items()), n_trials=10)
-    version, prior = train_prior(url, "mine", say=lambda _: None)
+    found = train_prior(url, "mine", say=lambda _: None)
+    version, prior = found.version, found.prior
     assert PriorStore(url).load(*version).checksum == prior.checksum

@@ -37,12 +37,12 @@ def recipe(model, tokenizer, texts, tmp_path):
 def searched(recipe, tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     found = search(recipe, tmp_path / "out", trials=4, storage=url, say=lambda line: None)
-    return url, tmp_path / "out" / "pruned", found
+    return url, tmp_path / "out" / "pruned", found.recommendation
 
 
 def test_every_method_recovers_within_the_budget_on_fresh_seeds_and_unseen_text(searched, recipe, tokenizer, tmp_path):
     url, pruned, found = searched
-    rows = compare(url, "search", tmp_path / "c", pruned=pruned, say=lambda line: None)
+    rows = compare(url, "search", tmp_path / "c", pruned=pruned, say=lambda line: None).rows
     assert [row.method for row in rows] == list(METHODS)
     by = {row.method: row for row in rows}
     model, _, _ = Recipe.from_dict(recipe.to_dict() | {"model": str(pruned)}).read_model()
@@ -67,7 +67,7 @@ def test_it_goes_on_where_it_stopped_and_writes_table_and_picture(searched, tmp_
     markdown = (tmp_path / "c" / "compare.md").read_text()
     assert all(f"| {method} |" in markdown for method in METHODS)
     stored = json.loads((tmp_path / "c" / "compare.json").read_text())
-    assert stored["rows"][-1]["losses"] == first[-1].losses
+    assert stored["rows"][-1]["losses"] == first.rows[-1].losses
 
 
 def test_tasks_given_are_columns_scored_on_items_to_report_on(searched, tmp_path, local_task, monkeypatch):
@@ -80,7 +80,7 @@ def test_tasks_given_are_columns_scored_on_items_to_report_on(searched, tmp_path
         lambda self, *a, **kw: parts.append((kw["part"], kw["limit"])) or real(self, *a, **kw),
     )
     options = {"tasks": ["facts"], "include_path": str(local_task), "limit": 4}
-    rows = compare(url, "search", tmp_path / "c", pruned=pruned, seeds=2, say=lambda line: None, **options)
+    rows = compare(url, "search", tmp_path / "c", pruned=pruned, seeds=2, say=lambda line: None, **options).rows
     assert parts == [("report", 4)]
     assert set(rows[-1].accuracies) == {"facts"}
     assert len(rows[-1].accuracies["facts"]) == 2
@@ -92,7 +92,7 @@ def test_the_recipes_tasks_and_its_metric_are_compared_by_default(recipe, tmp_pa
     evaluation = Evaluation(("facts",), "margin", limit=4, report_limit=6, include_path=str(local_task))
     search(replace(recipe, evaluation=evaluation), tmp_path / "out", trials=3, storage=url, say=lambda line: None)
     said = []
-    rows = compare(url, "search", tmp_path / "c", pruned=tmp_path / "out" / "pruned", seeds=2, say=said.append)
+    rows = compare(url, "search", tmp_path / "c", pruned=tmp_path / "out" / "pruned", seeds=2, say=said.append).rows
     assert set(rows[-1].accuracies) == {"facts"}
     assert len(rows[-1].scores["margin"]) == 2
     assert "margin" in table(rows)[0]

@@ -33,7 +33,7 @@ def searched(model, tokenizer, texts, tmp_path):
     )
     url = f"sqlite:///{tmp_path / 'study.db'}"
     found = search(recipe, tmp_path / "out", trials=4, storage=url, say=lambda line: None)
-    return url, tmp_path / "out", found
+    return url, tmp_path / "out", found.recommendation
 
 
 def adapters(model):
@@ -43,7 +43,7 @@ def adapters(model):
 def test_the_adapter_the_merged_model_and_the_pattern_agree(searched, tmp_path, ids):
     url, out, found = searched
     folder = tmp_path / "export"
-    assert export(url, "search", folder, pruned=out / "pruned", merge=True).ranks == found.ranks
+    assert export(url, "search", folder, pruned=out / "pruned", merge=True).recommendation.ranks == found.ranks
     adapted = PeftModel.from_pretrained(load_pruned(out / "pruned"), folder / "adapter").eval()
     merged = load_pruned(folder / "merged")
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
@@ -62,7 +62,7 @@ def test_one_alpha_for_all_layers_is_trained_recommended_and_written(searched, t
     recipe = Recipe.from_dict(json.loads((out / "settings.json").read_text()))
     recipe = replace(recipe, lora=replace(recipe.lora, alpha=6))
     url = f"sqlite:///{tmp_path / 'fixed.db'}"
-    found = search(recipe, tmp_path / "fixed", trials=2, storage=url, say=lambda line: None)
+    found = search(recipe, tmp_path / "fixed", trials=2, storage=url, say=lambda line: None).recommendation
     assert set(found.alpha_pattern.values()) == {6}
     assert json.loads((tmp_path / "fixed" / "recommendation.json").read_text())["alpha_pattern"] == found.alpha_pattern
     export(url, "search", tmp_path / "export", pruned=out / "pruned")

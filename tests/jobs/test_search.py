@@ -46,7 +46,7 @@ def complete(url, name="search"):
 
 def test_search_prunes_searches_and_writes_the_answer_then_goes_on(recipe, tmp_path):
     out, said = tmp_path / "out", []
-    found = search(recipe, out, trials=3, say=said.append)
+    found = search(recipe, out, trials=3, say=said.append).recommendation
     answer = json.loads((out / "recommendation.json").read_text())
     assert answer["ranks"] == {str(layer): rank for layer, rank in found.ranks.items()}
     assert answer["rank_pattern"] == found.rank_pattern
@@ -130,15 +130,15 @@ def test_whole_blocks_away_every_layer_left_is_searched_compared_and_exported(va
     }
     url, out = f"sqlite:///{tmp_path / 'study.db'}", tmp_path / "out"
     found = search(Recipe.from_dict(values), out, trials=3, storage=url, say=lambda line: None)
-    assert list(found.ranks) == [*range(6)]
+    assert list(found.recommendation.ranks) == [*range(6)]
     assert len(load_pruned(out / "pruned").model.layers) == 6
-    rows = compare(url, "search", tmp_path / "c", pruned=out / "pruned", seeds=2, say=lambda line: None)
+    rows = compare(url, "search", tmp_path / "c", pruned=out / "pruned", seeds=2, say=lambda line: None).rows
     assert all(0 < row.parameters <= 1.005 * rows[1].parameters for row in rows[1:])
     export(url, "search", tmp_path / "adapter", pruned=out / "pruned", merge=True, say=lambda line: None)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "merged")
     assert type(merged).__name__ == "LlamaForCausalLM"
     again = search(Recipe.from_dict(values | {"model": str(out / "pruned")}), tmp_path / "again", trials=1)
-    assert list(again.ranks) == [*range(6)]
+    assert list(again.recommendation.ranks) == [*range(6)]
 
 
 def test_a_model_that_others_pruned_is_left_as_it_is(values, model, tmp_path):

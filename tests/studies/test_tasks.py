@@ -172,7 +172,8 @@ def many(made, tmp_path):
 
 def test_a_prior_learned_from_a_database_is_stored_there_and_helps_on_held_out_studies(many):
     said = []
-    version, prior = train_prior(many, "mine", say=said.append)
+    found = train_prior(many, "mine", say=said.append)
+    version, prior = found.version, found.prior
     assert str(version) == "db:mine@1"
     assert "Not learned from: study 'empty': no trial" in said[0]
     stored = PriorStore(many).load("mine")
@@ -181,7 +182,7 @@ def test_a_prior_learned_from_a_database_is_stored_there_and_helps_on_held_out_s
     assert stored.card["held_out"]["gain"] > 0.05
     assert "from 8 tasks, 192 trials, 6 to 20 layers" in card_text(stored)
     assert "gain +" in card_text(stored)
-    assert str(train_prior(many, "mine", ["s[0-3]"], say=said.append)[0]) == "db:mine@2"
+    assert str(train_prior(many, "mine", ["s[0-3]"], say=said.append).version) == "db:mine@2"
 
 
 def test_the_command_says_what_was_learned_and_how_to_use_it(many, capsys):
