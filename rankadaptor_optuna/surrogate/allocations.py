@@ -1,4 +1,4 @@
-"""Rank configurations within a budget and within constraints."""
+"""Allocations: the rank configurations within a budget, and the best of them under constraints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rankadaptor_optuna.surrogate.belief import Belief
 from rankadaptor_optuna.surrogate.grid import Array, RankGrid
 from rankadaptor_optuna.surrogate.knapsack import Choice, solve, solve_unseen
 
-_PENALTY_STEPS = 10
+_PENALTY_STEPS = 10  # of bisection; set by hand
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Allocations:
 
     Attributes:
         ranks: Candidate ranks, (L, C).
-        costs: What each costs, (L, C).
-        allowed: Which of them may be chosen, (L, C).
-        budget: Most total cost; never below the cheapest configuration's.
+        costs: Cost of each candidate, (L, C).
+        allowed: Whether each candidate may be chosen, (L, C).
+        budget: Highest total cost; never below that of the cheapest configuration.
     """
 
     ranks: Array
@@ -34,7 +34,13 @@ class Allocations:
 
     @classmethod
     def of(cls, grid: RankGrid, budget: float = math.inf, given: Mapping[int, float] | None = None) -> Allocations:
-        """Those of ``grid``, where layers may have a ``given`` rank, candidate or not: the others get the rest."""
+        """Returns the allocations of ``grid`` within a budget.
+
+        Args:
+            grid: The searched layers.
+            budget: Highest total cost. Default: none.
+            given: Ranks of layers that are not chosen, candidates or not, by row; the others share the rest.
+        """
         ranks = grid.padded_values()
         allowed = np.arange(ranks.shape[1]) < np.asarray([len(v) for v in grid.values])[:, None]
         for row, rank in (given or {}).items():
@@ -44,18 +50,19 @@ class Allocations:
         return cls(ranks, costs, allowed, max(budget, cheapest))
 
     def best(self, table: Array) -> Choice:
-        """The choice of one candidate a layer with the highest total in ``table`` (L, C), as indices (L,)."""
+        """Returns the choice with the highest total in ``table`` (L, C): a candidate's index per layer, (L,)."""
         return solve(np.where(self.allowed, table, -np.inf), self.costs, self.budget)
 
     def best_unseen(self, table: Array, seen: Callable[[tuple[int, ...]], bool], rng: np.random.Generator) -> Choice:
-        """The best choice found whose ranks were not ``seen``."""
+        """Returns the best choice found whose ranks were not ``seen``; see ``knapsack.solve_unseen``."""
         masked = np.where(self.allowed, table, -np.inf)
         return solve_unseen(masked, self.costs, self.budget, lambda choice: seen(self.ranks_of(choice)), rng)
 
     def best_few(self, table: Array, n: int, accept: Callable[[Choice], bool] = lambda choice: True) -> list[Choice]:
-        """Up to ``n`` different accepted choices with the highest totals in ``table``, the best first.
+        """Returns up to ``n`` different accepted choices with the highest totals in ``table``, the best first.
 
-        The choices other than a best one are split by the first layer in which they differ from it (Lawler, 1972).
+        The choices other than the best one are split by the first layer in which they differ from it (Lawler, 1972).
+        Gives up after 4 n choices, accepted or not.
         """
         rows, found = np.arange(len(table)), []
         masked = np.where(self.allowed, table, -np.inf)
@@ -78,12 +85,12 @@ class Allocations:
         return found
 
     def ranks_of(self, choice: Choice) -> tuple[int, ...]:
-        """The ranks of a choice."""
+        """Returns the ranks of a choice."""
         return tuple(int(rank) for rank in self.ranks[np.arange(len(choice)), choice])
 
 
 def keeps(constraints: Sequence[Belief], choice: Choice, point: Array, margin: float = 0.0) -> bool:
-    """Whether a choice with a point (E,) of the other parameters keeps all constraints, each by a margin."""
+    """Returns whether a choice with a point (E,) of the ordinary parameters keeps all constraints, each by a margin."""
     layers = np.arange(len(choice))
     values = [c.offset + c.table[layers, choice].sum() + c.of_ordinary(point[None])[0] for c in constraints]
     return all(value <= -margin for value in values)
@@ -96,17 +103,19 @@ def within_constraints(
     best_point: Callable[[Belief], Array],
     margin: float = 0.0,
 ) -> tuple[Belief, Choice, Array]:
-    """Takes the least penalty off a belief with which its optimum keeps all constraints, sought by bisection.
+    """Maximises a belief under constraints: subtracts the least multiple of their sum whose optimum keeps them.
+
+    The multiple is one Lagrange multiplier for all constraints, found by bisection.
 
     Args:
-        belief: What to maximise.
+        belief: Function to maximise.
         constraints: Functions of the same features, kept where at most 0.
         allocations: The rank configurations to choose from.
-        best_point: The best point of the other parameters, (E,), by a belief.
-        margin: How far below 0 each constraint must be, in its own units.
+        best_point: Returns the best point of the ordinary parameters, (E,), by a belief.
+        margin: Distance by which each constraint must lie below 0, in its own units.
 
     Returns:
-        The penalised belief (with a large penalty where none sufficed), its best choice, and its best point.
+        The penalised belief (with the largest multiple tried where none sufficed), its best choice, and its best point.
     """
     penalty, low, high = 0.0, 0.0, math.inf
     for _ in range(_PENALTY_STEPS):

@@ -1,4 +1,4 @@
-"""RankGrid: the searched modules and their candidate ranks as arrays."""
+"""RankGrid: the searched layers and their candidate ranks as arrays."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ class RankGrid:
     Attributes:
         depth: Relative depth of each layer, (L,), in [0, 1].
         values: Candidate ranks of each layer, L sequences.
-        profile: What pruning took from each layer, (L,), shares in [0, 1].
+        profile: Share of each layer that pruning took, (L,), in [0, 1].
         costs: Cost of one rank in each layer, (L,).
         reference: The uniform configuration, (L,); features are differences from it.
-        series: Which series of ranks along the depth each belongs to, (L,), from 0. Default: all to one.
-        sensitivity: How fast the loss fell as each layer's adapter was scaled up (``recovery.sensitivity``), (L,).
+        series: Index of the series of ranks along the depth to which each layer belongs, (L,). Default: zeros.
+        sensitivity: Rate at which the loss fell as each layer's adapter was scaled up (``recovery.sensitivity``), (L,).
             Default: unknown (zeros).
+        low: Lowest candidate of all layers.
+        high: Highest candidate of all layers.
     """
 
     depth: Array
@@ -50,7 +52,7 @@ class RankGrid:
 
     @classmethod
     def from_space(cls, space: RankSpace) -> RankGrid:
-        """The grid of a ``RankSpace``; the reference is its uniform configuration."""
+        """Returns the grid of a ``RankSpace``; the reference is its uniform configuration."""
         values = np.asarray(space.candidates, dtype=np.float64)
         uniform = space.uniform()
         n_series = len(space.series)
@@ -65,7 +67,7 @@ class RankGrid:
 
     @property
     def tensors(self) -> dict[str, Array]:
-        """All its arrays by name, for a file."""
+        """The arrays by name, for a file."""
         widths = np.asarray([len(v) for v in self.values], dtype=np.float64)
         values = np.concatenate([np.zeros(0), *self.values])
         given = [f.name for f in fields(self) if f.init and f.name != "values"]
@@ -89,13 +91,13 @@ class RankGrid:
         return int(self.series.max(initial=0)) + 1
 
     def scaled(self, ranks: Array) -> Array:
-        """log2(1 + rank), mapped so that the candidates span [-1, 1]: doubling a rank is one step anywhere."""
+        """Returns log2(1 + rank), mapped so that the candidates span [-1, 1]: equal ratios are equal steps."""
         low, high = np.log2(1 + self.low), np.log2(1 + self.high)
         scaled: Array = (2 * np.log2(1 + np.maximum(ranks, 0)) - low - high) / max(high - low, 1e-9)
         return scaled
 
     def padded_values(self) -> Array:
-        """Candidate ranks, (L, C), short rows padded with their last value."""
+        """Returns the candidate ranks, (L, C), short rows padded with their last value."""
         width = max((len(v) for v in self.values), default=1)
         rows = [np.concatenate([v, np.full(width - len(v), v[-1])]) for v in self.values]
         return np.asarray(rows, dtype=np.float64).reshape(len(rows), width)

@@ -104,12 +104,6 @@ def test_transfer_is_measured_on_the_trials_after_the_first_few(learned):
     assert transfer(short, learned[0])["gain"] is None
 
 
-def test_the_rank_correlation_is_spearmans_with_ties():
-    a, b = np.asarray([1.0, 2, 2, 5, 3]), np.asarray([2.0, 1, 4, 4, 4])
-    assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
-    assert rank_correlation(a, np.ones(5)) == 0
-
-
 @pytest.mark.parametrize("n_families", [1, 3, 10])
 def test_a_family_is_held_out_whole(n_families):
     tasks = [replace(task(i), name=str(i), family=str(i % n_families)) for i in range(10)]

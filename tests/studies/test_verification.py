@@ -3,11 +3,9 @@ from __future__ import annotations
 import numpy as np
 import optuna
 import pytest
-from scipy.stats import t
 
 from rankadaptor_optuna.attributes import VERIFY_ATTR
 from rankadaptor_optuna.studies.verification import Verifications, verification_seeds
-from rankadaptor_optuna.surrogate.statistics import t_interval
 
 A, B, C = ({"x": x} for x in (0.1, 0.2, 0.3))
 
@@ -21,14 +19,6 @@ def verified(scores, direction="maximize"):
         trial.suggest_float("x", 0, 1)
         study.tell(trial, value)
     return study
-
-
-@pytest.mark.parametrize("n", [2, 3, 10])
-@pytest.mark.parametrize("coverage", [0.95, 0.9, 1 - 0.05 / 4])
-def test_the_interval_is_students(n, coverage):
-    values = np.random.default_rng(n).standard_normal(n)
-    expected = t.interval(coverage, n - 1, values.mean(), values.std(ddof=1) / np.sqrt(n))
-    assert t_interval(values, coverage) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])

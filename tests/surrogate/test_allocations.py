@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rankadaptor_optuna.surrogate.allocations import Allocations, keeps, within_constraints
+from rankadaptor_optuna.surrogate.belief import Belief
+
+
+def feasible_totals(values, costs, budget):
+    """Returns every feasible choice and its total value."""
+    rows = np.arange(len(values))
+    choices = np.asarray([*itertools.product(range(values.shape[1]), repeat=len(values))])
+    fits = (costs[rows, choices].sum(1) <= budget) & np.isfinite(values[rows, choices]).all(1)
+    return choices[fits], values[rows, choices[fits]].sum(1)
+
+
+def table(seed):
+    """Returns values, costs and budget of a few layers; some candidates are not allowed."""
+    rng = np.random.default_rng(seed)
+    n, width = int(rng.integers(1, 6)), int(rng.integers(2, 5))
+    values = rng.standard_normal((n, width))
+    values[:, 1:][rng.random((n, width - 1)) < 0.1] = -np.inf
+    costs = np.sort(rng.integers(0, 9, width)) * rng.integers(1, 20, (n, 1))
+    return values, costs, rng.uniform(costs[:, 0].sum(), costs[:, -1].sum())
+
+
+def allocations_of(values, costs, budget):
+    return Allocations(costs, costs, np.isfinite(values), budget)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_few_are_the_best_there_are(seed):
+    values, costs, budget = table(seed)
+    choices, totals = feasible_totals(values, costs, budget)
+    few = allocations_of(values, costs, budget).best_few(values, 3)
+    rows = np.arange(len(values))
+    assert len({tuple(choice) for choice in few}) == len(few) == min(3, len(choices))
+    assert all(costs[rows, choice].sum() <= budget for choice in few)
+    found = [values[rows, choice].sum() for choice in few]
+    assert found == pytest.approx(np.sort(totals)[::-1][:3])
+
+
+def test_the_best_few_are_accepted_ones():
+    values, costs, budget = table(4)
+    best = allocations_of(values, costs, budget).best_few(values, 1)[0]
+    few = allocations_of(values, costs, budget).best_few(values, 2, lambda choice: tuple(choice) != tuple(best))
+    assert few
+    assert tuple(best) not in {tuple(choice) for choice in few}
+    assert allocations_of(values, costs, budget).best_few(values, 2, lambda choice: False) == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_constraints_are_kept_with_the_least_penalty(seed):
+    rng = np.random.default_rng(seed)
+    values, burden = rng.standard_normal((2, 5, 4))
+    nothing, costs = np.zeros((1, 0)), np.ones((5, 4))
+    choices, totals = feasible_totals(values, costs, np.inf)
+    burdens = burden[np.arange(5), choices].sum(1)
+    limit = Belief(burden, np.zeros(0), -float(np.quantile(burdens, 0.3)))
+    belief = Belief(values, np.zeros(0))
+    allocations = allocations_of(values, costs, np.inf)
+    penalised, _, _ = within_constraints(belief, [limit], allocations, lambda belief: nothing[0])
+    choice = allocations.best(penalised.table)
+    total = values[np.arange(5), choice].sum()
+    assert keeps([limit], choice, nothing[0])
+    assert not keeps([limit], choice, nothing[0], margin=10.0)
+    feasible = totals[burdens + limit.offset <= 0]
+    assert total > np.quantile(feasible, 0.97)
+
+
+def test_a_constraint_that_the_optimum_keeps_changes_nothing():
+    values = np.random.default_rng(0).standard_normal((5, 4))
+    belief, slack = Belief(values, np.zeros(0)), Belief(np.ones((5, 4)), np.zeros(0), -100.0)
+    allocations = allocations_of(values, np.ones((5, 4)), np.inf)
+    assert (within_constraints(belief, [slack], allocations, lambda _: np.zeros(0))[0].table == values).all()
