@@ -21,7 +21,7 @@ from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS, LoraSettings, Ranks
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
-from rankadaptor_optuna.recovery.processes import place, sent, together
+from rankadaptor_optuna.recovery.processes import broadcast, fail_together, process_index
 from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
@@ -165,11 +165,11 @@ class RecoveryObjective:
             yield self.model
             return
         device = next(self.model.parameters()).device
-        if place()[0] == 0:
-            sent([1, seed, *(int(ranks[module]) for module in self.space.modules)], device)
+        if process_index() == 0:
+            broadcast([1, seed, *(int(ranks[module]) for module in self.space.modules)], device)
         config = lora_config(adapted, self.lora)
         with ExitStack() as stack:
-            with together(device):
+            with fail_together(device):
                 model = stack.enter_context(attached(self.model, config, seed=seed))
 
             def after(step: int, loss: float) -> None:
@@ -187,7 +187,7 @@ class RecoveryObjective:
         """Takes part, as another than the main process, in its recoveries until it calls ``release``."""
         device = next(self.model.parameters()).device
         while True:
-            on, seed, *ranks = sent([0, 0, *([0] * len(self.space.modules))], device)
+            on, seed, *ranks = broadcast([0, 0, *([0] * len(self.space.modules))], device)
             if not on:
                 return
             try:
@@ -198,7 +198,7 @@ class RecoveryObjective:
 
     def release(self) -> None:
         """Ends what other processes do in ``follow``; on the main process, once no more recoveries come."""
-        sent([0, 0, *([0] * len(self.space.modules))], next(self.model.parameters()).device)
+        broadcast([0, 0, *([0] * len(self.space.modules))], next(self.model.parameters()).device)
 
     def __call__(self, trial: Trial) -> float:
         """The score by the objective's metric; NaN, which Optuna records as FAIL, where the recovery failed.

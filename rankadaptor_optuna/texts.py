@@ -1,4 +1,4 @@
-"""Texts to calibrate and recover on: the embedded default, a file, or a data set on the Hugging Face Hub."""
+"""Texts for calibration and recovery: the embedded default, a file, or a data set on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-_PASSAGE = 2000
+_PASSAGE = 2000  # least number of characters of a passage; set by hand
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Passages of text, none of which occurs in two parts.
+    """Passages of text, split into disjoint parts.
 
     Attributes:
-        train: For recovery and for the calibration of pruning.
-        validation: For the score of a trial.
-        report: For the final report, which the search has not seen.
+        train: Texts for recovery and for the calibration of pruning.
+        validation: Texts that score a trial.
+        report: Texts of the final report, which no search sees.
     """
 
     train: list[str]
@@ -30,10 +30,10 @@ class Texts:
 
 
 def load_texts() -> Texts:
-    """The Python language reference, split 8 : 1 : 1 by passages of about 2,000 characters.
+    """Loads the Python language reference, split 8 : 1 : 1 by passages of about 2,000 characters.
 
-    Its topics repeat whole sections of each other; a paragraph that came before is dropped, so nothing of one part
-    stands in another. It is the running Python's: another version has another text, and other losses.
+    Topics repeat whole sections of each other; repeated paragraphs are dropped, so the parts share none. The text comes
+    with the running Python: another version has another text and other losses.
     """
     from pydoc_data.topics import topics
 
@@ -62,15 +62,15 @@ def load_texts() -> Texts:
 def read_texts(
     source: str | PathLike[str] | Sequence[str] | None = None, *, field: str | None = None, limit: int = 4000
 ) -> list[str]:
-    """Reads texts from where a user has them.
+    """Reads texts from a list, a file or a Hub data set.
 
     Args:
-        source: A list of texts, returned as it is; a ``.jsonl`` or ``.json`` file of one record a line; any other file,
-            read as plain text; else the name of a Hub data set, ``NAME`` or ``NAME:CONFIG``, whose train split is
+        source: A list of texts, returned unchanged; a ``.jsonl`` or ``.json`` file with one record per line; any other
+            file, read as plain text; else the name of a Hub data set, ``NAME`` or ``NAME:CONFIG``, whose train split is
             streamed. Default: the train part of the embedded text.
-        field: Which field of a record is the text. Default: ``text``, or Alpaca's ``instruction``, ``input`` and
-            ``output`` one below the other.
-        limit: At most so many records of a file of records or of a Hub data set.
+        field: Name of a record's text field. Default: ``text``, or Alpaca's ``instruction``, ``input`` and ``output``
+            joined by line breaks.
+        limit: Largest number of records to read.
 
     Raises:
         ValueError: There is no such file or data set, it holds no text, or a record lacks the field.
@@ -81,9 +81,9 @@ def read_texts(
         return list(source)
     name, path = fspath(source), Path(source)
     if not path.is_file():
-        texts = _of_records(_stream(name), field, limit, name)
+        texts = _record_texts(_stream(name), field, limit, name)
     elif path.suffix in (".jsonl", ".json"):
-        texts = _of_records(_lines(path), field, limit, name)
+        texts = _record_texts(_lines(path), field, limit, name)
     else:
         texts = [path.read_text(encoding="utf-8")]
     if not any(text.strip() for text in texts):
@@ -92,17 +92,18 @@ def read_texts(
 
 
 def read_records(source: str | PathLike[str], *, limit: int = 50_000) -> list[Any]:
-    """Reads texts or instruction records from where a user has them.
+    """Reads texts or instruction records from a file or a Hub data set.
 
     Args:
-        source: As for ``read_texts``. Of a text file, each paragraph (parted by blank lines) is a text.
-        limit: At most so many.
+        source: File or data set, as for ``read_texts``; each paragraph of a text file is a text.
+        limit: Largest number of texts or records.
 
     Returns:
-        Records with ``instruction`` and ``output`` as they are; others' ``text``; of a text file its paragraphs.
+        Records that have ``instruction`` and ``output``, unchanged; the ``text`` of other records; the paragraphs of a
+        text file.
 
     Raises:
-        ValueError: There is no such file or data set, it holds nothing, or a record has neither.
+        ValueError: There is no such file or data set, it is empty, or a record has neither instruction nor text.
     """
     name, path = fspath(source), Path(source)
     if path.is_file() and path.suffix not in (".jsonl", ".json"):
@@ -121,8 +122,8 @@ def _instruction_or_text(record: Any, name: str) -> Any:  # noqa: ANN401
         return record
     if isinstance(record, Mapping) and "text" in record:
         return str(record["text"])
-    what = ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
-    raise ValueError(f"{name}: a record has neither text nor instruction and output, but {what}.")
+    found = ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
+    raise ValueError(f"{name}: a record has neither text nor instruction and output, but {found}.")
 
 
 def _lines(path: Path) -> Iterator[Any]:
@@ -135,7 +136,7 @@ def _lines(path: Path) -> Iterator[Any]:
                     raise ValueError(f"{path}, line {number}: not a JSON record ({error}).") from error
 
 
-def _of_records(records: Iterable[Any], field: str | None, limit: int, name: str) -> list[str]:
+def _record_texts(records: Iterable[Any], field: str | None, limit: int, name: str) -> list[str]:
     texts = []
     for record in islice(records, limit):
         if not isinstance(record, Mapping):
@@ -148,7 +149,7 @@ def _of_records(records: Iterable[Any], field: str | None, limit: int, name: str
 
 
 def _stream(name: str) -> Iterator[Any]:
-    """Records of a Hub data set's train split, fetched as they are asked for."""
+    """Yields the records of a Hub data set's train split as they arrive."""
     import datasets
 
     path, _, config = name.partition(":")
@@ -156,4 +157,4 @@ def _stream(name: str) -> Iterator[Any]:
         yield from datasets.load_dataset(path, config or None, split="train", streaming=True)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name} is no file, nor a data set that can be reached on the Hub ({reason}).") from error
+        raise ValueError(f"{name} is neither a file nor a reachable data set on the Hub ({reason}).") from error

@@ -72,7 +72,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path, content, message):
 
 
 def test_what_is_neither_a_file_nor_a_reachable_data_set_is_refused_by_name():
-    with pytest.raises(ValueError, match="no-one/no-such-data is no file, nor a data set"):
+    with pytest.raises(ValueError, match="no-one/no-such-data is neither a file nor a reachable data set"):
         read_texts("no-one/no-such-data")
 
 

@@ -39,7 +39,8 @@ from rankadaptor_optuna.jobs.recipe import PRESETS, Recipe
 from rankadaptor_optuna.jobs.results import METHODS, OURS, UNIFORM, Row, alike
 from rankadaptor_optuna.jobs.search import search
 from rankadaptor_optuna.jobs.settings import Data, Pruning
-from rankadaptor_optuna.recovery.models import cache_dir, quiet
+from rankadaptor_optuna.recovery.embedded import cache_dir
+from rankadaptor_optuna.recovery.models import quiet
 from rankadaptor_optuna.recovery.train import TrainingConfig
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")

@@ -34,7 +34,7 @@ from benchmarks.tasks.collect import TASKS, files, read_pruned_loss, read_space,
 from benchmarks.tasks.losses import Ranks
 from benchmarks.tasks.smollm2 import SMOLLM2
 from benchmarks.tasks.synthetic import standard_normal
-from rankadaptor_optuna.recovery.models import cache_dir
+from rankadaptor_optuna.recovery.embedded import cache_dir
 from rankadaptor_optuna.surrogate.grid import Array
 
 N_FOLDS = 5

@@ -39,8 +39,9 @@ from rankadaptor_optuna.pruning.shortened import block_importance
 from rankadaptor_optuna.pruning.slimgpt import slimgpt
 from rankadaptor_optuna.pruning.structure import UnitType, layer_shape, transformer_layers
 from rankadaptor_optuna.recovery.data import token_blocks
+from rankadaptor_optuna.recovery.embedded import cache_dir
 from rankadaptor_optuna.recovery.evaluate import block_losses
-from rankadaptor_optuna.recovery.models import cache_dir, load_model, quiet
+from rankadaptor_optuna.recovery.models import load_model, quiet
 from rankadaptor_optuna.recovery.tasks import TaskSuite
 
 RATIOS = (0.2, 0.25, 0.3, 0.5)

@@ -36,8 +36,8 @@ from rankadaptor_optuna.pruning.checkpoint import build_pruned, save_pruned
 from rankadaptor_optuna.pruning.importance import unit_importance
 from rankadaptor_optuna.pruning.structure import UNIT_TYPES, keep_units, transformer_layers
 from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS
+from rankadaptor_optuna.recovery.embedded import cache_dir
 from rankadaptor_optuna.recovery.evaluate import block_losses
-from rankadaptor_optuna.recovery.models import cache_dir
 from rankadaptor_optuna.recovery.sensitivity import SCALE
 from rankadaptor_optuna.recovery.train import TrainingConfig, _learning_rate, batches, train
 from rankadaptor_optuna.surrogate.grid import Array

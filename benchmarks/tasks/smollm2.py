@@ -20,8 +20,9 @@ from rankadaptor_optuna import RankSpace, RecoveryObjective
 from rankadaptor_optuna.objective import examples_of
 from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.pruning.checkpoint import save_pruned
+from rankadaptor_optuna.recovery.embedded import cache_dir
 from rankadaptor_optuna.recovery.evaluate import block_losses
-from rankadaptor_optuna.recovery.models import cache_dir, load_model, quiet
+from rankadaptor_optuna.recovery.models import load_model, quiet
 from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.texts import load_texts

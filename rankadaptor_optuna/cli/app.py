@@ -249,7 +249,7 @@ def _search(args: argparse.Namespace) -> None:
     from rankadaptor_optuna.jobs.recipe import Recipe
     from rankadaptor_optuna.jobs.search import search, stored_recipe
     from rankadaptor_optuna.recovery.models import quiet
-    from rankadaptor_optuna.recovery.processes import place
+    from rankadaptor_optuna.recovery.processes import process_index
 
     quiet()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -266,7 +266,7 @@ def _search(args: argparse.Namespace) -> None:
         on_bad_prior=args.on_bad_prior,
         say=lambda line: print(line, flush=True),
     )
-    if place()[0] == 0:
+    if process_index() == 0:
         print(f"Ranks, rank_pattern and alpha_pattern: {args.out / 'recommendation.json'}")
 
 

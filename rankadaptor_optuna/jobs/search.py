@@ -22,7 +22,7 @@ from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.results import SearchResult
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.priors.choice import OnBadPrior
-from rankadaptor_optuna.recovery.processes import join, main_first, place
+from rankadaptor_optuna.recovery.processes import join_processes, main_first, process_index
 from rankadaptor_optuna.sampling.history import verification_seed
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.studies.recommendation import recommend
@@ -164,7 +164,7 @@ def search(
 
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}.")
-    join()
+    join_processes()
     settings = recipe.to_dict()
     with main_first():
         check_output_folder(out, settings)
@@ -200,7 +200,7 @@ def search(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names([job.metric])
-    if place()[0] != 0:
+    if process_index() != 0:
         job.follow()
         return SearchResult(study, study_name, url, recipe, job.space, recommend(study), pruned, out)
     say(f"Study {study_name!r} in {masked(url)}: {trials} trials, {job.space!r}")

@@ -1,4 +1,4 @@
-"""Texts and instruction records -> token sequences to train and score on."""
+"""Turns texts and instruction records into token sequences for training and scoring."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100  # the label of a token that is no target, as transformers has it
+IGNORED = -100  # label of a token that does not count in the loss: transformers' (and PyTorch's) ignore index
+# Stanford Alpaca's prompt, which LLM-Pruner's recovery uses too (templates/alpaca.json)
 _PREAMBLE = (
     "Below is an instruction that describes a task{input}. "
     "Write a response that appropriately completes the request.\n\n"
@@ -19,11 +20,12 @@ _INPUT = ", paired with an input that provides further context"
 
 @dataclass(frozen=True)
 class Examples:
-    """Token sequences, each with the labels that count in its loss.
+    """Token sequences with labels.
 
     Attributes:
         ids: Token ids by example, (length,) each.
-        labels: The same, with ``IGNORED`` where a token is no target; at least one token after the first is.
+        labels: The token ids again, with ``IGNORED`` for tokens that are no targets. Every example has a target after
+            its first token.
     """
 
     ids: Sequence[torch.Tensor]
@@ -31,33 +33,33 @@ class Examples:
 
     @classmethod
     def of_blocks(cls, blocks: torch.Tensor) -> Examples:
-        """Blocks of one length, (n, length), every token a target."""
+        """Makes examples of blocks of one length, (n, length), in which every token is a target."""
         return cls(list(blocks), list(blocks))
 
     def __len__(self) -> int:
-        """Number of examples."""
+        """Returns the number of examples."""
         return len(self.ids)
 
     def first(self, n: int) -> Examples:
-        """The first ``n`` examples."""
+        """Returns the first ``n`` examples."""
         return self.of_rows(range(min(n, len(self))))
 
     def of_rows(self, rows: Iterable[int]) -> Examples:
-        """Some of the examples, in that order."""
+        """Returns some of the examples, in the order given."""
         chosen = list(rows)
         return Examples([self.ids[row] for row in chosen], [self.labels[row] for row in chosen])
 
     def n_targets(self, rows: Iterable[int]) -> int:
-        """Targets of some examples: labels after the first token, which nothing predicts."""
+        """Returns the number of targets of some examples; the first token is never predicted, so it does not count."""
         return sum(int((self.labels[row][1:] != IGNORED).sum()) for row in rows)
 
     def by_length(self, rows: Iterable[int], size: int) -> list[list[int]]:
-        """Cuts rows into groups of at most ``size`` whose lengths are alike, so that little is padded."""
+        """Groups rows of similar length, at most ``size`` in a group, so that little is padded."""
         ordered = sorted(rows, key=lambda row: -len(self.ids[row]))
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
     def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Model inputs of some examples, padded on the right; no mask where nothing is padded."""
+        """Returns the model inputs of some examples, padded on the right; without a mask if nothing is padded."""
         import torch
 
         length = max(len(self.ids[row]) for row in rows)
@@ -75,15 +77,15 @@ def token_blocks(tokenizer: Any, texts: Iterable[str], length: int, limit: int |
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        texts: What to pack; the last incomplete block is dropped.
+        texts: Texts to pack; the last, incomplete block is dropped.
         length: Tokens per block.
-        limit: At most so many blocks. Default: all.
+        limit: Largest number of blocks. Default: all.
 
     Returns:
         Token ids, (n, length), int64.
 
     Raises:
-        ValueError: There is not enough text for one block.
+        ValueError: The texts are too short for one block.
     """
     import torch
 
@@ -96,7 +98,7 @@ def token_blocks(tokenizer: Any, texts: Iterable[str], length: int, limit: int |
 
 
 def alpaca_prompt(record: Mapping[str, Any]) -> str:
-    """The prompt of Stanford Alpaca for a record's ``instruction`` and, where there is one, ``input``."""
+    """Returns Stanford Alpaca's prompt for a record's ``instruction`` and its ``input``, if any."""
     extra = str(record.get("input") or "")
     middle = f"### Input:\n{extra}\n\n" if extra else ""
     return (
@@ -113,14 +115,14 @@ def instruction_examples(
     mask_prompt: bool = True,
     limit: int | None = None,
 ) -> Examples:
-    """Instruction records as examples, in Alpaca's format, each ended by the end-of-sequence token.
+    """Makes examples of instruction records in Alpaca's format, each ended by the end-of-sequence token.
 
     Args:
-        tokenizer: A Hugging Face tokenizer; its begin-of-sequence token comes first where it has one.
-        records: With ``instruction``, ``output`` and perhaps ``input``.
-        cutoff: Tokens after which an example is cut off; one that has no target left is dropped.
-        mask_prompt: Whether the response alone counts in the loss, as in LLM-Pruner's recovery.
-        limit: At most so many examples. Default: all.
+        tokenizer: A Hugging Face tokenizer; its begin-of-sequence token, if any, comes first.
+        records: Records with ``instruction``, ``output`` and, optionally, ``input``.
+        cutoff: Largest number of tokens of an example; an example without a target left is dropped.
+        mask_prompt: Whether only the response counts in the loss, as in LLM-Pruner's recovery.
+        limit: Largest number of examples. Default: all.
 
     Raises:
         ValueError: A record lacks a field, or no example is left.

@@ -1,4 +1,4 @@
-"""Evaluation of a recovered model by its held-out loss."""
+"""Scores a recovered model by its held-out loss."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ def block_losses(
     batch_size: int = 4,
     on_batch: Callable[[int], None] | None = None,
 ) -> NDArray[np.float64]:
-    """Mean next-token loss of each block, or example, in nats per target; perplexity is the exponential of their mean.
+    """Returns the mean next-token loss of each block or example, in nats per target.
+
+    Perplexity is the exponential of the mean of the losses.
 
     Args:
         model: A causal language model.
         data: Blocks of token ids, (n, length), or examples, whose prompts may be masked.
         batch_size: Blocks or examples per forward pass.
-        on_batch: Called with the number of them that are done, after each pass.
+        on_batch: Called with the number of blocks or examples done, after each pass.
 
     Returns:
-        (n,), computed in float32 whatever the model's dtype.
+        Losses, (n,), computed in float32 for any dtype of the model.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""LoRA on a loaded model: attach and detach an adapter, nested initialisation."""
+"""LoRA on a loaded model: attach and detach an adapter, with nested initialisation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def lora_config(ranks: Mapping[Any, int], settings: LoraSettings | None = None) -> LoraConfig:
-    """The ``peft.LoraConfig`` of a rank configuration; modules without a positive rank get no adapter.
+    """Returns the ``peft.LoraConfig`` of a rank configuration; modules without a positive rank get no adapter.
 
     Args:
-        ranks: Rank by module: see ``Ranks``.
+        ranks: Rank by module (``Ranks``).
         settings: The adapters' other settings. Default: ``LoraSettings()``.
 
     Raises:
@@ -32,10 +32,18 @@ def lora_config(ranks: Mapping[Any, int], settings: LoraSettings | None = None) 
 
 @contextmanager
 def attached(model: Any, config: LoraConfig, *, seed: int) -> Iterator[PeftModel]:  # noqa: ANN401
-    """Attaches an adapter to a loaded model and takes it off again, whatever happens inside.
+    """Attaches an adapter to a loaded model and removes it on exit, also after an error.
 
     The initialisation is nested: A of rank r is the first r rows of one fixed matrix per module and seed, uniform in
-    +-1/sqrt(in_features) as PEFT draws it; B is zero. So two configurations differ only by their ranks.
+    +-1/sqrt(in_features) like PEFT's default; B is zero. Two configurations therefore differ by their ranks alone.
+
+    Args:
+        model: A loaded model.
+        config: The adapter.
+        seed: Seed of the initialisation.
+
+    Yields:
+        The model with the adapter.
     """
     from peft import get_peft_model
 
@@ -48,7 +56,7 @@ def attached(model: Any, config: LoraConfig, *, seed: int) -> Iterator[PeftModel
 
 @contextmanager
 def detached(model: Any) -> Iterator[None]:  # noqa: ANN401
-    """Takes off, at its end, any PEFT adapter that was attached to a model within, whatever happened."""
+    """Removes on exit every PEFT adapter that was attached to the model, also after an error."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
@@ -67,7 +75,7 @@ def detached(model: Any) -> Iterator[None]:  # noqa: ANN401
 
 @contextmanager
 def fixed_rng(seed: int) -> Iterator[None]:
-    """Torch's random state set to a seed within, and afterwards as it was."""
+    """Seeds torch within the context and restores its random state on exit."""
     import torch
 
     with torch.random.fork_rng():

@@ -1,7 +1,6 @@
-"""Other ways to allocate LoRA ranks, on the same recovery: what a recommendation is measured against.
+"""Reference methods of rank allocation, for comparison with a recommendation on the same recovery.
 
-AdaLoRA (arXiv 2303.10512) and EVA (arXiv 2410.07170) are PEFT's; ranks in proportion to the Fisher information are the
-plain idea that needs no search.
+AdaLoRA (arXiv 2303.10512) and EVA (arXiv 2410.07170) by PEFT, and ranks in proportion to the Fisher information.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-_INITIAL = 1.5  # AdaLoRA starts from so many times the ranks that it ends with (PEFT's defaults: 12 and 8)
-_EVA_EXAMPLES = 16
-_EVA_RHO = 2  # candidates a module, as a multiple of the mean rank (PEFT's default)
+_INITIAL = 1.5  # AdaLoRA's initial rank as a multiple of its final mean rank (PEFT's defaults: 12 and 8)
+_EVA_EXAMPLES = 16  # examples whose inputs EVA decomposes; set by hand
+_EVA_RHO = 2  # EVA's candidates per module as a multiple of the mean rank (PEFT's default)
 
 
 def adapter_parameters(model: Any) -> int:  # noqa: ANN401
-    """Parameters of an adapter that are in use: rank x (in + out) of each module; AdaLoRA's masked ranks are not."""
+    """Returns the adapter parameters in use: rank x (in + out) of each module; AdaLoRA's masked ranks do not count."""
     total = 0
     for module in model.modules():
         ranks = getattr(module, "lora_E", None) or getattr(module, "lora_A", None)
@@ -52,22 +51,25 @@ def adalora(
     lora: LoraSettings | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Iterator[Any]:
-    """A model recovered by AdaLoRA, which takes ranks away while it trains; the adapter is gone after the context.
+    """Recovers a model by AdaLoRA, which removes ranks during training; removes the adapter on exit.
 
-    It starts from 1.5 times the final ranks, as PEFT's defaults do. Ranks are held for the first tenth of the steps and
-    settle before the last third.
+    Training starts from 1.5 times the final mean rank, as PEFT's defaults do. Ranks are constant for the first tenth of
+    the steps and in the last third (set by hand).
 
     Args:
         model: The pruned model.
-        data: What to train on.
+        data: Training examples.
         training: Settings of the training loop.
         rank: Mean final rank of all adapted modules.
-        seed: Of initialisation and data order.
+        seed: Seed of the initialisation and the data order.
         lora: The adapters' other settings. Default: ``LoraSettings()``.
         on_step: Called with (step, loss) after each step.
 
+    Yields:
+        The recovered model, with its adapter.
+
     Raises:
-        ValueError: The training has under 4 steps, too few for AdaLoRA's three phases.
+        ValueError: The training has fewer than 4 steps, too few for AdaLoRA's three phases.
         FloatingPointError: The loss is not finite.
     """
     from peft import AdaLoraConfig, get_peft_model
@@ -108,20 +110,23 @@ def eva(
     lora: LoraSettings | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Iterator[Any]:
-    """A model recovered by EVA, which allocates ranks by the variance of each module's inputs before it trains.
+    """Recovers a model by EVA, which allocates ranks by the variance of each module's inputs before training.
 
-    Its singular vectors are also the initialisation, as in PEFT (rho = 2). They are those of 16 examples of the
-    training data at once. PEFT's own incremental PCA goes over its batches again and again, until the last component of
-    the last module has settled.
+    As in PEFT (rho = 2), the singular vectors of the inputs are also the initialisation. Here they are computed from
+    one batch of 16 training examples; PEFT's incremental PCA repeats its batches until every component has converged,
+    which takes minutes.
 
     Args:
         model: The pruned model.
-        data: What to train on.
+        data: Training examples.
         training: Settings of the training loop.
         rank: Mean rank of all adapted modules.
-        seed: Of data order, and of what else is drawn.
+        seed: Seed of the data order and the initialisation.
         lora: The adapters' other settings. Default: ``LoraSettings()``.
         on_step: Called with (step, loss) after each step.
+
+    Yields:
+        The recovered model, with its adapter.
 
     Raises:
         FloatingPointError: The loss is not finite.
@@ -149,15 +154,15 @@ def eva(
 
 
 def _eva_components(adapted: Any, batch: dict[str, torch.Tensor], rank: int) -> dict[str, Any]:  # noqa: ANN401
-    """EVA's initialisation: of each module the principal components of its inputs that are among the best of all.
+    """Computes EVA's initialisation: the principal components of each module's inputs that are among the best of all.
 
     Args:
         adapted: A PEFT model.
-        batch: What the inputs come from, as ``Examples.batch`` makes it.
+        batch: Model inputs, from ``Examples.batch``.
         rank: Mean rank of the modules.
 
     Returns:
-        ``{module name: (its rank, in features)}``, as ``peft.initialize_lora_eva_weights`` takes it.
+        ``{module name: (its rank, in features)}``, for ``peft.initialize_lora_eva_weights``.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -166,9 +171,9 @@ def _eva_components(adapted: Any, batch: dict[str, torch.Tensor], rank: int) -> 
     inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
     real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     found: dict[str, tuple[Any, Any]] = {}  # by module: components, and the share of the variance that each explains
-    last: list[Any] = [None, None]  # an input, and what was found of it: q, k and v have the same one
+    last: list[Any] = [None, None]  # the last input and its components: q, k and v have one input
 
-    def look(name: str, given: torch.Tensor) -> None:
+    def decompose(name: str, given: torch.Tensor) -> None:
         if given is not last[0]:
             x = given[real].float()
             x -= x.mean(0)
@@ -180,7 +185,7 @@ def _eva_components(adapted: Any, batch: dict[str, torch.Tensor], rank: int) -> 
         (k, module) for k, module in adapted.named_modules() if isinstance(module, LoraLayer)
     ]
     hooks = [
-        module.register_forward_pre_hook(lambda _, given, name=name: look(name, given[0])) for name, module in layers
+        module.register_forward_pre_hook(lambda _, args, name=name: decompose(name, args[0])) for name, module in layers
     ]
     was_training = adapted.training
     adapted.eval()
@@ -204,12 +209,12 @@ def fisher_information(
     n_examples: int = 16,
     targets: Sequence[str] = TARGETS,
 ) -> dict[int, float]:
-    """Fisher information of each layer's adapted weights: the sum of the squared gradients of an example's loss.
+    """Computes the empirical Fisher information of each layer's adapted weights: the sum of squared gradients.
 
     Args:
-        model: The pruned model; it is left as it was.
+        model: The pruned model; it is not changed.
         data: Examples; the first ones are used, one at a time.
-        n_examples: How many.
+        n_examples: Number of examples (set by hand).
         targets: Names of the adapted modules.
 
     Returns:
@@ -249,16 +254,16 @@ def fisher_information(
 def proportional_ranks(
     shares: Mapping[int, float], costs: Mapping[int, float], candidates: Sequence[int], budget: float
 ) -> dict[int, int]:
-    """Ranks in proportion to what each layer is worth, within a budget: all scaled alike, then rounded to candidates.
+    """Allocates ranks in proportion to each layer's share, within a budget: scaled alike, then rounded to candidates.
 
     Args:
-        shares: Worth by layer, not negative.
+        shares: Share by layer, such as Fisher information; not negative.
         costs: Parameters per rank, by layer.
-        candidates: Ranks that a layer may take, in rising order.
+        candidates: Allowed ranks, in rising order.
         budget: Most parameters in all.
 
     Returns:
-        The ranks of the largest scale that keeps within the budget; the smallest candidates where none does.
+        The ranks at the largest scale within the budget; the smallest candidates if no scale is.
     """
     layers = list(shares)
     worth = np.asarray([max(float(shares[layer]), 1e-30) for layer in layers])
@@ -266,11 +271,12 @@ def proportional_ranks(
     choices = np.asarray(candidates, dtype=np.float64)
 
     def at(log_scale: float) -> NDArray[np.float64]:
-        wanted = np.minimum(np.exp(log_scale) * worth / worth.max(), choices[-1])  # beyond, all choices look alike
+        # far beyond the largest candidate, rounding would make the distances to all candidates equal
+        wanted = np.minimum(np.exp(log_scale) * worth / worth.max(), choices[-1])
         return np.asarray(choices[np.abs(choices - wanted[:, None]).argmin(1)])
 
     low, high = -30.0, 30.0 + float(np.log(worth.max() / worth.min()))
-    for _ in range(80):
+    for _ in range(80):  # bisection to double precision
         middle = (low + high) / 2
         low, high = (middle, high) if at(middle) @ cost <= budget else (low, middle)
     return {layer: int(rank) for layer, rank in zip(layers, at(low), strict=True)}

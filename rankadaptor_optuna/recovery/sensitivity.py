@@ -1,4 +1,4 @@
-"""How much of a recovery each layer's adapter is for: what one trial tells of where rank is worth most."""
+"""Sensitivities: how much each adapter contributes to a recovery, measured on one trial."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from rankadaptor_optuna.recovery.data import Examples
 if TYPE_CHECKING:
     import torch
 
-SCALE = 0.75  # near the middle between all of an adapter and half of it, see below
+SCALE = 0.75  # share of the adapters' scale at which the slope is taken; set by hand, see `sensitivities`
 
 
 def sensitivities(model: Any, data: torch.Tensor | Examples) -> dict[str, float]:  # noqa: ANN401
-    """How fast the loss falls as each adapter is scaled up, all of them being at three quarters of their scale.
+    """Measures how fast the loss falls as each adapter is scaled up, with all at three quarters of their scale.
 
-    The derivative at the adapter as it was trained says little, as training has made it small; a little below, it is
-    what the adapter contributes, to first order what the loss would rise by without it. One forward and one backward
-    pass over the data, whatever the number of layers.
+    At the trained scale the slope says little, because training has made it small. A little below, it is to first
+    order the rise of the loss without the adapter. Takes one forward and one backward pass over the data for any number
+    of layers.
 
     Args:
-        model: A PEFT model with LoRA adapters attached, which are left as they were.
-        data: Blocks of token ids, (n, length), or examples; the loss is the mean over them of their mean loss per
-            target. One is computed at a time, so that it takes little memory.
+        model: A PEFT model with LoRA adapters attached; it is not changed.
+        data: Blocks of token ids, (n, length), or examples. The loss is the mean over the examples of their mean loss
+            per target; examples are computed one at a time to save memory.
 
     Returns:
-        ``{name of the adapted module: nats per unit of its scale}``; negative where less of it would be better.
+        ``{name of the adapted module: nats per unit of its scale}``; negative if the adapter harms.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -51,7 +51,7 @@ def sensitivities(model: Any, data: torch.Tensor | Examples) -> dict[str, float]
                 loss = model(**batch, use_cache=False).loss
                 gradients = torch.autograd.grad(loss, weights)
             for name, weight, gradient in zip(layers, weights, gradients, strict=True):
-                # B and the scale are factors of one product, so a relative change of either is the same
+                # B and the scale are factors of one product: dL/dscale = <B, dL/dB> / scale
                 found[name] -= float((weight.detach() * gradient).sum()) / SCALE / len(examples)
     finally:
         for module, scaling in zip(layers.values(), scalings, strict=True):

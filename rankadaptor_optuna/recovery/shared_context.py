@@ -1,4 +1,4 @@
-"""lm-eval's Hugging Face model, computing a context that several continuations share only once."""
+"""lm-eval's Hugging Face model (HFLM), which computes a context shared by several continuations only once."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ from typing import Any, NamedTuple
 import torch
 from lm_eval.models.huggingface import HFLM
 
-Request = tuple[Any, list[int], list[int]]  # what was asked, tokens of the context, of the continuation
-Answer = tuple[float, bool]
+Request = tuple[Any, list[int], list[int]]  # lm-eval's texts, tokens of the context, tokens of the continuation
+Answer = tuple[float, bool]  # log-likelihood of the continuation, whether it is the greedy one
 
 
 class _Group(NamedTuple):
-    """Requests with one context, to be laid into one sequence: the context, then the continuations side by side."""
+    """Requests with one context, which form one sequence: the context, then the continuations one after the other."""
 
-    where: list[int]
+    where: list[int]  # indices of the requests
     context: list[int]
     continuations: list[list[int]]
 
     @property
     def length(self) -> int:
-        return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)  # none needs its last token
+        # the last token of a continuation is no input
+        return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
 
     @property
     def longest(self) -> int:
-        """Length of the longest request by itself."""
+        """Length of the longest request as a sequence of its own."""
         return len(self.context) + max(map(len, self.continuations)) - 1
 
 
 class SharedContextLM(HFLM):  # type: ignore[misc]
-    """HFLM that answers consecutive requests with the same context, as those of a multiple choice, in one sequence.
+    """HFLM that answers consecutive requests with one context, such as the choices of an item, in one sequence.
 
-    A mask shows each continuation the context and itself, and its positions go on from the context's, so that the
-    answers are HFLM's up to rounding. HFLM itself answers all other requests: contexts that stand alone, or are cut to
-    fit the model or its sliding window; and all of a model whose attention takes no such mask, or whose answers, tried
-    once, differ.
+    A mask shows each continuation the context and itself, and its positions follow those of the context, so the answers
+    equal HFLM's up to rounding. HFLM answers all other requests: a context with a single continuation, a context that
+    must be cut to fit the model or its sliding window, and all requests if the model's attention takes no such mask or
+    its answers differ from HFLM's in one trial.
 
     Attributes:
         on_requests: Called with the number of requests of each forward pass.
-        agreeing: Whether such a model's answers agreed, by kind of model. May be shared, lest others try again.
+        agreeing: Whether the answers agreed with HFLM's, by (config class, attention, dtype). Several instances may
+            share it to save the trial.
     """
 
     on_requests: Callable[[int], None] | None = None
@@ -54,7 +56,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        groups = [] if override_bs else self._groups(requests)  # those of a rolling window share one token at most
+        groups = [] if override_bs else self._groups(requests)  # rolling windows share one token at most
         if not groups or not self._agree(groups, requests):
             return list(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
         answers: dict[int, Answer] = {}
@@ -67,7 +69,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]
         return [answers[i] for i in range(len(requests))]
 
     def _groups(self, requests: Sequence[Request]) -> list[_Group]:
-        """Groups of two or more, the longest sequence first; no more requests in one than in a batch."""
+        """Returns the groups of two requests up to a batch of them, the longest sequence first."""
         if self.backend != "causal" or self.config._attn_implementation not in ("eager", "sdpa"):
             return []
         text = self.config.get_text_config()
@@ -83,38 +85,38 @@ class SharedContextLM(HFLM):  # type: ignore[misc]
         return sorted(shared, key=lambda group: -group.length)
 
     def _batches(self, groups: list[_Group]) -> Iterator[list[_Group]]:
-        """Groups of like length, with no more tokens in a batch than HFLM would have."""
+        """Yields groups of similar length, with no more tokens in a batch than HFLM would have."""
         while groups:
             n = max(1, self.batch_size * groups[0].longest // groups[0].length)
             yield groups[:n]
             groups = groups[n:]
 
     def _agree(self, groups: list[_Group], requests: Sequence[Request]) -> bool:
-        """Whether the answers are HFLM's, by the group with the most tokens of continuations."""
+        """Returns whether the answers equal HFLM's on the group with the most tokens of continuations."""
         dtype = next(self.model.parameters()).dtype
-        kind = (type(self.config), self.config._attn_implementation, dtype)
-        if kind not in self.agreeing:
+        key = (type(self.config), self.config._attn_implementation, dtype)
+        if key not in self.agreeing:
             group = max(groups, key=lambda group: group.length - len(group.context))
             report, self.on_requests = self.on_requests, None
             try:
                 expected = super()._loglikelihood_tokens([requests[i] for i in group.where], disable_tqdm=True)
                 found = self._shared([group]).values()
-                self.agreeing[kind] = all(
-                    abs(ours - theirs) <= torch.finfo(dtype).eps ** 0.5 * (1 + abs(theirs))
+                self.agreeing[key] = all(
+                    abs(ours - theirs) <= torch.finfo(dtype).eps ** 0.5 * (1 + abs(theirs))  # set by hand
                     for (ours, _), (theirs, _) in zip(found, expected, strict=True)
                 )
-            except (TypeError, ValueError, RuntimeError):  # takes no mask, or no positions
-                self.agreeing[kind] = False
+            except (TypeError, ValueError, RuntimeError):  # the model takes no mask or no positions
+                self.agreeing[key] = False
             finally:
                 self.on_requests = report
-        return self.agreeing[kind]
+        return self.agreeing[key]
 
     def _shared(self, batch: list[_Group]) -> dict[int, Answer]:
-        """Answers by number of request, of one forward pass."""
+        """Returns the answers of one forward pass, by index of the request."""
         length = max(group.length for group in batch)
         ids, positions = torch.zeros(2, len(batch), length, dtype=torch.long)
         part = torch.full((len(batch), length), -1)  # 0: context, 1, 2, ...: continuations; -1: padding, on the left
-        rows, columns, targets = [], [], []  # of the logits that count
+        rows, columns, targets = [], [], []  # of the logits to read
         for row, group in enumerate(batch):
             end = length - group.length + len(group.context)
             last, start = end - 1, length - group.length

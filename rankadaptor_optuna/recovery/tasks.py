@@ -1,4 +1,4 @@
-"""Evaluation by lm-eval's tasks: requests built once, run on any number of models, shared contexts computed once."""
+"""Evaluates models on lm-eval tasks: builds the requests once and computes shared contexts once."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import numpy as np
 
 Part = Literal["all", "search", "report"]
 Metric = Literal["loss", "margin", "accuracy"]
-_METRICS = ("acc_norm", "acc", "exact_match")
-_FEWSHOT_SEED = 1234  # lm-eval's own
+_METRICS = ("acc_norm", "acc", "exact_match")  # in order of preference
+_FEWSHOT_SEED = 1234  # lm-eval's default
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What a model scored on one task.
+    """Score of a model on one task.
 
     Attributes:
-        task: Its name.
-        accuracy: Length-normalised where the task has it, else plain; of a task that generates, exact match.
+        task: Name of the task.
+        accuracy: Length-normalised accuracy if the task has it, else accuracy; exact match for a generating task.
         stderr: Standard error of the accuracy.
         items: Number of items.
-        margin: Mean over the items of how much more likely the right choice is than the best wrong one, in nats per
-            character: the difference of their log-likelihoods, each divided by its own length where the accuracy is
-            length-normalised, else both by the choices' mean length. So it is positive where the item counts as
-            right. None of a task without choices.
+        margin: Mean over the items of the log-likelihood of the right choice less that of the best wrong choice, in
+            nats per character. Each log-likelihood is divided by the choice's length if the accuracy is
+            length-normalised, else by the mean length of the choices, so the margin of an item is positive if and only
+            if the item counts as right. None for a task without choices.
     """
 
     task: str
@@ -42,7 +42,14 @@ class TaskScore:
 
 @dataclass
 class _Item:
-    """One document of a task: its requests, and of a multiple choice the right ones and what each is divided by."""
+    """One document of a task.
+
+    Attributes:
+        doc: The document.
+        requests: Its requests, one per choice first.
+        right: Indices of the right choices; None for a generating task.
+        lengths: Divisor of each choice's log-likelihood, in characters.
+    """
 
     doc: Any
     requests: list[Any]
@@ -50,7 +57,7 @@ class _Item:
     lengths: list[float]
 
     def margin(self, answers: Sequence[tuple[float, bool]]) -> float | None:
-        """Of the answers to its requests; None where there is nothing to choose."""
+        """Returns the margin of the answers to the requests; None without choices."""
         if self.right is None:
             return None
         scores = [answers[i][0] / n for i, n in enumerate(self.lengths)]
@@ -59,28 +66,27 @@ class _Item:
 
 
 class TaskSuite:
-    """lm-eval tasks, loaded and made into requests once, to evaluate many models on.
+    """lm-eval tasks, loaded and turned into requests once, on which many models are evaluated.
 
-    The documents of each task are split, whatever the limit, into a part for searching and another for reporting. The
-    answers are lm-eval's up to rounding; a context that choices share is computed once.
+    The documents of each task are split into a half for searching and a half for reporting, independent of the limit.
+    Scores equal lm-eval's up to rounding; a context that choices share is computed once.
 
     Args:
         tokenizer: The models' tokenizer.
         tasks: lm-eval task, group or tag names, or task configurations; with weights, ``{name: weight}``.
-        part: ``"search"`` or ``"report"``, halves of each task's documents that do not meet; or ``"all"``.
-        limit: At most so many items of each task (of a group: of each of its tasks).
-        num_fewshot: Examples before each item, where the task's own configuration does not say 0. Default: the task's.
-        include_path: Folder of further task YAML files.
-        batch_size: Requests per forward pass; more, in no more tokens, where they share their contexts. Never "auto":
-            on a CPU that tries 64 full-length sequences.
+        part: ``"search"`` or ``"report"``, disjoint halves of each task's documents, or ``"all"``.
+        limit: Largest number of items of each task; for a group, of each of its tasks.
+        num_fewshot: Examples before each item, unless the task's configuration sets 0. Default: the task's number.
+        include_path: Folder of more task YAML files. Default: none.
+        batch_size: Requests per forward pass; requests with a shared context count by their tokens.
 
     Attributes:
         weights: Weight of each task, summing to 1.
-        generating: Tasks without choices, which have no margin.
+        generating: Names of the tasks without choices, which have no margin.
 
     Raises:
-        ValueError: A task is unknown, its data cannot be had or is too little to split, it has no accuracy, or a weight
-            is not positive.
+        ValueError: A task is unknown, its data cannot be loaded or is too small to split, it has no accuracy, or a
+            weight is not positive.
     """
 
     def __init__(
@@ -100,7 +106,7 @@ class TaskSuite:
             raise ValueError("tasks must not be empty: name at least one lm-eval task.")
         self._tokenizer, self._batch_size = tokenizer, batch_size
         self._agreeing: dict[Any, bool] = {}
-        with _quiet():
+        with _silent_lm_eval():
             self._built = {
                 name: [(leaf, _items(leaf, part, limit, num_fewshot)) for leaf in leaves]
                 for name, leaves in _load(list(tasks), include_path).items()
@@ -123,7 +129,7 @@ class TaskSuite:
         model: Any,  # noqa: ANN401
         on_requests: Callable[[int], None] | None = None,
     ) -> list[TaskScore]:
-        """Scores of a model, one per task, in the order given.
+        """Scores a model on each task, in the order given.
 
         Args:
             model: A causal language model, with or without an adapter attached.
@@ -134,7 +140,7 @@ class TaskSuite:
         was_training = model.training
         model.eval()
         try:
-            with _quiet():
+            with _silent_lm_eval():
                 lm = SharedContextLM(pretrained=model, tokenizer=self._tokenizer, batch_size=self._batch_size)
                 lm.on_requests, lm.agreeing = on_requests, self._agreeing
                 for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
@@ -154,7 +160,7 @@ class TaskSuite:
         margins: list[float] = []
         for task, items in self._built[name]:
             task.apply_filters()
-            chosen = task._filters[0].name  # of several ways to read an answer (gsm8k's strict-match, ...) the first
+            chosen = task._filters[0].name  # the first filter (gsm8k: strict-match)
             for item in items:
                 answers = [request.filtered_resps[chosen] for request in item.requests]
                 metrics = task.process_results(item.doc, answers)
@@ -166,15 +172,15 @@ class TaskSuite:
         return TaskScore(name, accuracy, float(np.sqrt(accuracy * (1 - accuracy) / n)), n, mean)
 
     def weighted(self, scores: Sequence[TaskScore], metric: Literal["accuracy", "margin"]) -> float:
-        """The mean over the tasks by their weights; of the margin over those that have one."""
+        """Returns the weighted mean over the tasks; the margin's is over the tasks that have one."""
         values = {score.task: getattr(score, metric) for score in scores}
         weights = {name: self.weights[name] for name, value in values.items() if value is not None}
         return float(sum(weight * values[name] for name, weight in weights.items()) / sum(weights.values()))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides lm-eval's bars, and its warning of every loaded model that is handed to it."""
+def _silent_lm_eval() -> Iterator[None]:
+    """Hides lm-eval's progress bars and its warning about every model that is passed to it."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -190,13 +196,13 @@ def _name(task: str | dict[str, Any]) -> str:
 
 
 def _load(tasks: list[str | dict[str, Any]], include_path: str | None) -> dict[Any, list[Any]]:
-    """The lm-eval tasks that each name stands for: a group or a tag for several."""
+    """Loads the lm-eval tasks of each name; a group or a tag stands for several."""
     import datasets
     from lm_eval.tasks import TaskManager
 
     named = {task for task in tasks if isinstance(task, str)}
     manager = TaskManager(include_defaults=False, include_path=include_path)
-    if named - set(manager.all_tasks):  # the index of lm-eval's own takes seconds
+    if named - set(manager.all_tasks):  # indexing lm-eval's own tasks takes seconds
         manager = TaskManager(include_path=include_path)
     if unknown := sorted(named - set(manager.all_tasks)):
         raise ValueError(f"lm-eval knows no task named {', '.join(unknown)}; see `lm_eval ls tasks`.")
@@ -206,12 +212,12 @@ def _load(tasks: list[str | dict[str, Any]], include_path: str | None) -> dict[A
             found[_name(task)] = list(manager.load([task])["tasks"].values())
         except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the data of task {_name(task)} cannot be had ({reason}).") from error
+            raise ValueError(f"the data of task {_name(task)} cannot be loaded ({reason}).") from error
     return found
 
 
 def _items(task: Any, part: Part, limit: int | None, num_fewshot: int | None) -> list[_Item]:  # noqa: ANN401
-    """The documents of a part, with their requests."""
+    """Builds the requests of a part of a task's documents."""
     if not set(_METRICS) & set(task.aggregation()):
         raise ValueError(f"task {task.config.task} has none of the metrics {', '.join(_METRICS)}; name another task.")
     if num_fewshot is not None and task.config.num_fewshot != 0:
@@ -237,21 +243,21 @@ def _item(task: Any, requests: list[Any]) -> _Item:  # noqa: ANN401
     choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     golds = gold if isinstance(gold, list) else [gold]
-    # what is scored is the continuation, which is not the choice where the choices are contexts (winogrande); further
-    # requests than choices score them without their context (acc_mutual_info)
+    # lengths are those of the scored continuations, which differ from the choices if these are contexts (winogrande);
+    # requests beyond the choices score these without their context (acc_mutual_info)
     lengths = [max(1.0, len(request.args[1].strip())) for request in requests[: len(choices)]]
     if "acc_norm" not in task.aggregation():
         lengths = [sum(lengths) / len(lengths)] * len(lengths)
-    return _Item(doc, requests, [choices.index(one) if isinstance(one, str) else one for one in golds], lengths)
+    return _Item(doc, requests, [choices.index(g) if isinstance(g, str) else g for g in golds], lengths)
 
 
 def continuation_items(texts: Sequence[str], n_items: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Multiple-choice items over running text: which of four passages follows the context?
+    """Makes multiple-choice items from running text: which of four passages follows the context?
 
     Args:
-        texts: Where the items come from; those under 60 words are left out.
-        n_items: How many, spread evenly over the texts.
-        seed: Seed of the places and of the order of the choices.
+        texts: Source texts; texts of fewer than 60 words are left out.
+        n_items: Number of items, spread evenly over the texts.
+        seed: Seed of the positions and of the order of the choices.
 
     Returns:
         Records with ``context`` (16 words), ``choices`` (4 of 8 words; the wrong ones from other texts) and ``label``.
@@ -259,10 +265,10 @@ def continuation_items(texts: Sequence[str], n_items: int, seed: int = 0) -> lis
     Raises:
         ValueError: Fewer than four texts are long enough.
     """
-    n_context, n_choice, n_choices = 16, 8, 4
-    usable = [words for words in (text.split() for text in texts) if len(words) >= 60]
+    n_context, n_choice, n_choices, least = 16, 8, 4, 60  # set by hand
+    usable = [words for words in (text.split() for text in texts) if len(words) >= least]
     if len(usable) < n_choices:
-        raise ValueError(f"continuation items need {n_choices} texts of at least 60 words, got {len(usable)}.")
+        raise ValueError(f"continuation items need {n_choices} texts of at least {least} words, got {len(usable)}.")
     rng = np.random.default_rng(seed)
 
     def passage(words: list[str], start: int) -> str:
@@ -287,7 +293,7 @@ def continuation_items(texts: Sequence[str], n_items: int, seed: int = 0) -> lis
 
 
 def continuation_task(items: Sequence[dict[str, Any]], name: str = "continuation") -> dict[str, Any]:
-    """An lm-eval task configuration over ``continuation_items``, in memory: for ``TaskSuite``."""
+    """Returns an in-memory lm-eval task configuration of ``continuation_items``, for ``TaskSuite``."""
     import datasets
 
     rows = datasets.Dataset.from_list(list(items))

@@ -1,4 +1,4 @@
-"""The training loop of one recovery: same data, same order, same initialisation for every rank configuration."""
+"""The training loop of a recovery: every rank configuration sees the same data in the same order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankadaptor_optuna.recovery.data import Examples
-from rankadaptor_optuna.recovery.processes import add_up, gradients, place, together
+from rankadaptor_optuna.recovery.processes import (
+    fail_together,
+    n_processes,
+    process_index,
+    shared_gradients,
+    sum_over_processes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -19,19 +25,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of one recovery.
+    """Settings of a recovery. The defaults are set by hand for the embedded model on a CPU.
 
     Attributes:
-        steps: Optimiser steps.
+        steps: Number of optimiser steps.
         batch_size: Examples per step.
         learning_rate: Peak of AdamW's learning rate; linear warm-up, then cosine decay to 0.
         warmup: Share of the steps that warm up; from 1 on, their number.
         weight_decay: AdamW's weight decay.
-        max_grad_norm: Gradient clipping.
-        micro_batch_size: Examples per forward pass; their gradients add up to those of the whole batch. Default: all.
-        gradient_checkpointing: Compute activations anew in the backward pass: less memory, more time.
-        epochs: Passes over the data, which give the steps once it is read. Default: ``steps`` as they are.
-        linear_decay: Whether the learning rate falls along a line, as is Hugging Face's Trainer's default.
+        max_grad_norm: Largest norm of the gradient, which is clipped to it.
+        micro_batch_size: Examples per forward pass; gradients are accumulated over the batch. Default: the whole batch.
+        gradient_checkpointing: Whether to recompute activations in the backward pass: less memory, more time.
+        epochs: Number of passes over the data, instead of ``steps``. Default: ``steps`` counts.
+        linear_decay: Whether the learning rate decays linearly, the default of Hugging Face's Trainer.
+
+    Raises:
+        ValueError: A setting is out of range.
     """
 
     steps: int = 8
@@ -55,7 +64,7 @@ class TrainingConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
 
     def for_examples(self, n: int) -> TrainingConfig:
-        """The same in steps, on ``n`` examples; an incomplete last batch is filled up from the next pass."""
+        """Converts ``epochs`` to ``steps`` for ``n`` examples; the next pass fills up an incomplete last batch."""
         if self.epochs is None:
             return self
         return replace(self, steps=math.ceil(self.epochs * n / self.batch_size), epochs=None)
@@ -63,7 +72,13 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a recovery did: mean loss of its last quarter of steps (nats), tokens seen (no padding), seconds taken."""
+    """Result of a recovery.
+
+    Attributes:
+        loss: Mean training loss of the last quarter of the steps, in nats per target.
+        tokens: Number of tokens seen, without padding.
+        seconds: Wall-clock seconds.
+    """
 
     loss: float
     tokens: int
@@ -71,7 +86,7 @@ class TrainingResult:
 
 
 def batches(n_blocks: int, config: TrainingConfig, seed: int) -> list[list[int]]:
-    """Block indices of every step: fresh shuffles of all blocks, one after the other, fixed by ``seed``."""
+    """Returns the block indices of every step: one shuffle of all blocks after the other, determined by ``seed``."""
     config = config.for_examples(n_blocks)
     needed = config.steps * config.batch_size
     rng = np.random.default_rng(seed)
@@ -81,6 +96,7 @@ def batches(n_blocks: int, config: TrainingConfig, seed: int) -> list[list[int]]
 
 
 def _learning_rate(step: int, config: TrainingConfig) -> float:
+    """Returns the learning rate of a step as a share of its peak."""
     warmup = max(1, round(config.warmup if config.warmup >= 1 else config.warmup * config.steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -99,15 +115,15 @@ def train(
 ) -> TrainingResult:
     """Trains the parameters of ``model`` that require gradients on next-token prediction.
 
-    Of several processes (``recovery.processes``) each takes its share of every batch; what they do is the same.
+    Several processes (``recovery.processes``) take a share of every batch each, and sum their gradients.
 
     Args:
         model: A causal language model with an adapter attached.
-        data: Examples, or blocks of token ids, (n, length), of which every token is a target.
+        data: Examples, or blocks of token ids, (n, length), in which every token is a target.
         config: Settings.
-        seed: Order of the data and state of dropout.
+        seed: Seed of the data order and of dropout.
         on_step: Called with (step, loss) after each step, steps from 0.
-        before_zero_grad: Called with the step while its gradients are still there (AdaLoRA needs them).
+        before_zero_grad: Called with the step before its gradients are reset (AdaLoRA needs them).
 
     Raises:
         FloatingPointError: The loss is not finite; the message names the step.
@@ -120,9 +136,9 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
-    first = next(model.parameters())  # the base model's: the adapter itself is float32
+    first = next(model.parameters())  # of the base model; the adapter is float32
     device, dtype = first.device, first.dtype
-    number, n_processes = place()
+    index, n_shares = process_index(), n_processes()
     losses: list[float] = []
     tokens = 0
     start = time.perf_counter()
@@ -132,12 +148,12 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         with torch.random.fork_rng():
-            torch.manual_seed(seed + number)  # of dropout, in which processes should differ
+            torch.manual_seed(seed + index)  # dropout must differ between processes
             for step, rows in enumerate(batches(len(examples), config, seed)):
                 total = torch.zeros((), device=device)
                 n_targets = examples.n_targets(rows)
-                with together(device):
-                    for micro in examples.by_length(rows[number::n_processes], config.micro_batch_size or len(rows)):
+                with fail_together(device):
+                    for micro in examples.by_length(rows[index::n_shares], config.micro_batch_size or len(rows)):
                         batch = {name: tensor.to(device) for name, tensor in examples.batch(micro).items()}
                         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
                             loss = model(**batch, use_cache=False).loss * (examples.n_targets(micro) / n_targets)
@@ -147,7 +163,7 @@ def train(
                                 f"training loss is {float(total)} at step {step}; lower the learning rate."
                             )
                         loss.backward()
-                add_up([total, *gradients(parameters)])
+                sum_over_processes([total, *shared_gradients(parameters)])
                 losses.append(float(total))
                 tokens += sum(len(examples.ids[row]) for row in rows)
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -156,7 +172,7 @@ def train(
                 if before_zero_grad is not None:
                     before_zero_grad(step)
                 optimizer.zero_grad()
-                with together(device):
+                with fail_together(device):
                     if on_step is not None:
                         on_step(step, losses[-1])
     finally:

@@ -201,7 +201,7 @@ def test_prune_writes_a_checkpoint_that_opens_and_says_what_went(dense_folder, t
         (["--ratio", "0.99"], "largest possible ratio is 0."),
         (["--ratio", "2"], "ratio must lie between 0 and 1, got 2.0"),
         (["--criterion", "ppl"], "criterion 'ppl' is unknown to llm-pruner"),
-        (["--calibration", "nowhere.txt"], "nowhere.txt is no file"),
+        (["--calibration", "nowhere.txt"], "nowhere.txt is neither a file"),
     ],
 )
 def test_prune_refuses_in_one_line_and_writes_nothing(dense_folder, tmp_path, capsys, arguments, says):

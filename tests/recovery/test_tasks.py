@@ -271,5 +271,5 @@ def test_a_task_whose_data_cannot_be_had_is_named(tokenizer, tmp_path):
         "task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\ntest_split: test\n"
         "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_target: 0\ndoc_to_choice: [b, c]\n"
     )
-    with pytest.raises(ValueError, match="the data of task gone cannot be had"):
+    with pytest.raises(ValueError, match="the data of task gone cannot be loaded"):
         TaskSuite(tokenizer, {"gone": 1.0}, include_path=str(tmp_path))
