@@ -17,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so 
 # matrices of the performance model are small: two BLAS threads make a test ten times slower on a busy machine
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of subprocesses
 threadpool_limits(1, user_api="blas")  # of this process, whose NumPy a plugin may have loaded already
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of torch, here and in subprocesses: the workers share the cores
 
 FAMILIES = {
     "llama": ("Llama", {}),

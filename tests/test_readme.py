@@ -1,0 +1,109 @@
+"""Runs what the documents tell a reader to run: Python blocks as pasted, commands in the document's order."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import unittest
+from pathlib import Path
+
+import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+
+from rankadaptor_optuna.cli.app import _parser
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "benchmarks/*.md") for path in ROOT.glob(pattern))
+README = ROOT / "README.md"
+NEEDS_MODEL = re.compile(r"load_model|from_pretrained|rankadaptor-out")
+# appended where the document's own size takes minutes; the last value of an option counts
+SMALL = {
+    "quickstart": "--trials 2 --steps 2",
+    "search": "--trials 2",
+    "compare": "--seeds 1",
+    "export": "--steps 2",
+    "dashboard": "--port 0",
+}
+
+
+def examples(path, *parsers):
+    return list(Sybil(parsers=parsers, path=str(path.parent)).parse(path))
+
+
+def commands(block):
+    """Arguments of each ``rankadaptor`` command in a block of shell lines."""
+    lines = block.replace("\\\n", " ").splitlines()
+    words = [shlex.split(part, comments=True) for line in lines for part in re.split(r"&&|;", line)]
+    return [rest for first, *rest in filter(None, words) if first == "rankadaptor"]
+
+
+def name_of(example):
+    return f"{Path(example.path).name}:{example.line}"
+
+
+SHELL_BLOCKS = [e for path in DOCUMENTS for e in examples(path, CodeBlockParser("bash", lambda example: None))]
+PYTHON_BLOCKS = [e for path in DOCUMENTS for e in examples(path, PythonCodeBlockParser())]
+
+
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(c, id=f"{name_of(e)} {' '.join(c)}") for e in SHELL_BLOCKS for c in commands(e.parsed)]
+)
+def test_commands_and_their_options_exist(arguments):
+    assert callable(_parser().parse_args(arguments).run)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_modules_files_and_links_exist(path):
+    text = path.read_text()
+    modules = re.findall(r"python -m ((?:benchmarks|rankadaptor_optuna)\.\w+(?:\.\w+)*)", text)
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    files = re.findall(r"\b(?:rankadaptor_optuna|tests|docs|examples)/[\w/.-]*\.\w+", text)
+    missing = [link for link in links if link and not (path.parent / link).exists()]
+    assert missing + [file for file in files if not (ROOT / file).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "example", [pytest.param(e, id=name_of(e)) for e in PYTHON_BLOCKS if not NEEDS_MODEL.search(e.parsed)]
+)
+def test_python_blocks_run_as_pasted(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example.document.namespace.clear()
+    example.evaluate()
+
+
+@pytest.mark.e2e
+def test_the_readme_runs_in_its_order_in_one_folder(tmp_path):
+    """All but the blocks marked as skipped, which need a server, a download or a file of the reader's."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+
+    def run(*command):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
+
+    def serve(*command):
+        """Runs a server until it prints its address."""
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+            said = process.stdout.readline()
+            process.terminate()
+        assert "http://" in said
+
+    def shell(example):
+        for name, *rest in commands(example.parsed):
+            command = [sys.executable, "-m", "rankadaptor_optuna.cli", name, *rest, *SMALL.get(name, "").split()]
+            (serve if name == "dashboard" else run)(*command)
+
+    def python(example):
+        run(sys.executable, "-c", example.parsed)
+
+    parsers = CodeBlockParser("bash", shell), CodeBlockParser("python", python), SkipParser()
+    for example in examples(README, *parsers):
+        try:
+            example.evaluate()
+        except unittest.SkipTest:
+            continue
