@@ -58,14 +58,28 @@ def test_commands_and_their_options_exist(arguments):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_modules_files_and_links_exist(path):
+def test_links_modules_and_named_code_exist(path):
     text = path.read_text()
-    modules = re.findall(r"python -m ((?:benchmarks|rankadaptor_optuna)\.\w+(?:\.\w+)*)", text)
-    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    files = re.findall(r"\b(?:rankadaptor_optuna|tests|docs|examples)/[\w/.-]*\.\w+", text)
-    missing = [link for link in links if link and not (path.parent / link).exists()]
-    assert missing + [file for file in files if not (ROOT / file).exists()] == []
+    assert [link for link in links if link and not (path.parent / link).exists()] == []
+    modules = re.findall(r"python -m ((?:benchmarks|rankadaptor_optuna)(?:\.[a-z_0-9]+)+)", text)
+    assert [module for module in modules if not is_runnable(module)] == []
+    sources = {name: source_of(name) for name in re.findall(r"`([\w/.-]+\.py)`", text)}
+    assert [name for name, source in sources.items() if source is None] == []
+    located = re.findall(r"`([\w.]+)`(?: in | \()`([\w/.-]+\.py)`", text)  # `name` in `file`, `name` (`file`)
+    assert [(name, file) for name, file in located if name.rpartition(".")[2] not in sources[file]] == []
+
+
+def is_runnable(module):
+    spec = importlib.util.find_spec(module)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    return importlib.util.find_spec(f"{module}.__main__") is not None if is_package else spec is not None
+
+
+def source_of(name):
+    """Text of a file named from the root or from the package; None if there is none."""
+    found = [folder / name for folder in (ROOT, ROOT / "rankadaptor_optuna") if (folder / name).is_file()]
+    return found[0].read_text() if found else None
 
 
 @pytest.mark.parametrize(
