@@ -17,7 +17,7 @@ from benchmarks.report import check, interval, show, write
 from benchmarks.tasks.simulated import World
 from rankadaptor_optuna import PerformanceModel
 from rankadaptor_optuna.priors.meta import meta_train
-from rankadaptor_optuna.priors.paper import pretrain, reptile
+from rankadaptor_optuna.priors.pretraining import pretrain, reptile
 from rankadaptor_optuna.surrogate.statistics import rank_correlation
 
 N_LAYERS = 16

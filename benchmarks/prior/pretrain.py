@@ -58,7 +58,7 @@ def held_out(tasks: Sequence[MetaTask], seeds: int) -> dict[str, Agreements]:
         own = [task for task in tasks if task.family == family]
         found[family] = {
             sensitivities: [(agreement(task, prior, seeds), agreement(task, None, seeds)) for task in some]
-            for sensitivities, some in ((KNOWN, own), (UNKNOWN, [task.untold() for task in own]))
+            for sensitivities, some in ((KNOWN, own), (UNKNOWN, [task.without_sensitivity() for task in own]))
         }
         print(f"{family}: done", file=sys.stderr)
     return found

@@ -1,1 +1,1 @@
-"""Learned starts of the performance model: meta-learning, versions in a database, the prior of a study."""
+"""Learned starts of the performance model: meta-learning, a store of versions in a database, the prior of a study."""

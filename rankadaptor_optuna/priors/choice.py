@@ -1,4 +1,4 @@
-"""Which prior a study's performance model starts from: the one that the study began with, to its version."""
+"""PriorChoice: finds the prior of a study, which is the version with which the study began."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from rankadaptor_optuna.attributes import PRIOR_ATTR
 from rankadaptor_optuna.priors.store import PriorStore, Use, Version, parse_reference
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
 
-_NONE, _SHIPPED, _CUSTOM = "none", "pretrained", "custom"  # what an identity may be, besides db:NAME@VERSION
+_NONE, _SHIPPED, _CUSTOM = "none", "pretrained", "custom"  # kinds of identities, besides db:NAME@VERSION
 OnBadPrior: TypeAlias = Literal["raise", "pretrained"]
 Given: TypeAlias = Prior | str | os.PathLike[str] | None
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 
 class PriorChoice:
-    """A prior as it was given, and what becomes of it for a study.
+    """A prior as a user gave it; finds the prior of each study.
 
-    A study keeps the prior that it began with: its identity is stored with the study (``none``,
-    ``pretrained:CHECKSUM``, ``db:NAME@VERSION``, or ``custom:CHECKSUM`` of any other) and counts for whoever resumes or
-    reads it. Wherever a prior may be given, so may one of these.
+    A study keeps the prior with which it began. The prior's identity is stored with the study (``none``,
+    ``pretrained:CHECKSUM``, ``db:NAME@VERSION``, or ``custom:CHECKSUM`` for any other) and takes precedence over the
+    given prior when the study is resumed or read. Every parameter that takes a prior takes a ``PriorChoice``, too.
 
     Args:
         given: ``"pretrained"`` (shipped), None, a path, a ``Prior``, ``"db:NAME"`` (the newest version) or
             ``"db:NAME@VERSION"``.
-        storage: URL of the database that holds ``db:`` priors. Default: that of the study's own storage.
-        on_bad: ``"raise"``, or ``"pretrained"``: go on with the shipped prior, and a warning, where the prior is
-            missing, corrupt or of a newer format.
+        storage: URL of the database that holds ``db:`` priors. Default: the study's own storage.
+        on_bad: What to do where the prior is missing, corrupt or of a newer format: ``"raise"``, or ``"pretrained"``:
+            warn and use the shipped prior.
 
     Raises:
-        ValueError: The prior cannot be read, or ``on_bad`` is neither.
+        ValueError: The prior cannot be read, or ``on_bad`` is unknown.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class PriorChoice:
         self._storage, self._on_bad = storage, on_bad
         self._is_default = given == "pretrained" if isinstance(given, str) else False
         self._reference: tuple[str, int | None] | None = None
-        self._known: dict[tuple[str, str], Prior | None] = {}  # by identity and database
+        self._known: dict[tuple[str, str], Prior | None] = {}  # by identity and the database's URL
         self._own = _NONE
         self._warned: set[str] = set()
         if isinstance(given, str) and given.startswith("db:"):
@@ -63,15 +63,21 @@ class PriorChoice:
 
     @classmethod
     def of(cls, given: PriorLike) -> PriorChoice:
-        """The choice that was given, or of what was given."""
+        """Returns ``given`` where it is a choice, else a choice of it."""
         return given if isinstance(given, PriorChoice) else cls(given)
 
     def _keep(self, prior: Prior | None, is_shipped: bool) -> str:
+        """Remembers a prior that is in no database, and returns its identity."""
         identity = _NONE if prior is None else f"{_SHIPPED if is_shipped else _CUSTOM}:{prior.checksum}"
         self._known[identity, ""] = prior
         return identity
 
     def _fallen_back(self, error: ValueError) -> str:
+        """Returns the identity of the shipped prior, with a warning.
+
+        Raises:
+            ValueError: ``on_bad`` is ``"raise"``; this is ``error``.
+        """
         if self._on_bad == "raise":
             raise error
         self._warn(f"{error} Going on with the shipped prior.")
@@ -83,22 +89,22 @@ class PriorChoice:
             _logger.warning(message)
 
     def find(self, study: Study) -> Prior | None:
-        """The prior of a study, which stays as it is.
+        """Returns the prior of a study, without writing to it.
 
         Raises:
-            ValueError: The prior cannot be had; the message names it and says why.
+            ValueError: The prior cannot be read; the message names it and the reason.
         """
         return self._resolved(study, _attribute(study))[1]
 
     def settle(self, study: Study, stored: str | None) -> Prior | None:
-        """The prior of a study that is worked on; its identity is stored where there was none, or it fell back.
+        """Returns the prior of a study that is searched, and stores its identity where that is new or fell back.
 
         Args:
             study: The study.
-            stored: The identity stored with it, as read from the storage.
+            stored: The identity that the study's storage holds, None where it holds none.
 
         Raises:
-            ValueError: The prior cannot be had; the message names it and says why.
+            ValueError: The prior cannot be read; the message names it and the reason.
         """
         identity, prior = self._resolved(study, stored)
         if stored is not None and not self._is_default and not self._agrees(stored):
@@ -109,16 +115,18 @@ class PriorChoice:
         if identity.startswith("db:"):
             store, elsewhere = self._store(study)
             store.use(study.study_name, _version(identity), elsewhere=elsewhere)
-        # of several workers that begin at the same moment the last writer's counts, for all
+        # where several workers begin at the same moment, the last writer's identity counts for all of them
         return self.find(study)
 
     def _agrees(self, stored: str) -> bool:
+        """Whether a stored identity is that of the given prior."""
         if self._reference is None:
             return stored == self._own
         name, version = self._reference
         return stored.startswith(f"db:{name}@") and version in (None, _version(stored).version)
 
     def _resolved(self, study: Study, stored: str | None) -> tuple[str, Prior | None]:
+        """Identity and prior of a study: the stored one, else the given one, else (``on_bad``) the shipped one."""
         try:
             if stored is not None:
                 identity = stored
@@ -132,6 +140,7 @@ class PriorChoice:
             return identity, self._known[identity, ""]
 
     def _prior(self, study: Study, identity: str) -> Prior | None:
+        """The prior with an identity, read once."""
         store = self._store(study)[0] if identity.startswith("db:") else None
         key = identity, "" if store is None else store.url
         if key not in self._known:
@@ -139,6 +148,7 @@ class PriorChoice:
         return self._known[key]
 
     def _read(self, study: Study, identity: str) -> Prior | None:
+        """Reads the prior with an identity that is in no database and was not given."""
         kind, _, checksum = identity.partition(":")
         if kind == _NONE:
             return None
@@ -155,7 +165,7 @@ class PriorChoice:
         raise ValueError(f"study {study.study_name!r} has the prior {identity!r}, which this version does not know.")
 
     def _store(self, study: Study) -> tuple[PriorStore, bool]:
-        """Where ``db:`` priors are, and whether that is another database than the study's."""
+        """The store of ``db:`` priors, and whether it is in another database than the study."""
         own = engine_of(study._storage)
         if self._storage is not None:
             return PriorStore(self._storage), own is None or own.url != sqlalchemy.make_url(self._storage)
@@ -171,12 +181,12 @@ PriorLike: TypeAlias = PriorChoice | Given
 
 
 def engine_of(storage: BaseStorage) -> sqlalchemy.Engine | None:
-    """The database connections of an Optuna storage; None where it has none (in memory, journal, gRPC)."""
+    """Returns the database engine of an Optuna storage; None where it has none (in memory, journal, gRPC)."""
     return getattr(getattr(storage, "_backend", storage), "engine", None)
 
 
 def uses(storage: BaseStorage) -> list[Use]:
-    """Which studies of a storage use which ``db:`` priors."""
+    """Returns the uses of ``db:`` priors by the studies of a storage."""
     found = []
     for study in optuna.get_all_study_summaries(storage, include_best_trial=False):
         identity = str(study.user_attrs.get(PRIOR_ATTR))
@@ -186,7 +196,7 @@ def uses(storage: BaseStorage) -> list[Use]:
 
 
 def _attribute(study: Study) -> str | None:
-    # by the storage: under Hyperband, Optuna hides a study's attributes
+    # read from the storage: under Hyperband, Optuna hides a study's attributes
     stored = study._storage.get_study_user_attrs(study._study_id).get(PRIOR_ATTR)
     return None if stored is None else str(stored)
 

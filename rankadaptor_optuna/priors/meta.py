@@ -1,8 +1,16 @@
-"""Offline meta-learning: the MLP's features and its weights' prior, from many tasks (one study each).
+"""Offline meta-learning: learns the prior's MLP, and the mean and spread of its output weights, from finished studies.
 
-Maximises the marginal likelihood of every task's scores under the Bayesian head, jointly over the MLP and the mean and
-spread of its output weights, as in adaptive Bayesian linear regression (Perrone et al., 2018). The paper meta-learns a
-plain MLP (section 3.2, "offline meta-learning"): ``surrogate.paper.pretrain`` and ``reptile`` do.
+It maximises the marginal likelihood of all tasks' scores under the Bayesian head, jointly over the MLP and the Gaussian
+over its output weights, as in adaptive Bayesian linear regression (Perrone et al., 2018, "Scalable Hyperparameter
+Transfer Learning"). The paper meta-learns a plain MLP (section 3.2, "offline meta-learning"): see ``pretraining``.
+
+Notation of the loss of one task, with n of its trials:
+    y       (n,)    standardised scores
+    X       (n, F)  features of the head that are not learned, with their prior N(m, S) at the grid's middle point
+    Z       (n, M)  outputs of the MLP, summed over layers, less those of the uniform configuration
+    a, D    (M,), (M, M)  mean and diagonal covariance of the output weights, learned
+    K       X S X' + Z D Z' + noise^2 I
+    loss    (log|K| + (y - Xm - Za)' K^-1 (y - Xm - Za)) / 2n, plus a small penalty on a and log D
 """
 
 from __future__ import annotations
@@ -22,8 +30,13 @@ from rankadaptor_optuna.surrogate.grid import Array, RankGrid
 from rankadaptor_optuna.surrogate.prior import Prior
 from rankadaptor_optuna.surrogate.statistics import rank_correlation
 
+# set by hand, like the defaults of ``meta_train``
 MAX_EPOCHS = 200
-_NOISE = 0.2
+_NOISE = 0.2  # of standardised scores
+_PENALTY = 1e-3  # keeps the distribution of unused outputs' weights finite
+_MIN_IMPROVEMENT = 1e-4  # of the held-out loss
+_FEWEST = 4  # trials of a task in a step
+_FEWEST_MEASURED = 6  # trials of a task on which transfer is measured
 _KIND: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever torch's defaults are
 
 
@@ -32,13 +45,13 @@ class MetaTask:
     """One finished study.
 
     Attributes:
-        grid: Its layers.
+        grid: The searched layers.
         ranks: Ranks of each trial, (n, L).
-        scores: Their scores, (n,), higher is better, on any scale.
-        points: The other parameters in the unit cube, (n, E). Default: there are none.
-        name: Its name, for the card.
-        family: What it has in common with related tasks (the model, say), which are held out together. Default: the
-            task is alone.
+        scores: Scores of the trials, (n,), higher is better, on any scale.
+        points: The ordinary parameters in the unit cube, (n, E). Default: none.
+        name: Name of the task, for the card.
+        family: Name of the family of related tasks (of one model, say), which are held out together. Default: the task
+            is a family of its own.
     """
 
     grid: RankGrid
@@ -49,15 +62,15 @@ class MetaTask:
     family: str = ""
 
     def model(self, prior: Prior | None) -> BayesianModel:
-        """A performance model of its search space that has seen nothing."""
+        """Returns a performance model of the task's search space without observations."""
         return BayesianModel(self.grid, prior=prior, n_ordinary=0 if self.points is None else self.points.shape[1])
 
-    def untold(self) -> MetaTask:
-        """The same task, its layers' sensitivities unknown."""
+    def without_sensitivity(self) -> MetaTask:
+        """Returns the same task with unknown sensitivities."""
         return replace(self, grid=replace(self.grid, sensitivity=np.zeros(self.grid.n_layers)))
 
     def points_of(self, rows: slice) -> Array | None:
-        """The other parameters of some trials."""
+        """Returns the ordinary parameters of some trials."""
         return None if self.points is None else self.points[rows]
 
 
@@ -74,25 +87,29 @@ def meta_train(
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> Prior:
-    """Learns a prior from tasks, stopped early on tasks held out.
+    """Learns a prior from tasks, and stops early on held-out tasks.
 
-    What tasks know of their layers' sensitivities is not looked at: where it is known there is little left to learn,
-    and what is learned beside it does not hold where it is not.
+    The tasks' sensitivities are ignored: where they are known there is little left to learn, and a prior learned beside
+    them does not hold where they are unknown (``python -m benchmarks.prior.pretrain`` measures both).
 
-    The prior's card says from which tasks, when, and how well it transfers to those held out (which stop the training,
-    but are not trained on): see ``transfer``.
+    The prior's card holds the names of the tasks, the time, and the transfer to the held-out tasks (which stop the
+    training, but are not trained on): see ``transfer``.
 
     Args:
         tasks: At least two; any number of layers, any candidates.
         held_out: Share of the tasks held out for early stopping.
-        n_features: Outputs of the MLP.
+        n_features: Number of outputs of the MLP.
         hidden: Width of its two hidden layers.
-        max_epochs: Most passes over the tasks.
-        patience: Epochs without an improvement on the held-out tasks before it stops.
-        subset: Most trials of a task per step, drawn anew each time, so that it learns to start from few.
-        learning_rate: Adam's learning rate.
+        max_epochs: Highest number of passes over the tasks.
+        patience: Number of epochs without an improvement on the held-out tasks after which training stops.
+        subset: Highest number of a task's trials per step; they are drawn anew each time, so that the prior learns to
+            start from few.
+        learning_rate: Learning rate of Adam.
         seed: Seed of initialisation, order and subsets.
-        progress: Called with (epoch, held-out negative log evidence per trial).
+        progress: Called with (epoch, held-out loss per trial) after each epoch.
+
+    Returns:
+        The prior of the epoch with the lowest held-out loss.
 
     Raises:
         ValueError: Fewer than two tasks, or one with fewer than two trials.
@@ -109,7 +126,7 @@ def meta_train(
     best, best_state, since = np.inf, learner.state_dict(), 0
     for epoch in range(max_epochs):
         for i in rng.permutation(trained):
-            n = int(rng.integers(min(4, len(prepared[i].targets)), min(subset, len(prepared[i].targets)) + 1))
+            n = int(rng.integers(min(_FEWEST, len(prepared[i].targets)), min(subset, len(prepared[i].targets)) + 1))
             rows = rng.choice(len(prepared[i].targets), n, replace=False)
             optimizer.zero_grad()
             learner.loss(prepared[i], rows).backward()  # type: ignore[no-untyped-call]
@@ -119,7 +136,7 @@ def meta_train(
             loss = float(np.mean([float(learner.loss(task, rows)) for task, rows in some]))
         if progress is not None:
             progress(epoch, loss)
-        if loss < best - 1e-4:
+        if loss < best - _MIN_IMPROVEMENT:
             best, since = loss, 0
             best_state = {name: value.clone() for name, value in learner.state_dict().items()}
         else:
@@ -132,7 +149,7 @@ def meta_train(
 
 
 def _split(tasks: Sequence[MetaTask], share: float, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Tasks to hold out and to train on, by index: whole families, unless there is but one."""
+    """Returns the indices of the tasks to hold out and to train on: whole families, unless there is only one."""
     families = [task.family or i for i, task in enumerate(tasks)]
     if len(set(families)) == 1:
         families = list(range(len(tasks)))
@@ -156,20 +173,21 @@ def _card(tasks: Sequence[MetaTask], held: Sequence[MetaTask], prior: Prior) -> 
 
 
 def transfer(tasks: Sequence[MetaTask], prior: Prior, n_first: int = 8) -> dict[str, Any]:
-    """How well the rest of each task is predicted from its first few trials, with the prior and without.
+    """Measures how well the rest of each task is predicted from its first few trials, with the prior and without.
 
     Args:
-        tasks: Tasks that the prior was not trained on. Those with fewer than 6 trials are passed over.
+        tasks: Tasks that the prior was not trained on. Those with fewer than 6 trials are left out.
         prior: The prior.
-        n_first: So many trials are learned from, half of a task's trials at most.
+        n_first: Number of trials to learn from; at most half of a task's trials are.
 
     Returns:
         ``n_first``; Spearman's rank correlation of predicted and actual scores ``with_prior`` and ``without``, means
-        over the tasks, and their difference, ``gain`` (None where no task is long enough); ``tasks``, the same by task.
+        over the tasks, and their difference, ``gain`` (all None where no task is long enough); and ``tasks``, the same
+        for each task.
     """
     found = []
     for task in tasks:
-        if len(task.scores) < 6:
+        if len(task.scores) < _FEWEST_MEASURED:
             continue
         n = min(n_first, len(task.scores) // 2)
         first, rest = slice(0, n), slice(n, None)
@@ -189,7 +207,15 @@ def transfer(tasks: Sequence[MetaTask], prior: Prior, n_first: int = 8) -> dict[
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A task as tensors: MLP inputs, the kernel of the head's other features, standardised scores."""
+    """A task as tensors, in the notation above.
+
+    Attributes:
+        inputs: Inputs of the MLP, (n, L, 3).
+        reference: Inputs of the MLP for the uniform configuration, (1, L, 3).
+        kernel: X S X', (n, n).
+        offset: X m, (n,).
+        targets: y, (n,).
+    """
 
     inputs: torch.Tensor
     reference: torch.Tensor
@@ -200,7 +226,7 @@ class _Prepared:
     @classmethod
     def of(cls, task: MetaTask) -> _Prepared:
         grid = task.grid
-        plain = task.untold().model(None)
+        plain = task.without_sensitivity().model(None)
         plain.update(task.ranks, task.scores, task.points)
         middle = plain.middle_hyperparameters()
         features = plain.features
@@ -214,6 +240,8 @@ class _Prepared:
 
 
 class _Learner(torch.nn.Module):
+    """The MLP of a prior, and the mean and log standard deviation of its output weights."""
+
     def __init__(self, n_features: int, hidden: int) -> None:
         super().__init__()
         self._hidden = torch.nn.ModuleList(torch.nn.Linear(width, hidden, **_KIND) for width in (N_INPUTS, hidden))
@@ -235,7 +263,7 @@ class _Learner(torch.nn.Module):
         mean = task.offset[rows] + features @ self.mean
         factor = torch.linalg.cholesky(covariance)
         white = torch.linalg.solve_triangular(factor, (task.targets[rows] - mean)[:, None], upper=False)
-        penalty = 1e-3 * ((self.mean**2).sum() + (self.log_std**2).sum())  # keeps unused outputs finite
+        penalty = _PENALTY * ((self.mean**2).sum() + (self.log_std**2).sum())
         return (penalty + 0.5 * (white**2).sum() + factor.diagonal().log().sum()) / len(rows)
 
     def export(self) -> Prior:

@@ -1,7 +1,8 @@
-"""Versions of meta-learned priors in a shared database: append-only, beside Optuna's tables and apart from them.
+"""PriorStore: versions of meta-learned priors in a shared database, in append-only tables beside Optuna's own.
 
-A prior is named ``db:NAME`` (its newest version) or ``db:NAME@VERSION``. Versions count from 1 and are never changed or
-given twice. Which studies use which version is kept too, without a foreign key: Optuna must be able to delete a study.
+A prior is named ``db:NAME`` (its newest version) or ``db:NAME@VERSION``. Versions count from 1; none is ever changed or
+assigned twice. The tables also record the studies that use each version, without a foreign key to Optuna's tables, with
+which ``optuna.delete_study`` would delete nothing.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from rankadaptor_optuna.database import exclusively, masked, patiently, reason
 from rankadaptor_optuna.surrogate.prior import Prior
 
 T = TypeVar("T")
-_ATTEMPTS = 100
+_ATTEMPTS = 100  # to write, each after a pause of up to 0.1 s; set by hand
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _REFERENCE = re.compile(rf"db:({_NAME})(?:@([1-9][0-9]{{0,8}}))?")
 
 
 def _text(length: int) -> Any:  # noqa: ANN401
-    """A string whose case matters, which it does not on MySQL and MariaDB by default."""
+    """A string column that is compared case-sensitively, unlike the default of MySQL and MariaDB."""
     exact = VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin")
     return String(length).with_variant(exact, "mysql", "mariadb")
 
@@ -88,8 +89,8 @@ class Use(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What is known of a version without reading it.
+class StoredVersion:
+    """Description of a version, without its weights.
 
     Attributes:
         version: Name and version.
@@ -105,10 +106,10 @@ class Stored:
 
 
 def parse_reference(text: str) -> tuple[str, int | None]:
-    """Name and version (None: the newest) of ``db:NAME`` or ``db:NAME@VERSION``.
+    """Returns the name and the version (None for the newest) of ``db:NAME`` or ``db:NAME@VERSION``.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: ``text`` is neither.
     """
     if (match := _REFERENCE.fullmatch(text)) is None:
         raise ValueError(
@@ -120,18 +121,18 @@ def parse_reference(text: str) -> tuple[str, int | None]:
 class PriorStore:
     """The priors in one database.
 
-    Any number of processes may read and add at the same time, also on a database without tables: they are made by the
-    first that adds.
+    Any number of processes may read and add at the same time, also on a database without the tables: the first write
+    creates them. All methods raise ``ValueError`` where the database cannot be reached or denies access; no message
+    contains a password.
 
     Args:
         database: URL, or an engine.
 
     Attributes:
-        url: The database's, without its password.
+        url: URL of the database, without its password.
 
     Raises:
-        ValueError: The URL cannot be understood. All methods: the database cannot be reached or does not allow it; no
-            message carries a password.
+        ValueError: The URL is invalid.
     """
 
     def __init__(self, database: str | sqlalchemy.Engine) -> None:
@@ -163,18 +164,20 @@ class PriorStore:
             patiently(lambda: _metadata.create_all(self._engine), self._engine)
 
     def add(self, name: str, prior: Prior) -> Version:
-        """Adds the next version of a name.
+        """Adds a prior as the next version of a name.
 
         Raises:
-            ValueError: The name is not one.
+            ValueError: The name is invalid, or has a version.
         """
         if parse_reference(f"db:{name}")[1] is not None:
-            raise ValueError(f"expected a prior like db:NAME without a version, which adding gives it, got {name!r}.")
+            raise ValueError(
+                f"expected a prior like db:NAME without a version (the next one is assigned), got {name!r}."
+            )
         data = prior.dumps()
         row = {"name": name, "checksum": hashlib.sha256(data).hexdigest(), "weights": data}
 
         def write() -> Version:
-            # two transactions: after a failed one, a database may go on showing the old maximum
+            # in two transactions: within one that failed, a database may still show the old maximum
             version = Version(name, self._newest(name) + 1)
             with self._engine.begin() as connection:
                 made = datetime.now(timezone.utc).replace(tzinfo=None, microsecond=0)
@@ -184,7 +187,7 @@ class PriorStore:
         return self._written(write)
 
     def _written(self, write: Callable[[], T]) -> T:
-        """What ``write`` returns, called again where another writer was faster, or has the database locked."""
+        """Returns the result of ``write``, called again where another writer was faster or holds a lock."""
         with self._named():
             self._make_tables()
             for attempt in range(_ATTEMPTS):
@@ -201,10 +204,10 @@ class PriorStore:
             return connection.scalar(select(func.max(_priors.c.version)).where(_priors.c.name == name)) or 0
 
     def resolve(self, name: str, version: int | None = None) -> Version:
-        """The newest version of a name, or the one given, which must exist.
+        """Returns the newest version of a name, or the given one.
 
         Raises:
-            ValueError: There is none; the message says which there are.
+            ValueError: It does not exist; the message lists versions that do.
         """
         there = [stored.version for stored in self.versions()]
         found = [v for v in there if v.name == name and version in (None, v.version)]
@@ -215,25 +218,25 @@ class PriorStore:
         return found[-1]
 
     def load(self, name: str, version: int | None = None) -> Prior:
-        """Reads a version, by default the newest.
+        """Reads a version. Default: the newest.
 
         Raises:
-            ValueError: There is none, it is corrupt, or of another format.
+            ValueError: The version does not exist, is corrupt, or has a format that is not read.
         """
         found = self.resolve(name, version)
         with self._named(), self._engine.connect() as connection:
             row = connection.execute(select(_priors.c.checksum, _priors.c.weights).where(_is(found))).one_or_none()
         if row is None:
-            raise ValueError(f"the prior {found} was just removed from {self.url}.")
+            raise ValueError(f"the prior {found} was removed from {self.url} while it was read.")
         if (actual := hashlib.sha256(row.weights).hexdigest()) != row.checksum:
             raise ValueError(
                 f"the prior {found} in {self.url} is corrupt: its checksum is {actual:.12}, {row.checksum:.12} was "
-                "stored. Name another version, or train it anew."
+                "stored. Name another version, or train the prior again."
             )
         return Prior.loads(row.weights, f"prior {found} in {self.url}")
 
-    def versions(self) -> list[Stored]:
-        """All versions by name and number; none where there are no tables yet."""
+    def versions(self) -> list[StoredVersion]:
+        """Returns all versions by name and number; none where the tables do not exist yet."""
         with self._named():
             if not self._has_tables:
                 return []
@@ -247,7 +250,7 @@ class PriorStore:
             by_version.setdefault(use.version, []).append(use.study)
         versions = [Version(name, version) for name, version, *_ in rows]
         return [
-            Stored(v, made, n_bytes, tuple(by_version.get(v, ())))
+            StoredVersion(v, made, n_bytes, tuple(by_version.get(v, ())))
             for v, (*_, made, n_bytes) in zip(versions, rows, strict=True)
         ]
 
@@ -257,10 +260,10 @@ class PriorStore:
         return {Use(study, Version(name, version)): bool(elsewhere) for study, name, version, elsewhere in rows}
 
     def use(self, study: str, version: Version, *, elsewhere: bool) -> None:
-        """Records that a study uses a version, so that it is kept.
+        """Records that a study uses a version, which is then not removed.
 
         Args:
-            study: Its name.
+            study: Name of the study.
             version: The version.
             elsewhere: Whether the study is in another storage, so that ``collect`` cannot tell if it still exists.
         """
@@ -277,9 +280,9 @@ class PriorStore:
         """Removes old versions that no study uses.
 
         Args:
-            keep: So many of the newest versions of each name stay in any case, at least 1.
-            name: Of this name alone.
-            used: Further uses to heed.
+            keep: Number of the newest versions of each name that stay in any case, at least 1.
+            name: Name whose versions are removed. Default: all names.
+            used: Further uses that keep a version.
 
         Returns:
             The removed versions.
@@ -301,10 +304,10 @@ class PriorStore:
         return old
 
     def collect(self, used: Collection[Use]) -> tuple[list[Use], list[Version]]:
-        """Removes what belongs to studies that are gone: their uses, and old versions that they alone used.
+        """Removes the uses of deleted studies, and the old versions that only these used.
 
         Args:
-            used: The uses of all studies that this database still has.
+            used: The uses of all studies that still exist in this database.
 
         Returns:
             The removed uses and versions.

@@ -30,7 +30,7 @@ class PerformanceModel:
     Args:
         space: The rank space (or a ``RankGrid`` of searched layers).
         prior: ``"pretrained"`` (shipped), None, a path, or a ``Prior``. In paper mode: a network that ``pretrain`` or
-            ``reptile`` of ``priors.paper`` returned; None and ``"pretrained"`` stand for an untrained one.
+            ``reptile`` of ``priors.pretraining`` returned; None and ``"pretrained"`` stand for an untrained one.
         direction: ``"maximize"`` or ``"minimize"``: whether higher or lower scores are better.
         n_ordinary: Width of the ordinary parameters' points, 0 where only ranks are searched.
         mode: ``"bayesian"`` or ``"paper"``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankadaptor_optuna.priors.store import PriorStore, Stored
+from rankadaptor_optuna.priors.store import PriorStore, StoredVersion
 from rankadaptor_optuna.surrogate.prior import Prior
 
 
@@ -13,7 +13,7 @@ def versions_table(storage_url: str) -> list[list[str]]:
     return [head, *(_row(store, stored) for stored in store.versions())]
 
 
-def _row(store: PriorStore, stored: Stored) -> list[str]:
+def _row(store: PriorStore, stored: StoredVersion) -> list[str]:
     try:
         card = store.load(*stored.version).card
         gain = card.get("held_out", {}).get("gain")

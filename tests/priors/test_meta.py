@@ -47,8 +47,9 @@ def correlation(prior, seed, n_trials=5):
 
 @pytest.fixture(scope="module")
 def learned():
+    torch.set_num_threads(1)  # this fixture is set up before the one that limits the threads of each test
     losses = []
-    settings = {"max_epochs": 40, "hidden": 16, "learning_rate": 1e-2}
+    settings = {"max_epochs": 25, "hidden": 16, "learning_rate": 1e-2}
     prior = meta_train([task(i) for i in range(12)], **settings, progress=lambda epoch, loss: losses.append(loss))
     return prior, losses
 
@@ -115,13 +116,13 @@ def test_a_family_is_held_out_whole(n_families):
         assert 1 <= len(held) <= 4
 
 
-def test_what_other_parameters_do_is_not_taken_for_the_ranks():
+def test_effects_of_ordinary_parameters_are_not_taken_for_those_of_ranks():
     noisy = []
     for i in range(12):
         plain = task(i)
         points = np.random.default_rng(i).random((len(plain.scores), 1))
         noisy.append(replace(plain, scores=plain.scores + 3 * plain.scores.std() * points[:, 0], points=points))
-    settings = {"max_epochs": 40, "hidden": 16, "learning_rate": 1e-2}
+    settings = {"max_epochs": 25, "hidden": 16, "learning_rate": 1e-2}
     knowing, ignorant = (
         meta_train(tasks, **settings) for tasks in (noisy, [replace(each, points=None) for each in noisy])
     )
@@ -165,7 +166,7 @@ def test_too_few_tasks_or_trials_are_refused(tasks):
         meta_train(tasks)
 
 
-def test_what_is_learned_does_not_depend_on_the_sensitivities_that_tasks_know():
+def test_a_prior_does_not_depend_on_the_tasks_sensitivities():
     tasks = [task(i) for i in range(4)]
     told = [replace(t, grid=replace(t.grid, sensitivity=np.arange(t.grid.n_layers) + 1.0)) for t in tasks]
     a, b = (meta_train(some, max_epochs=2, hidden=4).checksum for some in (tasks, told))

@@ -1,16 +1,10 @@
 from __future__ import annotations
 
-import itertools
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 
 from rankadaptor_optuna import PerformanceModel, RankSpace
-from rankadaptor_optuna.priors.meta import MetaTask
-from rankadaptor_optuna.priors.paper import pretrain, reptile
-from rankadaptor_optuna.surrogate.grid import RankGrid
 from rankadaptor_optuna.surrogate.network import Network
 
 SPACE = RankSpace(10, budget="uniform:8")
@@ -41,18 +35,6 @@ def predictions(model):
     return np.concatenate([*model.predict(test), *model.predict_gain(test), [model.noise]])
 
 
-def tasks(n, n_layers=10, n_trials=24):
-    """Studies of one kind of model: the deeper layers need rank more, each study on its own scale."""
-    grid = RankGrid.from_space(RankSpace(n_layers))
-    made = []
-    for seed in range(n):
-        rng = np.random.default_rng([8, seed])
-        ranks = rng.choice(SPACE.candidates, (n_trials, n_layers)).astype(float)
-        weights = np.linspace(0.2, 2, n_layers) * rng.uniform(0.5, 1.5, n_layers)
-        made.append(MetaTask(grid, ranks, 10.0**seed * (weights * ranks).sum(1)))
-    return made
-
-
 def test_a_known_function_is_learned_online():
     test = configurations(100, seed=1)
     assert np.corrcoef(fitted(100).predict(test)[0], score(test))[0, 1] > 0.9
@@ -75,37 +57,6 @@ def test_torchs_defaults_do_not_matter_and_no_global_random_state_is_used(foreig
     np.testing.assert_array_equal(predictions(fitted()), expected)
     assert torch.equal(torch.random.get_rng_state(), torch_state)
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
-
-
-def test_training_is_torchs_adam_on_the_papers_network():
-    hidden = (32, 16, 32)
-    rng = np.random.default_rng(0)
-    inputs, targets, weights = rng.standard_normal((16, 10)), rng.standard_normal(16), rng.random(16)
-    network, sizes = Network(10, hidden, seed=0), [10, *hidden, 1]
-    linears = [torch.nn.Linear(n, m, dtype=torch.float64) for n, m in itertools.pairwise(sizes)]
-    reference = torch.nn.Sequential(*[part for linear in linears for part in (linear, torch.nn.ReLU())][:-1])
-    start = 0
-    for linear in linears:
-        n, m = linear.in_features, linear.out_features
-        flat = torch.from_numpy(network.parameters[start : start + (n + 1) * m].copy())
-        linear.weight.data, linear.bias.data = flat[: n * m].reshape(n, m).T.clone(), flat[n * m :]
-        start += (n + 1) * m
-    assert start == len(network.parameters)
-    optimizer = torch.optim.Adam(reference.parameters(), lr=1e-3)
-    for _ in range(20):
-        network.step(inputs, targets, weights)
-        optimizer.zero_grad()
-        out = reference(torch.from_numpy(inputs))[:, 0]
-        (torch.from_numpy(weights) * (out - torch.from_numpy(targets)) ** 2).mean().backward()
-        optimizer.step()
-    assert network(inputs) == pytest.approx(reference(torch.from_numpy(inputs))[:, 0].detach().numpy(), abs=1e-9)
-
-
-def test_the_networks_start_is_torchs_default():
-    network = Network(10, seed=0)
-    first, second = network.parameters[: 11 * 32], network.parameters[11 * 32 : 11 * 32 + 33 * 32]
-    assert np.abs(first).max() == pytest.approx(10**-0.5, rel=0.05)
-    assert np.abs(second).max() == pytest.approx(32**-0.5, rel=0.05)
 
 
 def test_the_standard_deviation_is_wide_before_anything_was_predicted():
@@ -200,51 +151,3 @@ def test_unknown_hidden_widths_are_refused(hidden):
 def test_a_prior_of_another_kind_or_shape_is_refused(prior):
     with pytest.raises(ValueError, match=r"prior is (None or what|a network \[\d+, 32, \d+, 32, 1\])"):
         PerformanceModel(SPACE, mode="paper", prior=prior)
-
-
-def test_pretraining_knows_before_the_first_trial_what_its_tasks_had_in_common():
-    network = pretrain(tasks(8), steps=800)
-    test = configurations(100, seed=1)
-    model = PerformanceModel(SPACE, mode="paper", prior=network)
-    assert np.corrcoef(model.predict(test)[0], score(test))[0, 1] > 0.8
-    assert (network.n_steps, np.abs(network.moments).max()) == (0, 0)  # the optimiser starts afresh
-    before = network.parameters.copy()
-    model.update(test, -score(test))
-    np.testing.assert_array_equal(network.parameters, before)  # the next study starts from it, too
-    assert np.corrcoef(model.predict(test)[0], score(test))[0, 1] < 0
-
-
-def opposed(seed, n_trials=24):
-    """A study in which either the first or the last layers need rank, which of them only its trials can tell."""
-    rng = np.random.default_rng([9, seed])
-    ranks = rng.choice(SPACE.candidates, (n_trials, 10)).astype(float)
-    return MetaTask(RankGrid.from_space(SPACE), ranks, (-1) ** seed * (np.linspace(-1, 1, 10) * ranks).sum(1))
-
-
-def test_reptile_starts_where_few_trials_take_it_far():
-    def correlation(network, n_trials=8):
-        found = []
-        for seed in range(100, 110):
-            task = opposed(seed, n_trials + 60)
-            model = PerformanceModel(SPACE, mode="paper", prior=network)
-            model.update(task.ranks[:n_trials], task.scores[:n_trials])
-            found.append(np.corrcoef(model.predict(task.ranks[n_trials:])[0], task.scores[n_trials:])[0, 1])
-        return np.mean(found)
-
-    network = reptile([opposed(seed) for seed in range(20)], iterations=250)
-    assert correlation(network) > correlation(None) + 0.15
-    assert (network.n_steps, np.abs(network.moments).max()) == (0, 0)
-
-
-@pytest.mark.parametrize("learn", [partial(pretrain, steps=20), partial(reptile, iterations=3)])
-def test_pretraining_is_reproducible(learn):
-    networks = [learn(tasks(2), seed=seed).parameters for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(networks[0], networks[1])
-    assert (networks[0] != networks[2]).any()
-
-
-@pytest.mark.parametrize("learn", [pretrain, reptile])
-@pytest.mark.parametrize("given", [[], [*tasks(1), *tasks(1, n_layers=9)], tasks(1, n_trials=0)])
-def test_pretraining_needs_tasks_of_one_depth(given, learn):
-    with pytest.raises(ValueError, match="meta-learning needs tasks with trials, all of one number of layers"):
-        learn(given)

@@ -1,4 +1,4 @@
-"""Offline meta-learning of the paper's MLP."""
+"""Offline meta-learning of the paper's network (section 3.2): joint pretraining, and Reptile."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rankadaptor_optuna.surrogate.statistics import standardise
 
 
 def pretrain(tasks: Sequence[MetaTask], *, hidden: Sequence[int] = HIDDEN, steps: int = 2000, seed: int = 0) -> Network:
-    """The paper's offline meta-learning: one network trained on several tasks, a fresh set of trials each step.
+    """Pretrains one network on several tasks (the paper's offline meta-learning, section 3.2).
 
     Args:
-        tasks: At least one, all with the same number of layers: the network takes the rank vector itself.
+        tasks: At least one, all with the same number of layers: the network's input is the rank vector.
         hidden: Widths of the three hidden layers.
-        steps: Number of gradient steps, each on up to 16 trials of one task.
+        steps: Number of gradient steps, each on up to 16 trials of one task, drawn anew; the default is set by hand.
         seed: Seed of initialisation, tasks and trials.
 
     Raises:
@@ -43,22 +43,22 @@ def reptile(
     step_size: float = 0.5,
     seed: int = 0,
 ) -> Network:
-    """An initialisation that learns fast: Reptile (Nichol et al., 2018), first-order meta-learning.
+    """Learns an initialisation from which few trials suffice: Reptile (Nichol et al., 2018, algorithm 1).
 
-    Where ``pretrain`` fits all tasks at once, this moves the initialisation towards where a few of a task's trials
-    take it, one task at a time: ``start += step size * (adapted - start)``, the step size falling to 0.
+    Where ``pretrain`` fits all tasks at once, Reptile moves the initialisation towards the network adapted to a few
+    trials of one task at a time: ``start += step size * (adapted - start)``, with a step size that falls to 0.
 
     Args:
-        tasks: As for ``pretrain``.
+        tasks: See ``pretrain``.
         hidden: Widths of the three hidden layers.
-        iterations: Number of moves, each by one task.
-        inner_steps: Gradient steps that adapt to a task's trials.
-        shots: So many of its trials, drawn anew each time.
-        step_size: Size of the first move, as a share.
+        iterations: Number of moves, each by one task; this default and those below are set by hand.
+        inner_steps: Number of gradient steps that adapt to a task's trials.
+        shots: Number of the task's trials, drawn anew each time.
+        step_size: Step size of the first move.
         seed: Seed of initialisation, tasks and trials.
 
     Raises:
-        ValueError: As ``pretrain``.
+        ValueError: See ``pretrain``.
     """
     network, prepared = _start(tasks, hidden, seed)
     rng = np.random.default_rng([seed, 1])
@@ -72,7 +72,7 @@ def reptile(
 
 
 def _start(tasks: Sequence[MetaTask], hidden: Sequence[int], seed: int) -> tuple[Network, list[tuple[Array, Array]]]:
-    """An untrained network, and each task's inputs and standardised scores."""
+    """Returns an untrained network, and each task's inputs and standardised scores."""
     widths = sorted({task.grid.n_layers for task in tasks})
     if len(widths) != 1 or min(len(task.scores) for task in tasks) == 0:
         raise ValueError(f"meta-learning needs tasks with trials, all of one number of layers, got layers {widths}.")
@@ -81,7 +81,7 @@ def _start(tasks: Sequence[MetaTask], hidden: Sequence[int], seed: int) -> tuple
 
 
 def _batch(rows: tuple[Array, Array], size: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """So many of the rows at random, without replacement, all where there are fewer."""
+    """Returns up to ``size`` of the rows at random, without replacement."""
     inputs, targets = rows
     chosen = rng.choice(len(targets), min(size, len(targets)), replace=False)
     return inputs[chosen], targets[chosen]
