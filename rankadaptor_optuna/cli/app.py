@@ -247,7 +247,8 @@ def _search(args: argparse.Namespace) -> None:
     import optuna
 
     from rankadaptor_optuna.jobs.recipe import Recipe
-    from rankadaptor_optuna.jobs.search import search, stored_recipe
+    from rankadaptor_optuna.jobs.search import search
+    from rankadaptor_optuna.jobs.stored import stored_recipe
     from rankadaptor_optuna.recovery.models import quiet
     from rankadaptor_optuna.recovery.processes import process_index
 

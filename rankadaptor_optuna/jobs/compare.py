@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import optuna
 
-from rankadaptor_optuna.jobs.output import Results, bar, check_output_folder, write_text
+from rankadaptor_optuna.jobs.output import OutputFolder, bar, write_json, write_text
+from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
 from rankadaptor_optuna.jobs.results import (
     BUDGET_TOLERANCE,
+    DENSE,
     METHODS,
     NONE,
     OURS,
@@ -26,7 +26,8 @@ from rankadaptor_optuna.jobs.results import (
     Row,
     alike,
 )
-from rankadaptor_optuna.jobs.search import stored_recipe
+from rankadaptor_optuna.jobs.settings import Evaluation
+from rankadaptor_optuna.jobs.stored import load_pruned_job, stored_study
 from rankadaptor_optuna.objective import RecoveryObjective, examples_of
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.evaluate import block_losses
@@ -34,12 +35,13 @@ from rankadaptor_optuna.recovery.models import n_parameters
 from rankadaptor_optuna.recovery.references import (
     adalora,
     adapter_parameters,
+    check_adalora,
     eva,
     fisher_information,
     proportional_ranks,
 )
+from rankadaptor_optuna.studies.reading import study_space
 from rankadaptor_optuna.studies.recommendation import recommend
-from rankadaptor_optuna.studies.storage import open_storage
 from rankadaptor_optuna.surrogate.statistics import t_interval
 from rankadaptor_optuna.views.tables import as_markdown
 
@@ -50,93 +52,128 @@ if TYPE_CHECKING:
 
 def compare(
     storage: str,
-    study_name: str,
+    study_name: str | None,
     out: Path,
     *,
     pruned: Path | None = None,
     seeds: int = 3,
+    methods: Sequence[str] = METHODS,
     tasks: Sequence[str] = (),
     include_path: str | None = None,
     limit: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Comparison:
-    """Recovers with the recommended ranks and with the references, on fresh seeds, and writes a table and a picture.
+    """Recovers with the recommended ranks and with the references, on fresh seeds, and measures them.
 
     All train on the same data in the same order with the recipe's settings, and are scored on data, and items of tasks,
-    that the search has not seen. Each keeps to the parameters of the uniform configuration. In ``out``:
-    ``compare.json``, ``compare.md``, ``compare.png``; run again with the same settings it goes on.
+    that the search has not seen. No method uses more parameters than the uniform configuration. The results are in
+    `out/compare.json`; run again with the same settings, it measures only what is missing.
 
     Args:
         storage: Optuna storage URL.
-        study_name: A study with a recipe (``search``).
+        study_name: A study with a recipe (`search`). Default: the only such study.
         out: Folder for the results.
-        pruned: The pruned model, where it is at hand. Default: made anew as the recipe says.
-        seeds: Fresh seeds.
-        tasks: lm-eval tasks. Default: the recipe's; without any the loss is all that is measured.
+        pruned: Folder of the pruned model. Default: pruned again as the recipe says.
+        seeds: Number of fresh seeds.
+        methods: Methods to compare, of `METHODS` and `DENSE`, in the order of the rows.
+        tasks: lm-eval tasks. Default: the recipe's for reports; without any, only the loss is measured.
         include_path: Folder of further task YAML files. Default: the recipe's.
-        limit: At most so many items per task. Default: the recipe's ``report_limit``.
+        limit: Most items per task. Default: the recipe's `report_limit`.
         say: Receives one line for each step.
 
-    Returns:
-        One row per method, in the order of ``METHODS``, and their paired differences.
-
     Raises:
-        ValueError: There is no such study or task, or ``out`` belongs to other settings.
+        ValueError: There is no such study, method or task, the recovery is too short for a method, or `out` belongs to
+            other settings.
     """
     if seeds < 2:
         raise ValueError(f"seeds must be at least 2 for an interval, got {seeds}.")
-    recipe = stored_recipe(storage, study_name)
-    study = optuna.load_study(study_name=study_name, storage=open_storage(storage))
-    found = recommend(study)
-    settings = {
-        "recipe": recipe.to_dict(),
-        "ranks": found.ranks.to_json(),
-        "tasks": list(tasks),
-        "limit": limit,
-    }
-    check_output_folder(out, settings)
-    model, tokenizer = recipe.open_model(pruned) if pruned else recipe.read_model()[:2]
-    job = recipe.objective(model, tokenizer, tasks=None)
-    if sorted(map(str, job.space.modules)) != sorted(map(str, found.ranks)):
-        raise ValueError(f"the layers of {pruned or recipe.model} are not those that study {study_name!r} searched.")
-    given = {"tasks": tuple(tasks), "include_path": include_path, "limit": limit}
-    suite = recipe.evaluation.suite(tokenizer, "report", **{name: value for name, value in given.items() if value})
-    metric = recipe.evaluation.metric if not tasks else "loss"
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "settings.json", json.dumps(settings, indent=1))
-    results = Results(out / "results.json")
-    data = recipe.data
-    report = examples_of(tokenizer, recipe.read_data().report, length=data.block_length, mask_prompt=data.mask_prompt)
+    if unknown := [method for method in methods if method not in (DENSE, *METHODS)]:
+        raise ValueError(f"no method named {unknown[0]!r}; there are {', '.join((DENSE, *METHODS))}.")
+    study, recipe = stored_study(storage, study_name)
+    if "AdaLoRA" in methods and recipe.training.epochs is None:
+        check_adalora(recipe.training)
+    found, space = recommend(study), study_space(study)
+    assert space is not None  # stored by the sampler of the first trial
+    settings = {"recipe": recipe.to_dict(), "tasks": list(tasks), "limit": limit}
+    folder, ours = OutputFolder(out, settings, _read_settings), ",".join(map(str, found.ranks.values()))
+    _name_ranks(folder)
+    evaluation = recipe.evaluation.for_report(tasks, include_path, limit)
+    bench = _Bench(recipe, evaluation, found.ranks, pruned, study.study_name)
+    fresh = tuple(1000 * (recipe.seed + 1) + i for i in range(seeds))
+    uniform, rows = space.uniform(), []
+    for method in methods:
+        say(f"{method}: measured once" if method in UNTRAINED else f"{method}: {seeds} recoveries")
+        same = UNIFORM if method == OURS and found.ranks == uniform else method
+        name = f"{same} {ours}" if same == OURS else same
+        measured = [
+            folder.measure(f"{name}, seed {seed}", partial(bench.recover_and_measure, same, seed))
+            for seed in fresh[: 1 if method in UNTRAINED else None]
+        ]
+        rows.append(_row(method, measured))
+    settings |= {"ranks": found.ranks.to_json()}
+    write_json(out / "compare.json", {"settings": settings, "rows": [vars(row) for row in rows]})
+    comparison = Comparison(rows, settings, space.budget, fresh, found.ranks, uniform, out)
+    write_text(out / "compare.md", as_markdown(table(rows)) + "\n\n" + verdict(rows) + "\n")
+    figure(rows).savefig(out / "compare.png", dpi=120)
+    say(verdict(rows))
+    if comparison.over_budget:
+        say(f"Over the budget of {space.budget:,.0f} parameters: {', '.join(comparison.over_budget)}")
+    return comparison
 
-    def measure(adapted: Any) -> dict[str, Any]:  # noqa: ANN401
-        scores = suite.evaluate(adapted) if suite else []
+
+def _read_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings of an earlier version in the current format, in which ranks are part of a measurement's key."""
+    recipe = {"recipe": in_current_format(stored["recipe"])} if "recipe" in stored else {}
+    return {key: value for key, value in {**stored, **recipe}.items() if key != "ranks"}
+
+
+def _name_ranks(folder: OutputFolder) -> None:
+    """Adds the ranks to the keys of an earlier version's measurements of the recommended ranks."""
+    if ranks := folder.stored.get("ranks"):
+        name = f"{OURS} {','.join(map(str, ranks.values()))},"
+        folder.measured = {key.replace(f"{OURS},", name): value for key, value in folder.measured.items()}
+
+
+class _Bench:
+    """The pruned model with the data of a comparison, loaded on first use: all may have been measured before."""
+
+    def __init__(
+        self, recipe: Recipe, evaluation: Evaluation, ranks: Ranks, pruned: Path | None, study_name: str
+    ) -> None:
+        self._recipe, self._evaluation, self._ranks = recipe, evaluation, ranks
+        self._pruned, self._study_name = pruned, study_name
+
+    @cached_property
+    def _job(self) -> RecoveryObjective:
+        return load_pruned_job(self._recipe, self._pruned, self._ranks, self._study_name)
+
+    @cached_property
+    def _report(self) -> tuple[Any, Any]:
+        """The report data as examples, and the tasks."""
+        data, texts = self._recipe.data, self._recipe.read_data().report
+        read = partial(examples_of, self._job.tokenizer, length=data.block_length, mask_prompt=data.mask_prompt)
+        examples = read(texts, limit=data.report_blocks)
+        return examples, self._evaluation.suite(self._job.tokenizer, "report", texts)
+
+    def recover_and_measure(self, method: str, seed: int) -> dict[str, Any]:
+        job, _ = self._job, self._report  # loaded before any training, as either may be refused
+        if method == DENSE:
+            return {**self._measure(self._recipe.open_dense()[0]), "seconds": 0.0}
+        return _recover_and_measure(method, job, self._ranks, seed, self._measure)
+
+    def _measure(self, model: Any) -> dict[str, Any]:  # noqa: ANN401
+        (examples, suite), metric = self._report, self._evaluation.metric
+        with bar("loss", len(examples)) as shown:
+            losses = block_losses(model, examples, on_batch=lambda done: shown.update(done - shown.n))
+        with bar("tasks", 0) as shown:
+            scores = suite.evaluate(model, on_requests=shown.update) if suite else []
         return {
             "scores": {metric: suite.weighted(scores, metric)} if suite and metric != "loss" else {},
-            "loss": float(block_losses(adapted, report).mean()),
+            "loss": float(losses.mean()),
             "accuracies": {score.task: score.accuracy for score in scores},
-            "parameters": adapter_parameters(adapted),
-            "total_parameters": n_parameters(adapted),
+            "parameters": adapter_parameters(model),
+            "total_parameters": n_parameters(model),
         }
-
-    rows = []
-    fresh = tuple(1000 * (recipe.seed + 1) + i for i in range(seeds))
-    for method in METHODS:
-        say(f"{method}: {seeds if method not in UNTRAINED else 1} x {job.training.steps} steps")
-        measured = []
-        for seed in fresh[: 1 if method in UNTRAINED else None]:
-            run = partial(_recover_and_measure, method, job, found.ranks, seed, measure)
-            measured.append(results.get(f"{method}, seed {seed}", run))
-        rows.append(_row(method, measured))
-    comparison = Comparison(rows, settings, job.space.budget, fresh, found.ranks, job.space.uniform(), out)
-    if comparison.over_budget:
-        say(f"Over the budget of {job.space.budget:,.0f} parameters: {', '.join(comparison.over_budget)}")
-    lines = table(rows)
-    write_text(out / "compare.json", json.dumps({"settings": settings, "rows": [vars(r) for r in rows]}, indent=1))
-    said = verdict(rows)
-    write_text(out / "compare.md", as_markdown(lines) + "\n\n" + said + "\n")
-    figure(rows).savefig(out / "compare.png", dpi=120)
-    say(said)
-    return comparison
 
 
 def _recover_and_measure(
@@ -151,9 +188,10 @@ def _recover_and_measure(
             start = time.perf_counter()
             with _recovered(method, job, ranks, rank, seed, lambda step, loss: shown.update(1)) as adapted:
                 seconds = time.perf_counter() - start
+                shown.close()
                 if rank == 1 or adapter_parameters(adapted) <= budget or method not in ("AdaLoRA", "EVA"):
                     return {**measure(adapted), "seconds": seconds}
-        rank -= 1  # its allocation favours modules that cost more: less of it keeps to the budget
+        rank -= 1  # AdaLoRA and EVA move rank to modules that cost more: start from less
 
 
 @contextmanager
@@ -182,7 +220,7 @@ def _recovered(
 
 
 def fisher_ranks(job: RecoveryObjective) -> Ranks:
-    """Ranks of the searched layers in proportion to their Fisher information, within the budget."""
+    """Returns ranks of the searched layers in proportion to their Fisher information, within the budget."""
     space = job.space
     shares = fisher_information(job.model, job.train, targets=job.lora.targets)
     layers = dict.fromkeys(space.layers, 0.0)
@@ -238,14 +276,14 @@ def verdict(rows: Sequence[Row]) -> str:
     """
     by = {row.method: row for row in rows}
     said = []
-    for method in METHODS[1:-1]:
+    for method in [row.method for row in rows if row.method not in (*UNTRAINED, OURS)]:
         difference = np.asarray(by[OURS].losses) - np.asarray(by[method].losses)
         each = [f"{100 * math.expm1(x):+.2f}%" for x in (difference.mean(), *t_interval(difference))]
         said.append(_told(-difference, method, "perplexity", each))
     found = f"RankAdaptor, paired over {len(by[OURS].losses)} fresh seeds, is {'; '.join(said)}."
     for metric, ours in by[OURS].scores.items():
         said = []
-        for method in METHODS[1:-1]:
+        for method in [row.method for row in rows if row.method not in (*UNTRAINED, OURS)]:
             difference = np.asarray(ours) - np.asarray(by[method].scores[metric])
             each = [f"{x:+.4f}" for x in (difference.mean(), *t_interval(difference))]
             said.append(_told(difference, method, metric, each))
@@ -267,7 +305,7 @@ def figure(rows: Sequence[Row]) -> Figure:
 
     drawn = Figure(figsize=(8, 3.5), layout="constrained")
     axes = drawn.subplots()
-    recovered = [row for row in rows if row.method != NONE]
+    recovered = [row for row in rows if row.method not in UNTRAINED]
     for at, row in enumerate(recovered):
         values = [math.exp(loss) for loss in row.losses]
         axes.plot(values, [at] * len(values), "o", color="#0072B2" if row.method == OURS else "#8C8C8C")

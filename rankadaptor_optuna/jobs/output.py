@@ -1,58 +1,105 @@
-"""The output folder of a job: its settings, its measurements, whole files."""
+"""The output folder of a job: its settings, its measurements, whole files; and the progress bar."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from rankadaptor_optuna.studies.storage import differences
+from rankadaptor_optuna.studies.storage import check_same_settings
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file completely or not at all."""
     scratch = path.with_name(path.name + ".part")
     scratch.write_text(text)
     os.replace(scratch, path)
 
 
-class Results:
-    """What was measured so far, as JSON in a file; each value is computed once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def get(self, key: str, compute: Callable[[], Any]) -> Any:  # noqa: ANN401
-        """The value of a key, computed and written where it is not there yet."""
-        if key not in self.values:
-            self.values[key] = compute()
-            write_text(self._path, json.dumps(self.values, indent=1))
-        return self.values[key]
+def write_json(path: Path, values: Any) -> None:  # noqa: ANN401
+    """Writes a JSON file completely or not at all."""
+    write_text(path, json.dumps(values, indent=1))
 
 
-def check_output_folder(out: Path, recipe: dict[str, Any]) -> None:
-    """Checks that a folder is new, empty, or of an earlier run with the same settings.
+class OutputFolder:
+    """The folder of a job's files, which belongs to one set of settings; nothing is written before `start`.
+
+    Args:
+        path: The folder.
+        settings: Settings of the job, JSON-able.
+        read: Brings stored settings of an earlier version into the current format.
+
+    Attributes:
+        path: The folder.
+        stored: Settings of an earlier run as `settings.json` holds them; empty without an earlier run.
+        measured: Measurements so far, as `results.json` holds them.
 
     Raises:
-        ValueError: It is not; the message says what differs.
+        ValueError: The folder is not empty and belongs to other settings, which the message names.
     """
-    settings = out / "settings.json"
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not settings.exists():
-        raise ValueError(f"--out {out} is not empty and not of an earlier run; choose an empty or a new folder.")
-    changed = differences(json.loads(settings.read_text()), recipe)
-    if changed:
-        raise ValueError(
-            f"--out {out} belongs to other settings: {'; '.join(changed)}. Use those again, or another --out."
-        )
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    ) -> None:
+        self.path, self._settings = path, settings
+        self.stored: dict[str, Any] = {}
+        self.measured: dict[str, Any] = {}
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        file, results = path / "settings.json", path / "results.json"
+        if not file.exists():
+            raise ValueError(f"--out {path} is not empty and not of an earlier run; choose an empty or a new folder.")
+        self.stored = json.loads(file.read_text())
+        check_same_settings(f"--out {path}", read(self.stored), settings, "another --out")
+        if results.exists():
+            self.measured = json.loads(results.read_text())
+
+    def start(self) -> None:
+        """Creates the folder and writes `settings.json`."""
+        if self.stored != self._settings:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "settings.json", self._settings)
+            self.stored = dict(self._settings)
+
+    def record(self, key: str, value: Any) -> None:  # noqa: ANN401
+        """Writes a measurement."""
+        self.start()
+        self.measured[key] = value
+        write_json(self.path / "results.json", self.measured)
+
+    def measure(self, key: str, compute: Callable[[], Any]) -> Any:  # noqa: ANN401
+        """Returns a measurement, computed and written if it is missing."""
+        if key not in self.measured:
+            self.record(key, compute())
+        return self.measured[key]
 
 
-def bar(what: str, total: int) -> tqdm:
-    """A progress bar that leaves nothing behind."""
-    return tqdm(total=total, desc=f"      {what}", leave=False, dynamic_ncols=True, smoothing=0.1)
+def bar(name: str, total: int) -> tqdm:
+    """Returns a progress bar that disappears when it is closed."""
+    return tqdm(total=total, desc=f"      {name}", leave=False, dynamic_ncols=True, smoothing=0.1)
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a callback for (done, total) that shows a progress bar from its first call on."""
+    shown: list[tqdm] = []
+
+    def progress(done: int, total: int) -> None:
+        if not shown:
+            shown.append(bar(name, total))
+        shown[0].total = total
+        shown[0].update(done - shown[0].n)
+
+    try:
+        yield progress
+    finally:
+        for each in shown:
+            each.close()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankadaptor_optuna.jobs.output import bar
+from rankadaptor_optuna.jobs.output import progress_bar
 from rankadaptor_optuna.jobs.results import PruneResult
 
 
@@ -33,12 +33,7 @@ def prune_checkpoint(
     dense, tokenizer = load_model(None if model == "embedded" else model, dtype)
     check_prunable(dense)
     settings = (llm_pruner_preset(dense.config.num_hidden_layers) if preset else {}) | dict(options or {})
-    with bar("calibration", 0) as shown:
-
-        def progress(done: int, total: int) -> None:
-            shown.total = total
-            shown.update(done - shown.n)
-
+    with progress_bar("prune") as progress:
         pruned = prune(dense, tokenizer, progress=progress, **settings)
     pruned.save(out, tokenizer)
     ratio = settings.get("ratio", 0.25)

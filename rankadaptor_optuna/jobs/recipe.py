@@ -1,7 +1,7 @@
-"""Recipe: what a trial is, in one dataclass and one TOML file.
+"""Recipe: the definition of a trial, in one dataclass and one TOML file.
 
-A recipe says which model is pruned how, on which text it recovers, with which settings, and within which budget ranks
-are searched. It is stored with the study: a worker elsewhere needs nothing but the database and the study's name.
+A recipe names the model and how it is pruned, the data and settings of a recovery, and the rank space. It is stored
+with the study, so a worker on another machine needs only the database and the study's name.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from rankadaptor_optuna.jobs.settings import Data, Evaluation, Pruner, Pruning, Space, changed
+from rankadaptor_optuna.jobs.old_recipes import FORMAT, upgraded
+from rankadaptor_optuna.jobs.output import progress_bar
+from rankadaptor_optuna.jobs.settings import CONTINUATION, Data, Evaluation, Pruner, Pruning, Space, validated
 from rankadaptor_optuna.objective import check_reports
 from rankadaptor_optuna.pruning.config import llm_pruner_preset
 from rankadaptor_optuna.ranks import LoraSettings
@@ -28,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """Texts or instruction records, none of which is in two parts.
+    """Texts or instruction records in three parts that share none.
 
     Attributes:
-        train: To train on.
-        validation: To score trials on.
-        report: To report on, which no search sees.
+        train: Training data.
+        validation: Data that trials are scored on.
+        report: Data of comparisons, which the search does not see.
     """
 
     train: Sequence[Any]
@@ -43,27 +45,29 @@ class Parts:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes two trials comparable.
+    """The settings that make two trials comparable.
 
     Attributes:
-        model: Model folder or Hub name, dense or already pruned; ``"embedded"`` is SmolLM2-135M-Instruct.
-        dtype: Torch dtype of the frozen model, or ``"auto"``. Default: bfloat16 on a GPU that has it, else float32.
-        device: Torch device, such as ``"cpu"`` or ``"cuda:1"``. Default: the GPU where there is one.
-        seed: Of pruning, data order and initialisation, common to all trials.
-        pruning: How a dense model is pruned; not used for one that is pruned.
-        space: What is searched.
-        data: What it recovers on.
+        model: Model folder or Hub name, dense or already pruned; `"embedded"` is SmolLM2-135M-Instruct.
+        dtype: Torch dtype of the frozen model, or `"auto"`. Default: bfloat16 on a GPU that computes it, else float32.
+        device: Torch device, such as `"cpu"` or `"cuda:1"`. Default: the GPU if there is one.
+        seed: Seed of pruning, data order and initialisation, common to all trials.
+        pruning: How a dense model is pruned; unused for a pruned model.
+        space: The rank space.
+        data: Data of recovery and scoring.
         training: Settings of one recovery.
-        lora: The adapters.
-        evaluation: lm-eval tasks, and what is optimised.
-        report_every: Steps between reports to Optuna's pruner. Default: none.
-        report_items: Whether to report the final evaluation block by block (or record) instead.
-        pruner: Which trials Optuna stops by their reports: ``"median"`` (the default) or ``"hyperband"`` with
-            ``report_every``, ``"wilcoxon"`` with ``report_items``.
+        lora: Settings of the adapters.
+        evaluation: lm-eval tasks, and the score of a trial.
+        report_every: Steps between reports to Optuna's pruner. Default: no reports.
+        report_items: Whether to report the final evaluation by block or record instead.
+        pruner: Optuna's pruner of the trials: `"median"` (the default) or `"hyperband"` with `report_every`,
+            `"wilcoxon"` with `report_items`.
 
     Raises:
         ValueError: A value is out of range.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     model: str = "embedded"
     dtype: str | None = None
@@ -93,10 +97,10 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Recipe:
-        """Reads a TOML file; a key ``preset`` names the recipe of ``PRESETS`` that its other keys change.
+        """Reads a TOML file; its key `preset` names the recipe of `PRESETS` that the other keys change.
 
         Raises:
-            ValueError: The file cannot be read, or the message names a key that is unknown or has an impossible value.
+            ValueError: The file cannot be read, or a key is unknown or its value impossible; the message names it.
         """
         if sys.version_info >= (3, 11):
             import tomllib
@@ -110,30 +114,37 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """The recipe of nested values, as TOML or JSON has them; see ``load``.
+        """Returns the recipe of nested settings, as TOML or JSON has them, in any format; see `load`.
 
         Raises:
             ValueError: A key is unknown or its value impossible; the message names it.
         """
-        values = dict(values)
+        values = upgraded(values)
         preset = values.pop("preset", "quick")
-        if preset not in PRESETS:
+        if preset not in tuple(PRESETS):
             raise ValueError(f"preset: no recipe named {preset!r}; there are {', '.join(PRESETS)}.")
+        settings = upgraded(PRESETS[preset].to_dict())
+        for name, value in values.items():
+            base = settings.get(name)
+            if isinstance(value, Mapping) and isinstance(base, Mapping):
+                if value.get("steps") is not None and "epochs" in base:
+                    base = {key: setting for key, setting in base.items() if key != "epochs"}
+                settings[name] = {**base, **value}
+            else:
+                settings[name] = value
         training = values.get("training")
-        if isinstance(training, Mapping) and training.get("steps") is not None:
-            if training.get("epochs") is not None:
-                raise ValueError("training.epochs: give steps or epochs, not both.")
-            values["training"] = {**training, "epochs": None}  # a preset's
-        return changed(PRESETS[preset], values)
+        if isinstance(training, Mapping) and None not in (training.get("steps"), training.get("epochs")):
+            raise ValueError("training.epochs: give steps or epochs, not both.")
+        return validated(cls, settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, for JSON; ``from_dict`` reads them."""
-        values = asdict(self)
+        """Returns all settings and the format's number, for JSON; `from_dict` reads them."""
+        values = {"format": FORMAT, **asdict(self)}
         del values["training"]["steps" if self.training.epochs else "epochs"]
         return values
 
     def open_model(self, path: str | PathLike[str] | None) -> tuple[Any, Any]:
-        """Loads a model, of None the embedded one, and its tokenizer, with the recipe's dtype and on its device.
+        """Loads a model and its tokenizer, with the recipe's dtype and on its device; None is the embedded model.
 
         Raises:
             ValueError: There is no such model or device.
@@ -142,26 +153,37 @@ class Recipe:
 
         return load_model(path, self.dtype, self.device)
 
-    def read_model(self) -> tuple[Any, Any, PrunedModel | None]:
-        """Loads the model and, if it is dense, prunes it.
-
-        Returns:
-            (pruned model, tokenizer, what pruning did; None where the model was pruned already).
+    def open_dense(self) -> tuple[Any, Any]:
+        """Loads the recipe's own model and its tokenizer.
 
         Raises:
-            ValueError: There is no such model, or it cannot be pruned so.
+            ValueError: There is no such model or device.
+        """
+        return self.open_model(None if self.model == "embedded" else self.model)
+
+    def read_model(self) -> tuple[Any, Any, PrunedModel | None]:
+        """Loads the recipe's model and, if it is dense, prunes it.
+
+        Returns:
+            (pruned model, tokenizer, result of pruning; None if the model was pruned already).
+
+        Raises:
+            ValueError: There is no such model, or it cannot be pruned with these options.
         """
         from rankadaptor_optuna.pruning import profile_of, prune
+        from rankadaptor_optuna.pruning.checkpoint import check_prunable
 
-        model, tokenizer = self.open_model(None if self.model == "embedded" else self.model)
+        model, tokenizer = self.open_dense()
         if self.pruning.method == "none" or profile_of(model) is not None:
             return model, tokenizer, None
+        check_prunable(model)
         options = {name: value for name, value in asdict(self.pruning).items() if value is not None}
-        pruned = prune(model, tokenizer, **({"seed": self.seed} | options))
+        with progress_bar("prune") as progress:
+            pruned = prune(model, tokenizer, progress=progress, **({"seed": self.seed} | options))
         return pruned.model.to(model.device), tokenizer, pruned
 
     def objective(self, model: Any, tokenizer: Any, **settings: Any) -> RecoveryObjective:  # noqa: ANN401
-        """The trial objective of this recipe on a pruned model; ``settings`` go to ``RecoveryObjective`` as they are.
+        """Returns the trial objective on a pruned model; `settings` are further arguments of `RecoveryObjective`.
 
         Raises:
             ValueError: The data or a task cannot be read, or is too short.
@@ -200,10 +222,10 @@ class Recipe:
         )
 
     def read_data(self) -> Parts:
-        """Texts or instruction records to train on, to score trials on, and to report on.
+        """Reads the texts or instruction records of the three parts.
 
         Raises:
-            ValueError: They cannot be read.
+            ValueError: A part cannot be read or is empty.
         """
         from rankadaptor_optuna.texts import load_texts, read_records
 
@@ -226,6 +248,9 @@ class Recipe:
 
 PRESETS = {
     "quick": Recipe(),
+    "quickstart": Recipe(
+        data=Data(report_blocks=24), evaluation=Evaluation(report_tasks=(CONTINUATION,), report_limit=60)
+    ),
     # LLM-Pruner's published recovery (post_training.py): alpha 16, two epochs of alpaca-cleaned with the prompt masked;
     # and the seven tasks, candidates and budget of RankAdaptor
     "paper": Recipe(
@@ -246,3 +271,16 @@ PRESETS = {
         ),
     ),
 }
+
+
+def in_current_format(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a stored recipe in the current format, with all settings; other settings unchanged.
+
+    Raises:
+        ValueError: A newer version wrote the recipe.
+    """
+    settings = upgraded(recipe)
+    try:
+        return Recipe.from_dict(settings).to_dict()
+    except ValueError:
+        return settings

@@ -1,8 +1,7 @@
-"""A worker: trials of a recipe up to a number, alone or with others on one database, and what they recommend."""
+"""Search: a worker that runs trials of a recipe, alone or with others on one database, and recommends ranks."""
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -16,9 +15,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from rankadaptor_optuna.attributes import RECIPE_ATTR
-from rankadaptor_optuna.jobs.output import bar, check_output_folder, write_text
+from rankadaptor_optuna.database import masked
+from rankadaptor_optuna.jobs.output import OutputFolder, bar, write_json
 from rankadaptor_optuna.jobs.priors import read_prior
-from rankadaptor_optuna.jobs.recipe import Recipe
+from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
 from rankadaptor_optuna.jobs.results import SearchResult
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.priors.choice import OnBadPrior
@@ -26,25 +26,26 @@ from rankadaptor_optuna.recovery.processes import join_processes, main_first, pr
 from rankadaptor_optuna.sampling.history import verification_seed
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.studies.recommendation import recommend
-from rankadaptor_optuna.studies.storage import check_recipe, create_study, masked, open_storage
+from rankadaptor_optuna.studies.storage import check_same_settings, create_study, open_storage
 
 
-def open_shared(url: str | None, study_name: str, recipe: dict[str, Any]) -> BaseStorage | None:
-    """Opens the shared storage, where one is given, before any work is done.
+def recipe_as_stored(storage: BaseStorage, study_name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Returns the recipe in the format in which the study holds it, which an earlier version may have written.
 
     Raises:
-        ValueError: It cannot be opened, or its study of that name belongs to other settings.
+        ValueError: The study belongs to another recipe.
     """
-    if url is None:
-        return None
-    storage = open_storage(url)
-    if study_name in optuna.get_all_study_names(storage):
-        check_recipe(optuna.load_study(study_name=study_name, storage=storage), recipe)
-    return storage
+    if study_name not in optuna.get_all_study_names(storage):
+        return recipe
+    stored = optuna.load_study(study_name=study_name, storage=storage).user_attrs.get(RECIPE_ATTR)
+    if stored is None:
+        return recipe
+    check_same_settings(f"study {study_name!r}", in_current_format(stored), recipe, "another study name")
+    return dict(stored)
 
 
 def pruner_of(recipe: Recipe, steps: int) -> BasePruner:
-    """The pruner that goes with what the recipe's trials report; ``steps`` is how many a recovery takes."""
+    """Returns Optuna's pruner for the reports of a recipe's trials; `steps` is the length of a recovery."""
     if recipe.report_items:
         return WilcoxonPruner()
     if recipe.report_every is None:
@@ -55,13 +56,13 @@ def pruner_of(recipe: Recipe, steps: int) -> BasePruner:
 
 
 def run_trials(study: Study, job: RecoveryObjective, n_trials: int, *, shared: bool) -> None:
-    """Runs trials up to a number of finished ones, which all workers on a shared storage reach together.
+    """Runs trials up to a number of finished trials, which all workers on a shared storage reach together.
 
     Args:
         study: The study.
         job: Its objective; a progress bar follows its steps.
-        n_trials: Finished or pruned trials to reach, those that verify not counted.
-        shared: Whether other workers may be at it: what they have running counts, and is waited for at the end.
+        n_trials: Number of finished or pruned trials to reach, verification trials not counted.
+        shared: Whether other workers may run trials: these count while they run, and the end waits for them.
 
     Raises:
         ValueError: No trial finished; the message says why the last one failed.
@@ -83,23 +84,24 @@ def run_trials(study: Study, job: RecoveryObjective, n_trials: int, *, shared: b
             done = trials(TrialState.COMPLETE)
             better = min if job.direction == "minimize" else max
             best = f", best {better(t.value for t in done if t.value is not None):.4f}" if done else ""
-            shown.total = shown.n + max(0, n_trials - n_done()) * steps  # others take some of them
+            shown.total = shown.n + max(0, n_trials - n_done()) * steps  # other workers run some of the trials
             shown.set_description(f"      {doing}, {n_done()} of {n_trials} trials{best}")
 
         def await_others() -> None:
-            """Until what now runs elsewhere has ended, so that all workers recommend from the same trials."""
+            """Waits for the trials that run elsewhere, so that all workers recommend from the same trials."""
             if not shared:
                 return
             theirs = {trial.number for trial in trials(TrialState.RUNNING)}
             longest = max((t.duration.total_seconds() for t in trials(TrialState.COMPLETE) if t.duration), default=60)
-            end = time.monotonic() + max(600, 10 * longest)  # one killed before its first heartbeat runs for ever
+            # a trial killed before its first heartbeat stays RUNNING; both limits are set by hand
+            end = time.monotonic() + max(600, 10 * longest)
             while theirs & {trial.number for trial in trials(TrialState.RUNNING)} and time.monotonic() < end:
                 describe("waiting for other workers")
                 time.sleep(1)
                 optuna.storages.fail_stale_trials(study)
 
         job.on_step = lambda step, loss: shown.update(1)
-        for _ in range(missing):  # at most so many of our own, also where they fail
+        for _ in range(missing):  # failed trials of this worker count here: no endless loop
             describe()
             running = trials(TrialState.RUNNING) if shared else []
             if n_done() + len(running) >= n_trials:
@@ -112,21 +114,6 @@ def run_trials(study: Study, job: RecoveryObjective, n_trials: int, *, shared: b
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         reason = study.trials[-1].user_attrs.get("fail_reason", "no reason recorded")
         raise ValueError(f"no trial finished; the last one failed with {reason}")
-
-
-def stored_recipe(url: str, study_name: str) -> Recipe:
-    """The recipe that a study was made with: all that another worker needs.
-
-    Raises:
-        ValueError: There is no such study, or it was made without a recipe.
-    """
-    storage = open_storage(url)
-    if study_name not in optuna.get_all_study_names(storage):
-        raise ValueError(f"{masked(url)} has no study named {study_name!r}; name one, or give a recipe to start it.")
-    stored = optuna.load_study(study_name=study_name, storage=storage).user_attrs.get(RECIPE_ATTR)
-    if stored is None:
-        raise ValueError(f"study {study_name!r} was made without a recipe; give one.")
-    return Recipe.from_dict(stored)
 
 
 def search(
@@ -142,22 +129,22 @@ def search(
 ) -> SearchResult:
     """Prunes the model if it is dense, searches ranks up to a number of trials, and recommends.
 
-    Run again with the same settings it goes on; any number of workers may share ``storage`` and ``study_name``. One
-    worker may be several processes with a GPU each (``accelerate launch -m rankadaptor_optuna.cli search ...``), which
-    share the batches of every recovery; the main one alone asks, tells, evaluates, says and writes.
+    Run again with the same settings, it continues; any number of workers may share `storage` and `study_name`. One
+    worker may be several processes with a GPU each (`accelerate launch -m rankadaptor_optuna.cli search ...`), which
+    share the batches of every recovery; only the main process asks, tells, evaluates, prints and writes.
 
     Args:
-        recipe: What a trial is.
-        out: Folder of the pruned model, the recommendation (``recommendation.json``) and, by default, the study.
-        trials: Finished trials to reach.
-        storage: Optuna storage URL. Default: SQLite in ``out``.
+        recipe: The definition of a trial.
+        out: Folder of the pruned model, the recommendation (`recommendation.json`) and, by default, the study.
+        trials: Number of finished trials to reach.
+        storage: Optuna storage URL. Default: SQLite in `out`.
         study_name: Name of the study.
-        prior: See ``RankAdaptorSampler``; one of a database must be in ``storage``.
-        on_bad_prior: See ``RankAdaptorSampler``.
+        prior: See `RankAdaptorSampler`; a prior of a database must be in `storage`.
+        on_bad_prior: See `RankAdaptorSampler`.
         say: Receives one line for each step.
 
     Raises:
-        ValueError: A setting does not fit the model or the data, the prior cannot be had, or ``out`` or the study
+        ValueError: A setting does not fit the model or the data, the prior cannot be read, or `out` or the study
             belongs to other settings.
     """
     from rankadaptor_optuna.pruning.checkpoint import save_pruned
@@ -165,15 +152,18 @@ def search(
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}.")
     join_processes()
+    url = storage or f"sqlite:///{(out / 'study.db').as_posix()}"
     settings = recipe.to_dict()
     with main_first():
-        check_output_folder(out, settings)
-        shared = open_shared(storage, study_name, settings)
+        folder = OutputFolder(out, settings, in_current_format)
+        opened = None if storage is None else open_storage(storage)
+        if opened is not None:
+            recipe_as_stored(opened, study_name, settings)  # refuses other settings before any work
         if prior is not None and on_bad_prior == "raise":
-            read_prior(prior, storage)  # before there is any work to lose
-        folder, pruned = out / "pruned", None
-        if folder.exists():
-            model, tokenizer = recipe.open_model(folder)
+            read_prior(prior, storage)
+        pruned = None
+        if (out / "pruned").exists():
+            model, tokenizer = recipe.open_model(out / "pruned")
             job = recipe.objective(model, tokenizer)
         else:
             say(f"Model: {recipe.model}")
@@ -182,23 +172,19 @@ def search(
                 removed = f"{pruned.parameters_removed:.1%} of the blocks' parameters removed"
                 say(f"Pruned by {recipe.pruning.method}: {removed}")
             job = recipe.objective(model, tokenizer)
-            out.mkdir(parents=True, exist_ok=True)  # every setting has proved possible
-            write_text(out / "settings.json", json.dumps(settings, indent=1))
-            save_pruned(model, folder, tokenizer)
-    url = storage or f"sqlite:///{(out / 'study.db').as_posix()}"
+            folder.start()
+            save_pruned(model, out / "pruned", tokenizer)
+        opened = opened or open_storage(url)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # Wilcoxon's is one
-        pruner = pruner_of(recipe, job.training.steps)
-    study = create_study(
-        storage=shared or url,
-        study_name=study_name,
-        sampler=RankAdaptorSampler(job.space, prior=prior, seed=recipe.seed, on_bad_prior=on_bad_prior),
-        direction=job.direction,
-        recipe=settings,
-        pruner=pruner,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of WilcoxonPruner and metric names
+        study = create_study(
+            storage=opened,
+            study_name=study_name,
+            sampler=RankAdaptorSampler(job.space, prior=prior, seed=recipe.seed, on_bad_prior=on_bad_prior),
+            direction=job.direction,
+            recipe=recipe_as_stored(opened, study_name, settings),
+            pruner=pruner_of(recipe, job.training.steps),
+        )
         study.set_metric_names([job.metric])
     if process_index() != 0:
         job.follow()
@@ -216,6 +202,6 @@ def search(
         "trainable_parameters": found.cost,
         "evidence": found.evidence.statement,
     }
-    write_text(out / "recommendation.json", json.dumps(answer, indent=1))
+    write_json(out / "recommendation.json", answer)
     say(found.evidence.statement)
     return SearchResult(study, study_name, url, recipe, job.space, found, pruned, out)

@@ -1,18 +1,21 @@
-"""The sections of a recipe, and how nested settings are read from the values of a file."""
+"""The sections of a recipe, and the validation of settings from TOML or JSON."""
 
 from __future__ import annotations
 
-import types
+import json
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from rankadaptor_optuna.pruning.config import PruningConfig
-from rankadaptor_optuna.recovery.tasks import Metric, Part, TaskSuite
+from rankadaptor_optuna.recovery.tasks import Metric, Part, TaskSuite, continuation_items, continuation_task
 from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
 
 T = TypeVar("T")
+Pruner = Literal["median", "hyperband", "wilcoxon"]
+CONTINUATION = "continuation"
+_CONTINUATION_ITEMS = 60  # set by hand: a standard error of 6 points in half a minute on two cores
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,13 @@ class Pruning(PruningConfig):
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: see ``RankSpace.from_model``.
+    """The rank space; see `RankSpace.from_model`.
 
     Attributes:
         candidates: Ranks that a layer may take.
-        budget: ``"uniform:RANK"``, or trainable parameters.
-        unpruned_rank: Rank of layers from which pruning took nothing; -1 searches them too.
-        granularity: ``"layer"`` or ``"sublayer"``.
+        budget: `"uniform:RANK"`, or a number of trainable parameters.
+        unpruned_rank: Rank of the layers from which pruning removed nothing; -1 searches them too.
+        granularity: `"layer"` or `"sublayer"`.
     """
 
     candidates: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
@@ -56,17 +59,20 @@ class Space:
 
 @dataclass(frozen=True)
 class Data:
-    """What the model recovers on and is scored on.
+    """Data of recovery and scoring.
 
     Attributes:
-        train: Text file, JSONL file or Hub data set (``texts.read_records``). Default: the embedded text.
-        validation: The same, for the score; must not share records with ``train``. Default: of the embedded text its
-            validation part, of anything else every tenth record.
-        report: The same, for comparisons after the search, which must see neither. Default: likewise.
-        block_length: Tokens of a block of text; of an instruction record at most.
-        validation_blocks: Blocks or records that a trial is scored on.
-        mask_prompt: Whether of instruction records the response alone counts.
-        limit: At most so many records are read.
+        train: Training data: a text file, JSONL file or Hub data set (`texts.read_records`). Default: the embedded
+            text.
+        validation: Data that trials are scored on; must not share records with `train`. Default: the validation part
+            of the embedded text, or every tenth record of `train`.
+        report: Data of comparisons after the search; must not share records with the others. Default: as for
+            `validation`.
+        block_length: Tokens of a block of text; most tokens of an instruction record.
+        validation_blocks: Number of blocks or records that a trial is scored on.
+        report_blocks: Most blocks or records that a comparison uses. Default: all.
+        mask_prompt: Whether only the response of an instruction record counts.
+        limit: Most records to read.
     """
 
     train: str | None = None
@@ -74,27 +80,31 @@ class Data:
     report: str | None = None
     block_length: int = 256
     validation_blocks: int = 12
+    report_blocks: int | None = None
     mask_prompt: bool = True
     limit: int = 50_000
 
     def __post_init__(self) -> None:
-        for name in ("block_length", "validation_blocks", "limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("block_length", "validation_blocks", "report_blocks", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """lm-eval tasks that a trial is evaluated on, and what its score is.
+    """lm-eval tasks, and the score of a trial.
 
-    A trial sees one half of each task's documents, comparisons after the search the other one.
+    Trials are evaluated on one half of each task's documents, comparisons after the search on the other half.
 
     Attributes:
-        tasks: lm-eval task, group or tag names; with weights, ``{name: weight}``. Default: none.
-        metric: What a study optimises: ``"loss"``, the held-out loss; ``"margin"`` or ``"accuracy"``, the weighted mean
-            over the tasks (see ``TaskScore``). Whatever it is, the others are recorded beside it.
-        limit: At most so many items of each task for a trial.
-        report_limit: At most so many items of each task for comparisons after the search.
+        tasks: lm-eval task, group or tag names; with weights, `{name: weight}`. Default: none.
+        metric: Score that a study optimises: `"loss"` on the validation data, or `"margin"` or `"accuracy"`, weighted
+            means over the tasks (see `TaskScore`). The other two are recorded beside it.
+        limit: Most items of each task per trial. Default: all.
+        report_tasks: lm-eval tasks of comparisons, instead of `tasks`; `"continuation"` is a four-way choice of the
+            next words of a passage of the report text. Default: `tasks`.
+        report_limit: Most items of each task in comparisons. Default: all.
         num_fewshot: Examples before each item. Default: the task's own.
         include_path: Folder of further task YAML files.
         batch_size: Requests per forward pass.
@@ -103,6 +113,7 @@ class Evaluation:
     tasks: tuple[str, ...] | dict[str, float] = ()
     metric: Metric = "loss"
     limit: int | None = None
+    report_tasks: tuple[str, ...] = ()
     report_limit: int | None = None
     num_fewshot: int | None = None
     include_path: str | None = None
@@ -118,72 +129,86 @@ class Evaluation:
         if self.metric != "loss" and not self.tasks:
             raise ValueError(f"metric {self.metric!r} needs tasks to measure it on; name some.")
 
-    def suite(self, tokenizer: Any, part: Part, **changes: Any) -> TaskSuite | None:  # noqa: ANN401
-        """The tasks, made into requests; None without any. ``changes`` are other settings than these.
+    def for_report(
+        self, tasks: Sequence[str] = (), include_path: str | None = None, limit: int | None = None
+    ) -> Evaluation:
+        """Returns the evaluation of a comparison; arguments replace the settings.
+
+        The metric is the searched one on the search's tasks, else the loss.
+        """
+        named = tuple(tasks) or self.report_tasks
+        return replace(
+            self,
+            tasks=named or self.tasks,
+            metric="loss" if named else self.metric,
+            limit=limit or self.report_limit,
+            include_path=include_path or self.include_path,
+        )
+
+    def suite(self, tokenizer: Any, part: Part, report: Sequence[Any] = ()) -> TaskSuite | None:  # noqa: ANN401
+        """Returns the tasks as requests; None without tasks.
+
+        Args:
+            tokenizer: Tokenizer of the model.
+            part: Half of each task's documents.
+            report: Text that items of `"continuation"` are made of.
 
         Raises:
-            ValueError: A task is unknown, or its data cannot be had.
+            ValueError: A task is unknown, or its data cannot be read.
         """
-        settings = {
-            "tasks": self.tasks,
-            "limit": self.limit if part == "search" else self.report_limit,
-            "num_fewshot": self.num_fewshot,
-            "include_path": self.include_path,
-            "batch_size": self.batch_size,
-            **changes,
-        }
-        return TaskSuite(tokenizer, part=part, **settings) if settings["tasks"] else None
+        if not self.tasks:
+            return None
+        tasks: Any = self.tasks
+        if part == "report" and CONTINUATION in tasks:
+            if not all(isinstance(text, str) for text in report):
+                raise ValueError(f"task {CONTINUATION!r} needs text to report on, not instruction records.")
+            items = continuation_items(report, 2 * (self.limit or _CONTINUATION_ITEMS))  # the suite keeps one half
+            tasks = [continuation_task(items) if name == CONTINUATION else name for name in tasks]
+        return TaskSuite(
+            tokenizer,
+            tasks,
+            part=part,
+            limit=self.limit,
+            num_fewshot=self.num_fewshot,
+            include_path=self.include_path,
+            batch_size=self.batch_size,
+        )
 
 
-Pruner = Literal["median", "hyperband", "wilcoxon"]
+def validated(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Returns the dataclass of nested settings, as TOML or JSON has them; lists become tuples.
 
-
-def changed(base: T, values: Mapping[str, Any], path: str = "") -> T:
-    """A dataclass with some fields changed, nested ones in part.
+    Types are strict: a boolean is no integer, a string no number.
 
     Args:
-        base: What is not named stays as it is here.
-        values: As TOML or JSON has them; lists become tuples.
-        path: Where ``base`` stands in a larger one, for messages: ``"training."``.
+        kind: A dataclass with `__pydantic_config__`, whose sections are dataclasses with defaults.
+        values: Settings by key; sections are mappings.
 
     Raises:
         ValueError: A key is unknown or its value impossible; the message names it.
+        ImportError: pydantic is missing.
     """
-    hints = typing.get_type_hints(type(base))
-    known = [f.name for f in fields(base)]  # type: ignore[arg-type]
-    changes: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"{path}{name}: no such setting; there are {', '.join(known)}.")
-        old = getattr(base, name)
-        if is_dataclass(old) and not isinstance(old, type):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{path}{name}: expected a table of settings, got {value!r}.")
-            changes[name] = changed(old, value, f"{path}{name}.")
-            continue
-        changes[name] = tuple(value) if isinstance(value, list) else value
-        if not _fits(changes[name], hints[name]):
-            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
-            raise ValueError(f"{path}{name}: expected {wanted.replace('typing.', '')}, got {value!r}.")
     try:
-        return replace(base, **changes)  # type: ignore[type-var]
-    except ValueError as error:
-        raise ValueError(f"{path}{error}") from error
+        from pydantic import TypeAdapter, ValidationError
+    except ImportError as error:
+        raise ImportError("recipes need pydantic: install rankadaptor-optuna with its extra [llm].") from error
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise ValueError(_first_error(kind, values, error.errors())) from None
 
 
-def _fits(value: Any, hint: Any) -> bool:  # noqa: ANN401
-    """Whether a value is of an annotated type; an integer is a float too, a boolean neither."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, one) for one in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
-        )
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+def _first_error(kind: type[Any], values: Any, errors: Sequence[Any]) -> str:  # noqa: ANN401
+    """Returns pydantic's first error in one line."""
+    path = errors[0]["loc"][:2]  # section and key; below these come items of a tuple and branches of a union
+    same = [error for error in errors if error["loc"][:2] == path]
+    where = ".".join(map(str, path))
+    if errors[0]["type"] == "value_error":
+        return f"{where}{'.' if where else ''}{errors[0]['ctx']['error']}"
+    if errors[0]["type"] == "unexpected_keyword_argument":
+        section = typing.get_type_hints(kind)[path[0]] if len(path) > 1 else kind
+        return f"{where}: no such setting; there are {', '.join(field.name for field in fields(section))}."
+    for key in path:
+        values = values[key]
+    expected = dict.fromkeys(error["msg"].removeprefix("Input should be ") for error in same)
+    return f"{where}: expected {' or '.join(expected)}, got {values!r}."

@@ -40,6 +40,16 @@ def adapter_parameters(model: Any) -> int:  # noqa: ANN401
     return total
 
 
+def check_adalora(training: TrainingConfig) -> None:
+    """Checks that a recovery is long enough for AdaLoRA's three phases.
+
+    Raises:
+        ValueError: It has under 4 steps.
+    """
+    if training.steps < 4:
+        raise ValueError(f"AdaLoRA needs at least 4 training steps, got {training.steps}.")
+
+
 @contextmanager
 def adalora(
     model: Any,  # noqa: ANN401
@@ -76,9 +86,8 @@ def adalora(
 
     lora = lora or LoraSettings()
     training = training.for_examples(len(data))
+    check_adalora(training)
     steps = training.steps
-    if steps < 4:
-        raise ValueError(f"AdaLoRA needs at least 4 training steps, got {steps}.")
     config = AdaLoraConfig(
         target_r=rank,
         init_r=max(rank + 1, round(_INITIAL * rank)),

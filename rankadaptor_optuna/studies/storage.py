@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import optuna
@@ -21,6 +22,7 @@ from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace
 
 _HEARTBEAT_S = 60
+_MOST_NAMED = 5
 
 
 def create_study(
@@ -68,44 +70,62 @@ def create_study(
 
 
 def check_recipe(study: Study, recipe: Mapping[str, Any]) -> None:
-    """Whether the study's trials are comparable with trials of ``recipe``.
+    """Checks that the study's trials are comparable with trials of ``recipe``.
 
     Raises:
         ValueError: The study belongs to another recipe; the message names what differs.
     """
     stored = study.user_attrs.get(RECIPE_ATTR)
-    changed = [] if stored is None else differences(stored, recipe)
-    if changed:
-        what = "; ".join(changed)
-        raise ValueError(
-            f"study {study.study_name!r} belongs to other settings: {what}. Use those, or another study name."
-        )
+    if stored is not None:
+        check_same_settings(f"study {study.study_name!r}", stored, recipe, "another study name")
 
 
-def differences(stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
-    """What differs between a stored recipe and one as given; a missing setting is None, a tuple a list."""
-    stored, now = _given(stored), _given(json.loads(json.dumps(recipe)))
-    pairs = {key: (stored.get(key), now.get(key)) for key in sorted({*stored, *now})}
-    return [f"{key} was {was!s:.60}, now {given!s:.60}" for key, (was, given) in pairs.items() if was != given]
+def check_same_settings(owner: str, stored: Mapping[str, Any], given: Mapping[str, Any], other: str) -> None:
+    """Checks that settings are those stored with a study or a folder; a missing setting is None, a tuple a list.
+
+    Args:
+        owner: The study or folder, for the message.
+        stored: Its settings.
+        given: Settings of this run, JSON-able.
+        other: What to choose instead, for the message.
+
+    Raises:
+        ValueError: Settings differ; the message names the first of them with both values.
+    """
+    was, now = (_leaves(json.loads(json.dumps(settings))) for settings in (stored, given))
+    keys = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
+    if keys:
+        named = [f"{key} was {was.get(key)!s:.60}, now {now.get(key)!s:.60}" for key in keys[:_MOST_NAMED]]
+        more = [f"and {len(keys) - _MOST_NAMED} more"] if len(keys) > _MOST_NAMED else []
+        raise ValueError(f"{owner} belongs to other settings: {'; '.join(named + more)}. Use those, or {other}.")
 
 
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops settings that are None, at any depth: recipes of older versions lack settings that were added since."""
-    return {
-        key: _given(value) if isinstance(value, Mapping) else value
-        for key, value in settings.items()
-        if value is not None
-    }
+def _leaves(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Returns nested settings by dotted key; None as if missing: recipes of older versions lack newer settings."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _leaves(value, f"{path}{key}.")
+        elif value is not None:
+            found[f"{path}{key}"] = value
+    return found
 
 
-def open_storage(url: str) -> RDBStorage:
+def open_storage(url: str, *, create: bool = True) -> RDBStorage:
     """Opens a database, creating Optuna's tables at most once however many workers start together.
+
+    Args:
+        url: Database URL.
+        create: Whether to create an SQLite file that is missing.
 
     Raises:
         ValueError: It cannot be opened; the message carries no password.
     """
     try:
         engine = sqlalchemy.create_engine(url)
+        file = engine.url.database or ""
+        if not create and engine.dialect.name == "sqlite" and not file.startswith("file:") and not Path(file).exists():
+            raise ValueError(f"there is no file {file}")
         with exclusively(engine):
             storage = patiently(lambda: _storage(url), engine)
         engine.dispose()

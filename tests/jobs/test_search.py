@@ -13,7 +13,8 @@ from rankadaptor_optuna.cli import main
 from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.export import export
 from rankadaptor_optuna.jobs.recipe import Recipe
-from rankadaptor_optuna.jobs.search import pruner_of, search, stored_recipe
+from rankadaptor_optuna.jobs.search import pruner_of, search
+from rankadaptor_optuna.jobs.stored import stored_recipe
 from rankadaptor_optuna.priors.store import PriorStore
 from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.surrogate.prior import load_prior
@@ -163,7 +164,7 @@ def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_written(values, 
     for arguments, says in (
         ([str(tmp_path / "recipe.toml")], "training.stepz: no such setting"),
         ([], "give a recipe"),
-        (["--storage", f"sqlite:///{tmp_path / 'empty.db'}"], "has no study named 'search'"),
+        (["--storage", f"sqlite:///{tmp_path / 'empty.db'}"], "there is no file"),
     ):
         assert main(["search", *arguments, "--out", str(tmp_path / "out")]) == 2
         assert says in capsys.readouterr().err

@@ -8,7 +8,7 @@ from optuna.samplers import RandomSampler
 from rankadaptor_optuna import RankSpace, create_study, recommend
 from rankadaptor_optuna.attributes import RECIPE_ATTR
 from rankadaptor_optuna.studies.reading import finished_trials, study_space, uniform_trials
-from rankadaptor_optuna.studies.storage import masked, open_storage
+from rankadaptor_optuna.studies.storage import check_same_settings, masked, open_storage
 
 SPACE = RankSpace(
     10, budget="uniform:8", layers=range(1, 9), costs=[100] * 4 + [120] * 4, fixed_ranks={0: 8, 9: 8}, fixed_cost=1600
@@ -51,11 +51,26 @@ def test_another_recipe_is_refused_and_the_differences_named(url):
         create_study(storage=url, study_name="s", recipe=other)
     message = str(caught.value)
     assert "model was tiny, now big" in message
-    assert "pruning was {'ratio': 0.25}, now {'ratio': 0.5}" in message
+    assert "pruning.ratio was 0.25, now 0.5" in message
     assert "seed was None, now 1" in message
     assert "candidates" not in message
     assert "another study name" in message
     assert optuna.load_study(study_name="s", storage=url).user_attrs[RECIPE_ATTR] == RECIPE
+
+
+def test_at_most_five_differences_are_named():
+    keys = [f"k{i}" for i in range(7)]
+    with pytest.raises(ValueError, match=r"out belongs to other settings: a\.k0 was 0, now 1; ") as caught:
+        check_same_settings("out", {"a": dict.fromkeys(keys, 0)}, {"a": dict.fromkeys(keys, 1)}, "another")
+    assert "; a.k4 was 0, now 1; and 2 more. Use those, or another." in str(caught.value)
+    assert "k5" not in str(caught.value)
+
+
+def test_a_missing_database_file_is_refused_where_a_study_must_exist(tmp_path):
+    for path in (tmp_path / "typo.db", tmp_path / "no" / "folder.db"):
+        with pytest.raises(ValueError, match=f"cannot open the storage .*: there is no file {path}"):
+            open_storage(f"sqlite:///{path}", create=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_recipe_is_the_same_again_after_json_made_lists_of_its_tuples(url):

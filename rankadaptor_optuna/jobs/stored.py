@@ -1,0 +1,78 @@
+"""The study of an earlier search: its recipe, its pruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.study import Study
+
+from rankadaptor_optuna.attributes import RECIPE_ATTR
+from rankadaptor_optuna.database import masked
+from rankadaptor_optuna.jobs.recipe import Recipe
+from rankadaptor_optuna.objective import RecoveryObjective
+from rankadaptor_optuna.studies.storage import open_storage
+
+_MOST_NAMED = 10
+
+
+def stored_study(url: str, study_name: str | None = None) -> tuple[Study, Recipe]:
+    """Loads a study and the recipe that it was made with: all that another worker needs.
+
+    Args:
+        url: Optuna storage URL.
+        study_name: Name of the study. Default: the only study with a recipe.
+
+    Raises:
+        ValueError: There is no such database, study or recipe, or several studies have a recipe and none is named.
+    """
+    storage = open_storage(url, create=False)
+    if study_name is None:
+        study_name = _only_study(storage, url)
+    elif study_name not in optuna.get_all_study_names(storage):
+        raise ValueError(f"{masked(url)} has no study named {study_name!r}; name one, or give a recipe to start it.")
+    study = optuna.load_study(study_name=study_name, storage=storage)
+    stored = study.user_attrs.get(RECIPE_ATTR)
+    if stored is None:
+        raise ValueError(f"study {study_name!r} was made without a recipe; give one.")
+    try:
+        return study, Recipe.from_dict(stored)
+    except ValueError as error:
+        raise ValueError(f"the recipe of study {study_name!r}: {error}") from error
+
+
+def stored_recipe(url: str, study_name: str | None = None) -> Recipe:
+    """Returns the recipe of a study; see `stored_study`."""
+    return stored_study(url, study_name)[1]
+
+
+def _only_study(storage: optuna.storages.BaseStorage, url: str) -> str:
+    summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
+    names = [summary.study_name for summary in summaries if RECIPE_ATTR in summary.user_attrs]
+    if not names:
+        raise ValueError(f"{masked(url)} has no study with a recipe; `search` with a recipe starts one.")
+    if len(names) > 1:
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        raise ValueError(f"{masked(url)} has several studies: {', '.join(names[:_MOST_NAMED])}{more}; name one.")
+    return names[0]
+
+
+def load_pruned_job(recipe: Recipe, pruned: Path | None, modules: Iterable[Any], study_name: str) -> RecoveryObjective:
+    """Loads the pruned model of a study and returns its trial objective, without tasks.
+
+    Args:
+        recipe: The study's recipe.
+        pruned: Folder of the pruned model. Default: pruned again as the recipe says.
+        modules: The modules that the study searched.
+        study_name: Name of the study, for messages.
+
+    Raises:
+        ValueError: The model or data cannot be read, or it is not the model of the study.
+    """
+    model, tokenizer = recipe.open_model(pruned) if pruned else recipe.read_model()[:2]
+    job = recipe.objective(model, tokenizer, tasks=None)
+    if sorted(map(str, job.space.modules)) != sorted(map(str, modules)):
+        raise ValueError(f"the layers of {pruned or recipe.model} are not those that study {study_name!r} searched.")
+    return job
