@@ -1,15 +1,15 @@
-"""The paper's ablations (its Table 3) on byte-level LLaMAs, where a recovery takes a CPU second and many seeds fit.
+"""Repeat the paper's ablations (its Table 3) on byte-level LLaMAs, whose recoveries take a CPU second each.
 
-    python -m benchmarks.paper_table --part ablation [--quick] [--folder DIR]
+    python -m benchmarks.paper_ablations [--quick] [--folder DIR]
 
 * Sample size: LLM-Pruner calibrated on 10 or 50 samples. Element: its importance by the first or the second order of
   the Taylor expansion (``param_first``, ``param_second``). Each pruned model, one per calibration seed, is searched,
   and the recommended ranks recover it on fresh seeds and text.
-* Micro batch 4, 8 or 16 of a batch of 16: the gradients of a batch add up exactly, so nothing but rounding may differ.
-* Performance model: the paper's MLP with inner layers 32-32-32, 32-64-32 or 32-16-32, and this package's model, each
+* Micro batches of 4, 8 or 16 of a batch of 16: the gradients of a batch add up exactly, so only rounding may differ.
+* Performance model: the paper's MLP with inner layers 32-32-32, 32-64-32 or 32-16-32, and the package's model, each
   trained on the same 10 or 50 trials of random allocations and asked for the best of the same candidates.
 
-Only development tasks are used, none of those that races between samplers are run on.
+Only development tasks are used, which the race does not run on.
 """
 
 from __future__ import annotations
@@ -25,27 +25,21 @@ import optuna
 import torch
 from scipy import stats
 
-from benchmarks.report import check, interval, show, write
-from benchmarks.tasks.losses import Losses, Ranks
-from benchmarks.tasks.recovery import (
-    DEVELOPMENT,
-    LENGTH,
-    RecoveryTask,
-    TaskSpec,
-    _tokenizer,
-    dense_model,
-    load_task,
-    random_ranks,
-    weighted_ranks,
-)
+from benchmarks.report import FRESH, cell, check, command_parser, set_up, show, write
+from benchmarks.tasks.losses import Losses
+from benchmarks.tasks.models import dense_model, taylor_pruned
+from benchmarks.tasks.ranks import random_ranks, weighted_ranks
+from benchmarks.tasks.recovery import RecoveryTask, load_task
+from benchmarks.tasks.specs import DEVELOPMENT, TaskSpec
+from benchmarks.tasks.texts import LENGTH
 from rankadaptor_optuna import PerformanceModel, RankAdaptorSampler, RankSpace, recommend
-from rankadaptor_optuna.pruning import prune
+from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.data import Examples
+from rankadaptor_optuna.recovery.embedded import cache_dir
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
 
-FRESH = (101, 102, 103)
 PRUNINGS: dict[str, dict[str, Any]] = {
     "10 samples, first order": {"n_samples": 10, "criterion": "param_first"},
     "50 samples, first order": {"n_samples": 50, "criterion": "param_first"},
@@ -58,34 +52,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "MLP 32-16-32": {"mode": "paper", "hidden": (32, 16, 32)},
 }
 MICRO_BATCHES = (4, 8, 16)
-N_CANDIDATES = 500  # random ones, and as many smooth along the depth, that a performance model chooses from
-N_RANKED = 32  # other allocations, whose order it should predict
+N_CANDIDATES = 500  # random allocations, and as many smooth ones, that a performance model chooses from
+N_RANKED = 32  # allocations whose order it should predict
 
 Row = dict[str, Any]
 Checks = dict[str, Any]
 
 
 def pruned_model(spec: TaskSpec, seed: int, cache: Path | None = None, **options: Any) -> Any:  # noqa: ANN401
-    """The dense model of a task, pruned by LLM-Pruner with these options on samples of this seed."""
+    """Returns the dense model of a task, pruned by LLM-Pruner with these options on samples of this seed."""
     from transformers import LlamaForCausalLM
 
     dense, parts, _ = dense_model(spec.dense, cache)
-    return prune(
-        LlamaForCausalLM.from_pretrained(dense),
-        _tokenizer,
-        ratio=spec.damage.ratio,
-        calibration=parts.pretraining,
-        sample_length=LENGTH,
-        keep_first=spec.damage.keep_first,
-        keep_last=spec.damage.keep_last,
-        multiple_of=8,
-        seed=seed,
-        **options,
-    ).model
+    return taylor_pruned(LlamaForCausalLM.from_pretrained(dense), spec.damage, parts.pretraining, seed=seed, **options)
 
 
 def search(space: RankSpace, losses: Losses, n_trials: int, seed: int) -> Ranks:
-    """What a search with the sampler recommends; losses that are known are not computed again."""
+    """Returns the recommendation of a search with the sampler; known losses are not computed again."""
     study = optuna.create_study(sampler=RankAdaptorSampler(space, seed=seed))
     for _ in range(n_trials):
         trial = study.ask()
@@ -94,7 +77,7 @@ def search(space: RankSpace, losses: Losses, n_trials: int, seed: int) -> Ranks:
 
 
 def prunings(spec: TaskSpec, folder: Path, seeds: int, n_trials: int, cache: Path | None = None) -> list[Row]:
-    """Sample size and element: losses on fresh seeds and text, mean and interval over calibration seeds."""
+    """Measures sample size and element: losses on fresh seeds and text over calibration seeds."""
     _, parts, dense_loss = dense_model(spec.dense, cache)
     found: dict[str, list[tuple[float, float, float]]] = {}
     for (name, options), seed in itertools.product(PRUNINGS.items(), range(seeds)):
@@ -115,11 +98,11 @@ def prunings(spec: TaskSpec, folder: Path, seeds: int, n_trials: int, cache: Pat
         rows.append(
             {
                 "pruning": name,
-                "no recovery": _cell(pruned),
-                "LoRA, uniform": _cell(uniform),
-                "RankAdaptor": _cell(ours),
-                "RankAdaptor less uniform": _cell(np.subtract(ours, uniform).tolist(), sign="+"),
-                "less the first row": _cell(less, sign="+") if name != next(iter(found)) else "",
+                "no recovery": cell(pruned, 4),
+                "LoRA, uniform": cell(uniform, 4),
+                "RankAdaptor": cell(ours, 4),
+                "RankAdaptor less uniform": cell(np.subtract(ours, uniform).tolist(), 4, "+"),
+                "less the first row": cell(less, 4, "+") if name != next(iter(found)) else "",
                 "values": values,
             }
         )
@@ -127,7 +110,7 @@ def prunings(spec: TaskSpec, folder: Path, seeds: int, n_trials: int, cache: Pat
 
 
 def micro_batches(spec: TaskSpec, cache: Path | None = None, steps: int = 8) -> tuple[list[Row], float]:
-    """Losses after recoveries of examples of unequal lengths, by micro batch, and the widest difference."""
+    """Returns losses after recoveries on examples of unequal lengths, by micro batch, and the widest difference."""
     model = pruned_model(spec, 0, cache, n_samples=10)
     _, parts, _ = dense_model(spec.dense, cache)
     stream = torch.tensor(list("".join(parts.recovery[:20]).encode()))
@@ -146,7 +129,7 @@ def micro_batches(spec: TaskSpec, cache: Path | None = None, steps: int = 8) -> 
 
 
 def candidates_of(space: RankSpace, rng: np.random.Generator) -> list[Ranks]:
-    """Random allocations, uniform, and allocations that are smooth along the depth, which most good ones are."""
+    """Returns random allocations, uniform ranks, and smooth allocations, as most good allocations are smooth."""
     depth = np.linspace(-1, 1, len(space.layers))
     shapes = rng.normal(size=(N_CANDIDATES, 4)) @ [np.cos(k * np.pi * (depth + 1) / 2) for k in range(1, 5)]
     smooth = [weighted_ranks(space, np.exp(shape) * space.costs) for shape in shapes]
@@ -156,9 +139,9 @@ def candidates_of(space: RankSpace, rng: np.random.Generator) -> list[Ranks]:
 def performance_models(
     task: RecoveryTask, losses: Losses, seeds: int, numbers: Sequence[int] = (10, 50)
 ) -> dict[tuple[str, int], dict[str, list[float]]]:
-    """By model and number of trials: order predicted of other allocations, and gain over uniform of its choice.
+    """Returns, by model and number of trials, the rank correlation on other allocations and the gain of its choice.
 
-    A seed draws the trials, and is that of their recoveries; gains are nats, on fresh seeds and text.
+    A seed draws the trials and seeds their recoveries; gains over uniform are nats, on fresh seeds and text.
     """
     space = task.space
     candidates = candidates_of(space, np.random.default_rng(12345))
@@ -180,43 +163,41 @@ def performance_models(
             gain = np.subtract(uniform, losses([(chosen, fresh) for fresh in FRESH], report=True)).mean()
             those = found.setdefault((name, n), {"order": [], "gain": []})
             order = stats.spearmanr(predicted[:N_RANKED], truth).statistic
-            those["order"].append(float(np.nan_to_num(order)))  # of a model that tells nothing apart
+            those["order"].append(float(np.nan_to_num(order)))  # constant predictions have none
             those["gain"].append(float(gain))
     return found
 
 
 def model_rows(task: str, found: Mapping[tuple[str, int], Mapping[str, Sequence[float]]]) -> list[Row]:
-    """A row for each model and number of trials, with the paired difference to the paper's first setting."""
+    """Returns a row per model and number of trials, with the paired difference to the paper's first setting."""
     rows = []
     for (name, n), values in found.items():
         row = {
             "task": task,
             "performance model": name,
             "trials": n,
-            "rank correlation": _cell(values["order"], digits=3),
-            "gain over uniform": _cell(values["gain"], sign="+"),
+            "rank correlation": cell(values["order"]),
+            "gain over uniform": cell(values["gain"], 4, "+"),
             "gain less 32-32-32's": "",
             "values": values,
         }
         if name != "MLP 32-32-32":
             less = np.subtract(values["gain"], found["MLP 32-32-32", n]["gain"]).tolist()
-            row["gain less 32-32-32's"] = _cell(less, sign="+")
+            row["gain less 32-32-32's"] = cell(less, 4, "+")
         rows.append(row)
     return rows
 
 
-def _cell(values: Sequence[float], digits: int = 4, sign: str = "") -> str:
-    mean, half = interval(values)
-    return f"{mean:{sign}.{digits}f} ±{half:.{digits}f}"
-
-
-def run(folder: Path, *, quick: bool) -> None:
-    """Runs the ablations, prints a table each and writes results/paper_ablation.json."""
-    torch.set_num_threads(1)  # tensors this small lose more by threads than they gain
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+def main() -> None:
+    """Runs the ablations, prints a table each and writes results/paper_ablations.json."""
+    parser = command_parser(__doc__, "two seeds, few trials, one task")
+    parser.add_argument("--folder", type=Path, default=cache_dir() / "paper_ablations", help="losses")
+    args = parser.parse_args()
+    set_up()
+    folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
-    seeds, n_trials, numbers = (2, 4, (5, 8)) if quick else (10, 25, (10, 50))
-    specs = DEVELOPMENT[:1] if quick else DEVELOPMENT
+    seeds, n_trials, numbers = (2, 4, (5, 8)) if args.quick else (10, 25, (10, 50))
+    specs = DEVELOPMENT[:1] if args.quick else DEVELOPMENT
     recoveries = len(PRUNINGS) * seeds * (n_trials + 6)
     recoveries += len(specs) * (N_RANKED + seeds * (max(numbers) + 3 * len(MODELS) * len(numbers)))
     print(f"At most {recoveries} recoveries, about a CPU second each: {recoveries / 3600:.1f} CPU hours.", flush=True)
@@ -236,10 +217,11 @@ def run(folder: Path, *, quick: bool) -> None:
         show([{key: value for key, value in row.items() if key != "values"} for row in rows])
         print()
     write(
-        "paper_ablation_part" if quick else "paper_ablation",
+        "paper_ablations",
         [{"part": part, **row} for part, rows in parts.items() for row in rows],
         checks,
         seeds={"calibration and search": list(range(seeds)), "fresh": FRESH},
         tasks=[asdict(spec) for spec in specs],
         trials=n_trials,
+        part=args.quick,
     )

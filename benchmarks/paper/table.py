@@ -1,27 +1,23 @@
-"""The paper's table on SmolLM2-135M: pruned, recovered on Alpaca in six ways, and scored on the seven tasks.
+"""Repeat the paper's table on SmolLM2-135M: pruned, recovered on Alpaca in six ways, scored on seven tasks.
 
     python -m benchmarks.paper_table [--quick] [--size cpu|gpu] [--blocks NAME ...] [--folder DIR]
-    python -m benchmarks.paper_table --part ablation [--quick] [--folder DIR]      # see ablations.py
 
-A block is a pruning method and the share of the blocks' parameters that it takes: 20 and 50% by LLM-Pruner (its
-published settings, each layer alike) and by Shortened. In each, ranks are searched on held-out loss; then what the
-search recommends recovers the model on fresh seeds beside LoRA of uniform rank, AdaLoRA, EVA and ranks in proportion to
+A block is a pruning method and the share of the blocks' parameters that it removes: 20 and 50% by LLM-Pruner (its
+published settings, each layer alike) and by Shortened. In each block, ranks are searched on held-out loss; then the
+recommended ranks recover the model on fresh seeds beside LoRA of uniform rank, AdaLoRA, EVA and ranks in proportion to
 Fisher information, all on the same data in the same order, none with more parameters than uniform rank 8. Loss is on
 Alpaca's validation file, accuracy on the halves of the tasks that are kept for reports; a search sees neither.
 
 Mean and 95% t interval over the fresh seeds, and the paired differences to RankAdaptor: an interval that excludes 0 is
-a win or a loss, any other a tie; p by a paired t test, once more with Holm's correction for all comparisons. The seeds
-share one pruned model, one search and the same items, so what they tell is whether these ranks are better on this
-model: drawing other items would move an average by the standard error that is printed as well.
+a win or a loss, any other a tie; p by a paired t test, also with Holm's correction for all comparisons. The seeds share
+one pruned model, one search and the same items; other items move an average by the standard error that is printed.
 
-What is done is kept in ``--folder``, so that a run that was stopped goes on; blocks of the same size that the results
-have already stay in the table. Texts and tasks are looked for in ``$RANKADAPTOR_DATA``, by default ``../shared/data``
-beside the repository.
+``--folder`` keeps finished work, so that a stopped run goes on; blocks of the same size that the results already have
+stay in the table.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import chdir
@@ -32,8 +28,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.report import FOLDER, check, interval, show, write
-from benchmarks.speed.pruning import data_folder
+from benchmarks.report import FOLDER, cell, check, command_parser, interval, show, write
+from benchmarks.tasks.texts import data_folder
 from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.recipe import PRESETS, Recipe
 from rankadaptor_optuna.jobs.results import METHODS, OURS, UNIFORM, Row, alike
@@ -45,8 +41,8 @@ from rankadaptor_optuna.recovery.train import TrainingConfig
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 BLOCKS = {f"{method}-{ratio}": (method, ratio) for ratio in (0.2, 0.5) for method in ("llm-pruner", "shortened")}
-TRAINED, SCORED = 300, 1000  # tokens a second on two cores in bfloat16, about, for the estimate
-TOKENS_PER_ITEM = 180  # of a task, with all its choices, about
+TRAINED, SCORED = 300, 1000  # tokens per second on two cores in bfloat16, roughly, for the estimate of the hours
+TOKENS_PER_ITEM = 180  # of a task, with all its choices, roughly
 REPORTED = 200  # records of Alpaca's validation file
 TOLERANCE = 0.005  # of the budget
 
@@ -59,16 +55,16 @@ class Size:
     """How much is measured.
 
     Attributes:
-        trials: Of a search.
-        seeds: Fresh seeds of each way to recover.
-        items: Of each task; None for all that are kept for reports.
-        steps: Of a recovery.
-        batch_size: Examples a step.
-        micro_batch_size: Examples a forward pass.
-        length: Tokens of an example at most.
-        records: Alpaca records, of which every tenth is held out; also at most so many of those reported on.
-        validation: Held-out records that a trial is scored on.
-        dtype: Of the frozen model.
+        trials: Number of trials of a search.
+        seeds: Number of fresh seeds of each way to recover.
+        items: Number of items of each task; None for all that are kept for reports.
+        steps: Optimiser steps of a recovery.
+        batch_size: Examples per step.
+        micro_batch_size: Examples per forward pass.
+        length: Most tokens of an example.
+        records: Number of Alpaca records, of which every tenth is held out; also the most records to report on.
+        validation: Number of held-out records that a trial is scored on.
+        dtype: Dtype of the frozen model.
     """
 
     trials: int = 20
@@ -84,7 +80,7 @@ class Size:
 
     @property
     def hours(self) -> float:
-        """Hours that a block takes on two cores, about; pruning itself takes minutes at most."""
+        """Rough number of hours that a block takes on two cores; pruning itself takes minutes at most."""
         recovery = self.steps * self.batch_size * self.length / TRAINED
         trial = recovery + self.validation * self.length / SCORED
         items = len(TASKS) * (self.items or 250) * TOKENS_PER_ITEM
@@ -103,14 +99,15 @@ SIZES = {
 
 
 def recipe_of(block: str, size: Size, model: str = "embedded") -> Recipe:
-    """What a trial of a block is; its tasks are left to the comparison, as no trial needs them."""
+    """Returns the recipe of a block's trials; without tasks, which only the comparison needs."""
     method, ratio = BLOCKS[block]
     folder = data_folder()
     calibration = str(folder / "wikitext2" / "validation.txt")
     pruning = Pruning(method=method, ratio=ratio, calibration=calibration)
     if method == "llm-pruner":
-        changes = {"ratio": ratio, "calibration": calibration, "keep_first": None, "keep_last": None}
-        pruning = replace(PRESETS["paper"].pruning, **changes)  # of 30 layers 4 and 2 stay whole by default, too
+        published = PRESETS["paper"].pruning
+        # the default for 30 layers keeps 4 and 2 whole
+        pruning = replace(published, ratio=ratio, calibration=calibration, keep_first=None, keep_last=None)
     alpaca = folder / "alpaca"
     return Recipe(
         model=model,
@@ -128,7 +125,7 @@ def recipe_of(block: str, size: Size, model: str = "embedded") -> Recipe:
 
 
 def run_block(block: str, recipe: Recipe, size: Size, folder: Path, tasks: Sequence[str] = TASKS) -> list[Row]:
-    """Searches a block and compares, or goes on with it.
+    """Searches a block and compares the recoveries, or goes on with it.
 
     Raises:
         ValueError: The folder holds the block at another size.
@@ -139,7 +136,7 @@ def run_block(block: str, recipe: Recipe, size: Size, folder: Path, tasks: Seque
         print(f"{block}: {line}", flush=True)
 
     search(recipe, out / "search", trials=size.trials, say=say)
-    with chdir(data.parent.parent):  # the tasks' data files are named relative to it
+    with chdir(data.parent.parent):  # the tasks' YAML files name data files relative to it
         return compare(
             f"sqlite:///{(out / 'search' / 'study.db').as_posix()}",
             "search",
@@ -154,7 +151,7 @@ def run_block(block: str, recipe: Recipe, size: Size, folder: Path, tasks: Seque
 
 
 def finished_block(block: str, size: Size, file: Path) -> list[Row]:
-    """A block as an earlier run's results have it; empty where there is none of this size."""
+    """Returns a block from an earlier run's results; empty where it is missing or of another size."""
     found = json.loads(file.read_text()) if file.exists() else {}
     if found.get("size") != asdict(size):
         return []
@@ -164,29 +161,29 @@ def finished_block(block: str, size: Size, file: Path) -> list[Row]:
 
 
 def averages(row: Row) -> list[float]:
-    """Mean accuracy over the tasks, by seed."""
-    return np.mean(list(row.accuracies.values()), axis=0).tolist()
+    """Returns the mean accuracy over the tasks, by seed."""
+    means: list[float] = np.mean(list(row.accuracies.values()), axis=0).tolist()
+    return means
 
 
-def _cell(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
-    mean, half = interval(np.multiply(values, scale).tolist())
-    return f"{mean:.{digits}f}" if len(values) < 2 else f"{mean:.{digits}f} ±{half:.{digits}f}"
+def _percent(values: Sequence[float], digits: int) -> str:
+    return cell(np.multiply(values, 100).tolist(), digits)
 
 
 def table(blocks: Blocks) -> list[dict[str, Any]]:
-    """A row for each block and way to recover: accuracies in %, loss in nats per target, mean and 95% t interval."""
+    """Returns a row for each block and way to recover: accuracies in %, loss in nats per target."""
     lines = []
     for block, rows in blocks.items():
         budget = _row(rows, UNIFORM).parameters
         for row in rows:
-            tasks = {task.removeprefix("local_"): _cell(values, 1, 100) for task, values in row.accuracies.items()}
+            tasks = {task.removeprefix("local_"): _percent(values, 1) for task, values in row.accuracies.items()}
             lines.append(
                 {
                     "block": block,
                     "recovery": row.method,
                     **tasks,
-                    "average": _cell(averages(row), 2, 100),
-                    "loss": _cell(row.losses, 4),
+                    "average": _percent(averages(row), 2),
+                    "loss": cell(row.losses, 4),
                     "parameters": f"{row.parameters:,}",
                     "of budget": f"{row.parameters / budget:.1%}",
                     "seconds": f"{row.seconds:.0f}",
@@ -200,14 +197,14 @@ def _row(rows: Rows, method: str) -> Row:
 
 
 def paired(blocks: Blocks) -> list[dict[str, Any]]:
-    """RankAdaptor less each other row, on the same seeds: mean, interval, p and verdict, for loss and average accuracy.
+    """Returns differences of RankAdaptor to each other row on the same seeds, in loss and average accuracy.
 
-    What is not recovered has no seed: each seed is paired with the same number. Holm's correction is over all
+    The row without recovery has no seeds: each seed is paired with the same number. Holm's correction is over all
     comparisons by the same measure.
     """
     found: list[dict[str, Any]] = []
     for measure, sign in (("loss", -1), ("average", 1)):
-        those = []
+        those: list[dict[str, Any]] = []
         for block, rows in blocks.items():
             ours, *others = (_row(rows, method) for method in (OURS, *METHODS[:-1]))
             for other in others:
@@ -238,7 +235,7 @@ def _p(difference: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values."""
+    """Returns Holm's adjusted p values."""
     order = np.argsort(p)
     raised = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1))
     adjusted = np.empty(len(p))
@@ -247,7 +244,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def counted(differences: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Wins, ties and losses over the blocks against each other row, and the mean over blocks with its interval."""
+    """Returns wins, ties and losses over the blocks against each other row, and the mean difference."""
     lines = []
     for measure in ("loss", "average"):
         for method in METHODS[:-1]:
@@ -268,7 +265,7 @@ def counted(differences: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def item_error(rows: Rows, items: int) -> float:
-    """Standard error of an average accuracy from the drawing of so many items a task."""
+    """Returns the standard error of an average accuracy that is due to drawing ``items`` items per task."""
     p = np.asarray([np.mean(values) for values in _row(rows, OURS).accuracies.values()])
     return float(np.sqrt((p * (1 - p) / items).sum()) / len(p))
 
@@ -287,7 +284,7 @@ def checks_of(blocks: Blocks, differences: Sequence[Mapping[str, Any]]) -> dict[
     return checks
 
 
-def report(blocks: Blocks, size: Size, name: str) -> None:
+def report(blocks: Blocks, size: Size, *, part: bool) -> None:
     """Prints the tables and writes the results."""
     lines, differences = table(blocks), paired(blocks)
     show(lines)
@@ -313,49 +310,31 @@ def report(blocks: Blocks, size: Size, name: str) -> None:
     ]
     seeds = {"search": 0, "fresh": [1000 + i for i in range(size.seeds)]}
     more = {"size": asdict(size), "measured": measured, "paired": differences, "counted": totals}
-    write(name, lines, checks_of(blocks, differences), seeds=seeds, **more)
+    write("paper_table", lines, checks_of(blocks, differences), seeds=seeds, part=part, **more)
 
 
 def main() -> None:
-    """Runs what is asked for, prints tables and writes results/paper_table.json (or paper_ablation.json)."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="one block and tiny sizes, only to see that it runs")
-    parser.add_argument("--part", choices=("blocks", "ablation"), default="blocks")
-    parser.add_argument("--size", choices=("cpu", "gpu"), help="default: gpu where there is one")
-    parser.add_argument(
-        "--blocks", nargs="*", choices=BLOCKS, metavar="NAME", help=f"of {', '.join(BLOCKS)}; none: only tell"
-    )
-    parser.add_argument("--folder", type=Path, default=cache_dir() / "paper_table", help="models and trials")
-    for field in fields(Size):
-        kind = str if field.name == "dtype" else int
-        told = ", ".join(f"{getattr(size, field.name)} with {name}" for name, size in SIZES.items())
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"default: {told}")
-    args = parser.parse_args()
-    quiet()
-    if args.part == "ablation":
-        from benchmarks.paper import ablations
-
-        ablations.run(args.folder / "ablation", quick=args.quick)
-        return
+    """Runs the blocks, prints tables and writes results/paper_table.json."""
     import torch
 
+    parser = command_parser(__doc__, "one block and tiny sizes")
+    parser.add_argument("--size", choices=("cpu", "gpu"), help="default: gpu where there is one")
+    parser.add_argument(
+        "--blocks", nargs="*", choices=BLOCKS, metavar="NAME", help=f"of {', '.join(BLOCKS)}; none: only report"
+    )
+    parser.add_argument("--folder", type=Path, default=cache_dir() / "paper_table", help="models and trials")
+    args = parser.parse_args()
+    quiet()
     preset = "quick" if args.quick else args.size or ("gpu" if torch.cuda.is_available() else "cpu")
-    given = {f.name: getattr(args, f.name) for f in fields(Size) if getattr(args, f.name) is not None}
-    size = replace(SIZES[preset], **given)
+    size = SIZES[preset]
     blocks = args.blocks if args.blocks is not None else list(BLOCKS)[: 1 if args.quick else None]
-    folder = args.folder / preset
     print(f"{preset}: {size}\nAbout {size.hours:.1f} hours a block on two CPU cores; {len(blocks)} to do.", flush=True)
-    name = "paper_table_part" if args.quick else "paper_table"
-    results, found = FOLDER / f"{name}.json", {}
+    results, found = FOLDER / f"paper_table{'_part' if args.quick else ''}.json", {}
     for block in BLOCKS:
         if block in blocks:
-            found[block] = run_block(block, recipe_of(block, size), size, folder)
+            found[block] = run_block(block, recipe_of(block, size), size, args.folder / preset)
         elif known := finished_block(block, size, results):
             found[block] = known
     if not found:
-        parser.error(f"{results.name} holds no block of this size; name some to run.")
-    report(found, size, name)
-
-
-if __name__ == "__main__":
-    main()
+        parser.error(f"{results.name} holds no block of this size; name blocks to run.")
+    report(found, size, part=args.quick)

@@ -1,19 +1,17 @@
-"""Make the shipped prior from the collected tasks, and measure whether it helps on families that it has not seen.
+"""Learn the shipped prior from the collected tasks, and measure whether it helps on families that it has not seen.
 
     python -m benchmarks.pretrain_prior [--quick] [--write]
 
-A family of models (an architecture and a text) at a time is held out, and a prior is learned from the tasks of all
-others (``collect_tasks.py``). On the tasks held out, the performance model learns from a few of the recoveries, the
-uniform one first, the rest drawn anew for each seed, and predicts those it has not seen, with that prior and without:
-how well do predicted and measured order agree (Spearman)? Once it is told how sensitive the loss is to the layers'
-adapters, as ``RecoveryObjective`` tells it, once it is not, as with most objectives of people's own. No recovery is
-run; what a search gains is measured by ``transfer.py``. ``--write`` learns from all tasks and replaces the prior that
-comes with the package.
+One family of models (an architecture and a text) at a time is held out, and a prior is learned from the tasks of all
+others. On the tasks held out, the performance model learns from a few of the recoveries (the uniform one first, the
+rest drawn anew for each seed) and predicts the recoveries that it has not seen, with that prior and without: the rank
+correlation of predicted and measured losses. Once the model knows the layers' sensitivities, as ``RecoveryObjective``
+tells them, once it does not. No recovery is run; ``transfer.py`` measures the gain in a search. ``--write`` learns
+from all tasks and replaces the prior that the package ships.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,8 +20,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.report import check, interval, show, write
-from benchmarks.tasks.collect import files, read_cost, read_task
+from benchmarks.report import cell, check, command_parser, show, write
+from benchmarks.tasks.collect import collected
 from rankadaptor_optuna.priors.meta import MetaTask, meta_train
 from rankadaptor_optuna.surrogate.prior import PRETRAINED, Prior
 from rankadaptor_optuna.surrogate.statistics import rank_correlation
@@ -35,7 +33,7 @@ Agreements = Mapping[str, Sequence[tuple[list[float], list[float]]]]  # by ``SEN
 
 
 def agreement(task: MetaTask, prior: Prior | None, seeds: int) -> list[float]:
-    """Rank correlation by number of recoveries learned from, means over seeds."""
+    """Returns the rank correlation by number of recoveries learned from, mean over seeds."""
     found = []
     for seed in range(seeds):
         order = np.random.default_rng([15, seed]).permutation(np.arange(1, len(task.scores)))
@@ -51,7 +49,7 @@ def agreement(task: MetaTask, prior: Prior | None, seeds: int) -> list[float]:
 
 
 def held_out(tasks: Sequence[MetaTask], seeds: int) -> dict[str, Agreements]:
-    """``agreement`` with a prior that has not seen the family and without one, for each family's tasks."""
+    """Returns ``agreement`` with a prior that has not seen the family and without one, for each family's tasks."""
     found: dict[str, Agreements] = {}
     for family in sorted({task.family for task in tasks}):
         prior = meta_train([task for task in tasks if task.family != family])
@@ -65,7 +63,7 @@ def held_out(tasks: Sequence[MetaTask], seeds: int) -> dict[str, Agreements]:
 
 
 def summarise(by_family: Mapping[str, Agreements]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The table's rows and the checks."""
+    """Returns the table's rows and the checks."""
     rows: list[dict[str, Any]] = []
     checks = {}
     for sensitivities in SENSITIVITIES:
@@ -73,13 +71,12 @@ def summarise(by_family: Mapping[str, Agreements]) -> tuple[list[dict[str, Any]]
         means = np.asarray([np.mean(own[sensitivities], axis=0) for own in by_family.values()])
         for i, n in enumerate(LEARNED_FROM):
             gains = means[:, 0, i] - means[:, 1, i]
-            cells = {"with the prior": means[:, 0, i], "without": means[:, 1, i], "gain": gains}
-            told = {name: "{:.3f} ±{:.3f}".format(*interval(values.tolist())) for name, values in cells.items()}
+            columns = {"with the prior": means[:, 0, i], "without": means[:, 1, i], "gain": gains}
             rows.append(
                 {
                     "sensitivities": sensitivities,
                     "learned from": n,
-                    **told,
+                    **{name: cell(values.tolist()) for name, values in columns.items()},
                     "p": f"{stats.ttest_1samp(gains, 0).pvalue:.4f}",
                     "families helped": int((gains > 0).sum()),
                     "not helped": ", ".join(np.asarray(list(by_family))[gains <= 0]),
@@ -92,40 +89,26 @@ def summarise(by_family: Mapping[str, Agreements]) -> tuple[list[dict[str, Any]]
 
 def main() -> None:
     """Measures, prints, and with --write replaces the shipped prior."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="one seed, three families: only to see that it runs")
+    parser = command_parser(__doc__, "one seed, three families")
     parser.add_argument("--write", action="store_true", help="replace the shipped prior")
     args = parser.parse_args()
-    collected = list(files())
-    tasks = [read_task(file) for file in collected]
-    seeds = 1 if args.quick else 5
+    sources = collected()
+    tasks, seeds = [source.task for source in sources], 5
     if args.quick:
-        some = sorted({task.family for task in tasks})[:3]
+        some, seeds = sorted({task.family for task in tasks})[:3], 1
         tasks = [task for task in tasks if task.family in some]
     by_family = held_out(tasks, seeds)
     rows, checks = summarise(by_family)
     print(f"{len(tasks)} tasks of {len(by_family)} families, each held out once")
     show(rows)
-    means = {
-        family: {sensitivities: np.mean(each, axis=0).round(3).tolist() for sensitivities, each in own.items()}
-        for family, own in by_family.items()
-    }
-    name = "pretrain_prior_part" if args.quick else "pretrain_prior"
-    kept = {"learned from": LEARNED_FROM, "with the prior, without": means}
-    write(name, rows, checks, seeds=seeds, tasks=[task.name for task in tasks], families=kept)
+    write("pretrain_prior", rows, checks, seeds=seeds, part=args.quick, tasks=[task.name for task in tasks])
     if args.write:
         prior = meta_train(tasks)
-        told = [{key: str(value) for key, value in row.items()} for row in rows]
-        hours = round(sum(map(read_cost, collected)) / 3600, 1)
         card = {
             **prior.card,
-            "families_held_out": told,
-            "cpu_hours": hours,
+            "families_held_out": [{key: str(value) for key, value in row.items()} for row in rows],
+            "cpu_hours": round(sum(source.cpu_seconds for source in sources) / 3600, 1),
             "made_by": "python -m benchmarks.pretrain_prior --write",
         }
         replace(prior, card=card).save(PRETRAINED)
         print(f"wrote {PRETRAINED.name}: {PRETRAINED.stat().st_size:,} bytes")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
-"""CPU time of one ask with 30 ranks, after 100, 1,000 and 5,000 finished trials: RankAdaptor beside Optuna's samplers.
+"""Measure the CPU time of one ask with 30 ranks, after 100, 1,000 and 5,000 finished trials, beside other samplers.
 
     python -m benchmarks.ask_cost [--quick]
 
 Each ask is that of a study that goes on: a trial is asked for, given its 30 ranks, and told. The first ask in a
-process, which reads the whole history, is shown apart. CPU time of one thread, as other load on the machine would
-distort wall time. GPSampler and the paper's MLP (trained anew for each ask) are left out where one takes seconds.
+process, which reads the whole history, is shown apart. CPU time of one thread, as other load on the machine distorts
+wall time. GPSampler and the paper's MLP (trained anew for each ask) are left out where one ask takes seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are loaded
 
-import argparse
 import time
 import warnings
 from typing import Any
@@ -22,8 +21,8 @@ import numpy as np
 import optuna
 
 from benchmarks.race.peers import OURS, PAPER, samplers
-from benchmarks.report import check, show, write
-from benchmarks.tasks.recovery import random_ranks
+from benchmarks.report import check, command_parser, set_up, show, write
+from benchmarks.tasks.ranks import random_ranks
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace
 
 N_LAYERS = 30
@@ -33,7 +32,7 @@ SEEDS = (0, 1, 2)
 
 
 def history(space: RankSpace, n: int, seed: int) -> list[optuna.trial.FrozenTrial]:
-    """Finished trials with random allocations."""
+    """Returns finished trials with random allocations."""
     rng = np.random.default_rng(seed)
     worth = rng.standard_normal(N_LAYERS)
     trials = []
@@ -50,10 +49,10 @@ def history(space: RankSpace, n: int, seed: int) -> list[optuna.trial.FrozenTria
 
 
 def ask(study: optuna.Study) -> float:
-    """CPU milliseconds of one ask and its 30 suggestions."""
+    """Returns the CPU milliseconds of one ask and its 30 suggestions."""
     start = time.process_time()
     trial = study.ask()
-    ranks = RankSpace(N_LAYERS).suggest(trial)  # with a budget, it would mark what other samplers propose as infeasible
+    ranks = RankSpace(N_LAYERS).suggest(trial)  # a budget would mark other samplers' proposals as infeasible
     spent = time.process_time() - start
     study.tell(trial, float(sum(ranks.values())))
     return 1000 * spent
@@ -61,10 +60,8 @@ def ask(study: optuna.Study) -> float:
 
 def main() -> None:
     """Measures, prints a table and writes results/ask_cost.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="one seed, 100 and 1,000 trials")
-    args = parser.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    args = command_parser(__doc__, "one seed, 100 and 1,000 trials").parse_args()
+    set_up()
     warnings.simplefilter("ignore")
     space = RankSpace(N_LAYERS, budget="uniform:8")
     sizes, seeds = (SIZES[:2], SEEDS[:1]) if args.quick else (SIZES, SEEDS)
@@ -105,8 +102,4 @@ def main() -> None:
     }
     if 5000 in sizes:
         checks["5,000 trials as a multiple of 1,000"] = check(median[ours, 5000] / median[ours, 1000], "<= 2")
-    write("ask_cost_part" if args.quick else "ask_cost", rows, checks, seeds=seeds)
-
-
-if __name__ == "__main__":
-    main()
+    write("ask_cost", rows, checks, seeds=seeds, part=args.quick)

@@ -1,18 +1,17 @@
-"""How much compute Optuna's pruners save, at which cost to the result: real recoveries of a small LLaMA.
+"""Measure how much compute Optuna's pruners save, and the cost to the result: real recoveries of a small LLaMA.
 
     python -m benchmarks.pruner_savings [--quick] [--trials 40] [--seeds 10]
 
-The pruned model of a development task (benchmarks/recovery_tasks.py) is searched by ``RecoveryObjective`` and
-``RankAdaptorSampler`` without a prior: without a pruner, with Optuna's Median and Hyperband pruners on the loss during
-training, and with its Wilcoxon pruner on the blocks of the final evaluation. Compute is counted in tokens of a forward
-and backward pass; a token of an evaluation or a report, forward alone, counts a third. What ``recommend`` makes of each
-study is recovered again with fresh seeds and scored on text that no search saw. The difference to no pruner is paired
-by seed, and told as a share of how much random allocations differ (a standard deviation).
+The pruned model of a development task is searched by ``RecoveryObjective`` and ``RankAdaptorSampler`` without a prior:
+without a pruner, with Optuna's Median and Hyperband pruners on the loss during training, and with its Wilcoxon pruner
+on the blocks of the final evaluation. Compute is counted in tokens of a forward and backward pass; a token of an
+evaluation or a report, forward alone, counts a third. The recommendation of each study is recovered again with fresh
+seeds and scored on text that no search saw. The difference to no pruner is paired by seed, in standard deviations of
+random allocations' losses.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import warnings
@@ -21,24 +20,18 @@ from typing import Any
 
 import numpy as np
 import optuna
-import torch
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, WilcoxonPruner
 from optuna.trial import FrozenTrial, TrialState
 
-from benchmarks.report import check, interval, show, write
-from benchmarks.tasks.recovery import (
-    DEVELOPMENT,
-    LENGTH,
-    RecoveryTask,
-    load_pruned_model,
-    load_task,
-    random_ranks,
-    read_parts,
-)
+from benchmarks.report import FRESH, cell, check, command_parser, interval, set_up, show, write
+from benchmarks.tasks.models import pruned_model
+from benchmarks.tasks.ranks import random_ranks
+from benchmarks.tasks.recovery import RecoveryTask, load_task
+from benchmarks.tasks.specs import DEVELOPMENT
+from benchmarks.tasks.texts import LENGTH, ByteTokenizer, read_parts
 from rankadaptor_optuna import RankAdaptorSampler, RecoveryObjective, create_study, recommend
 
 SPEC = DEVELOPMENT[0]
-FRESH = (101, 102, 103)
 N_RANDOM = 20
 HELD_OUT = 32  # blocks that a trial is scored on
 REPORT_EVERY, REPORT_BLOCKS = 3, 8
@@ -46,7 +39,7 @@ NONE, HYPERBAND, WILCOXON = "none", "Hyperband", "Wilcoxon"
 
 
 def pruners(steps: int) -> dict[str, tuple[BasePruner, dict[str, Any]]]:
-    """Each pruner, with what trials report to it."""
+    """Returns each pruner, with the settings of its reports."""
     during = {"report_every": REPORT_EVERY, "report_blocks": REPORT_BLOCKS}
     return {
         NONE: (NopPruner(), {}),
@@ -57,7 +50,7 @@ def pruners(steps: int) -> dict[str, tuple[BasePruner, dict[str, Any]]]:
 
 
 def tokens(trial: FrozenTrial, job: RecoveryObjective, reports: Mapping[str, Any]) -> float:
-    """What a trial computed, in tokens of a forward and backward pass."""
+    """Returns a trial's compute, in tokens of a forward and backward pass."""
     config, n_reports = job.training, len(trial.intermediate_values)
     complete = trial.state is TrialState.COMPLETE
     steps, evaluated = config.steps, len(job.held_out)
@@ -70,12 +63,12 @@ def tokens(trial: FrozenTrial, job: RecoveryObjective, reports: Mapping[str, Any
 
 
 def run(task: RecoveryTask, model: Any, who: str, seed: int, n_trials: int) -> dict[str, Any]:  # noqa: ANN401
-    """One study: its compute, how its trials ended, and the ranks that it recommends."""
+    """Runs one study; returns its compute, how its trials ended, and the recommended ranks."""
     pruner, reports = pruners(task.spec.recovery.steps)[who]
     parts = read_parts(task.spec.dense.text)
     job = RecoveryObjective(
         model,
-        _bytes,
+        ByteTokenizer(),
         task.space,
         train=parts.recovery,
         validation=parts.validation,
@@ -97,31 +90,17 @@ def run(task: RecoveryTask, model: Any, who: str, seed: int, n_trials: int) -> d
     }
 
 
-class _Bytes:
-    """The tasks' tokenizer: a token a byte, nothing at the end of a text."""
-
-    eos_token_id = None
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:  # noqa: ANN401
-        return {"input_ids": list(text.encode())}
-
-
-_bytes = _Bytes()
-
-
 def main() -> None:
     """Runs all studies and writes results/pruner_savings.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="two seeds, 8 trials: shows that it runs, no result")
+    parser = command_parser(__doc__, "two seeds, 8 trials")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
     if args.quick:
         args.trials, args.seeds = 8, 2
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    set_up()
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    torch.set_num_threads(1)  # tensors this small lose more by threads than they gain
-    start, task, model = time.process_time(), load_task(SPEC), load_pruned_model(SPEC)
+    start, task, model = time.process_time(), load_task(SPEC), pruned_model(SPEC)[0]
     names = list(pruners(SPEC.recovery.steps))
     studies: dict[str, list[dict[str, Any]]] = {who: [] for who in names}
     for seed in range(args.seeds):
@@ -141,16 +120,15 @@ def main() -> None:
     for who in names:
         of = studies[who]
         share = [study["tokens"] / plain["tokens"] for study, plain in zip(of, studies[NONE], strict=True)]
-        mean, half = interval(share)
-        difference, width = interval(((by[who] - by[NONE]) / spread).tolist())
-        worst[who] = mean, difference + width
+        differences = ((by[who] - by[NONE]) / spread).tolist()
+        worst[who] = float(np.mean(share)), sum(interval(differences))
         rows.append(
             {
                 "pruner": who,
                 "pruned": f"{np.mean([study['pruned'] for study in of]):.1f} of {args.trials}",
-                "compute / none": f"{mean:.3f} ±{half:.3f}",
+                "compute / none": cell(share),
                 "loss of the result": f"{by[who].mean():.4f}",
-                "minus none, in spreads": f"{difference:+.2f} ±{width:.2f}",
+                "minus none, in spreads": cell(differences, 2, "+"),
             }
         )
     show(rows)
@@ -161,12 +139,7 @@ def main() -> None:
         f"Hyperband, {bound}": check(worst[HYPERBAND][1], "<= 0.5"),
         f"Wilcoxon, {bound}": check(worst[WILCOXON][1], "<= 0.5"),
     }
-    name = "pruner_savings_part" if args.quick else "pruner_savings"
-    found = {"spread": spread, "losses": {who: values.tolist() for who, values in by.items()}, "studies": studies}
     seeds = {"studies": args.seeds, "fresh": FRESH}
-    cpu = round(time.process_time() - start)
-    write(name, rows, checks, seeds=seeds, task=SPEC.name, trials=args.trials, cpu_seconds_of_this_run=cpu, **found)
-
-
-if __name__ == "__main__":
-    main()
+    losses_by = {who: values.tolist() for who, values in by.items()}
+    more = {"task": SPEC.name, "trials": args.trials, "spread": spread, "losses": losses_by}
+    write("pruner_savings", rows, checks, seeds=seeds, part=args.quick, **more)

@@ -1,19 +1,17 @@
-"""What a trial costs beyond its training, on SmolLM2-135M: beside a bare PyTorch and PEFT loop, and lm-eval's own runs.
+"""Measure the cost of a trial beyond its training on SmolLM2-135M, beside a bare PyTorch and PEFT loop and lm-eval.
 
     python -m benchmarks.trial_throughput [--quick] [--trials 100]
 
 Trials of a study recover the model pruned by 25%. All times are CPU seconds of one thread, and the two sides of a
-comparison take turns at going first, so that other load on the machine meets both: training tokens per second of a
+comparison take turns at going first, so that other load on the machine affects both: training tokens per second of a
 trial beside the plainest loop with the same adapters, batches and optimiser; requests per second of an evaluation
-beside ``lm_eval.simple_evaluate`` on the same items. Then what is left of a trial's time without its training
-(suggestion, adapter on and off, one held-out block, storage), and without that block as well, whose forward pass is the
-evaluation; and the memory of the process over many short trials. The tasks are looked for in ``$RANKADAPTOR_DATA``, by
-default ``../shared/data``.
+beside ``lm_eval.simple_evaluate`` on the same items. Then a trial's time without its training (suggestion, adapter on
+and off, one held-out block, storage), also without that block, whose forward pass is the evaluation; and the memory of
+the process over many short trials.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,10 +25,11 @@ import psutil
 import torch
 from peft import get_peft_model
 
-from benchmarks.report import check, show, write
-from benchmarks.speed.pruning import data_folder
+from benchmarks.report import check, command_parser, set_up, show, write
+from benchmarks.tasks.texts import data_folder
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective
 from rankadaptor_optuna.pruning import prune
+from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.lora import lora_config
 from rankadaptor_optuna.recovery.models import load_model, quiet
 from rankadaptor_optuna.recovery.tasks import TaskSuite
@@ -41,14 +40,14 @@ TASKS = ("local_arc_easy", "local_piqa")
 
 
 def spread(values: list[float]) -> str:
-    """Median and quartiles."""
+    """Formats median and quartiles."""
     low, middle, high = np.percentile(values, (25, 50, 75))
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
 @contextmanager
 def clocked(*names: str) -> Iterator[dict[str, list[float]]]:
-    """Within, the CPU seconds of each call that trials make of these functions."""
+    """Records the CPU seconds of each call that trials make of these functions."""
     spent: dict[str, list[float]] = {name: [] for name in names}
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,14 +67,14 @@ def clocked(*names: str) -> Iterator[dict[str, list[float]]]:
 
 
 def in_turns(rounds: int, *runs: Callable[[], None]) -> None:
-    """Runs all of them in each round, in the other order every other time."""
+    """Runs all in each round, in the other order every other time."""
     for i in range(rounds):
         for run in runs[:: 1 if i % 2 else -1]:
             run()
 
 
-def bare(job: RecoveryObjective, ranks: dict[int, int]) -> float:
-    """Tokens per second of the plainest loop that trains the same adapters on the same batches."""
+def bare(job: RecoveryObjective, ranks: Ranks) -> float:
+    """Returns tokens per second of the plainest loop that trains the same adapters on the same batches."""
     config = job.training
     model = get_peft_model(job.model, lora_config(ranks, job.lora))
     try:
@@ -97,7 +96,7 @@ def bare(job: RecoveryObjective, ranks: dict[int, int]) -> float:
 
 
 def training(job: RecoveryObjective, rounds: int) -> tuple[dict[str, Any], float]:
-    """Tokens per second of a trial beside the bare loop, round by round."""
+    """Measures tokens per second of a trial beside the bare loop, round by round."""
     ranks = job.space.with_fixed(job.space.uniform())
     study = optuna.create_study(direction="minimize", sampler=RankAdaptorSampler(job.space, seed=0))
     plain: list[float] = []
@@ -111,7 +110,7 @@ def training(job: RecoveryObjective, rounds: int) -> tuple[dict[str, Any], float
 
 
 def overhead(model: Any, tokenizer: Any, space: RankSpace, texts: Any, rounds: int) -> tuple[list[Any], float]:  # noqa: ANN401
-    """CPU seconds of a trial, from the end of the one before, without its training; of its block; without both."""
+    """Measures CPU seconds of a trial, from the end of the one before, without its training, its block, or both."""
     job = objective(model, tokenizer, space, texts, TrainingConfig(steps=1, batch_size=1), blocks=1)
     study = optuna.create_study(direction="minimize", sampler=RankAdaptorSampler(space, seed=0))
     ends: list[float] = []
@@ -128,13 +127,13 @@ def overhead(model: Any, tokenizer: Any, space: RankSpace, texts: Any, rounds: i
 
 
 def evaluation(model: Any, tokenizer: Any, limit: int, rounds: int) -> tuple[dict[str, Any], float, bool]:  # noqa: ANN401
-    """Requests per second beside lm-eval's, and whether the accuracies agree."""
+    """Measures requests per second beside lm-eval's, and whether the accuracies agree."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    folder = data_folder()
-    with chdir(folder.parent.parent):  # their data files are named relative to it
+    folder = data_folder().resolve()
+    with chdir(folder.parent.parent):  # the tasks' YAML files name data files relative to it
         suite = TaskSuite(tokenizer, TASKS, limit=limit, include_path=str(folder / "tasks"))
         manager = TaskManager(include_defaults=False, include_path=str(folder / "tasks"))
         n_requests = len(suite._requests("loglikelihood"))
@@ -173,7 +172,7 @@ def evaluation(model: Any, tokenizer: Any, limit: int, rounds: int) -> tuple[dic
 
 
 def memory(model: Any, tokenizer: Any, space: RankSpace, texts: Any, trials: int) -> tuple[dict[str, Any], float]:  # noqa: ANN401
-    """Resident memory in MiB over many trials of one step: after a tenth of them, and at the end."""
+    """Measures resident memory in MiB over many trials of one step: after a tenth of them, and at the end."""
     job = objective(model, tokenizer, space, texts, TrainingConfig(steps=1, batch_size=1), blocks=1, length=64)
     study = optuna.create_study(direction="minimize", sampler=RankAdaptorSampler(space, seed=0))
     resident: list[float] = []
@@ -196,7 +195,7 @@ def objective(
     blocks: int,
     length: int = 256,
 ) -> RecoveryObjective:
-    """A trial on the embedded text."""
+    """Returns the objective of trials on the embedded text."""
     return RecoveryObjective(
         model,
         tokenizer,
@@ -211,14 +210,12 @@ def objective(
 
 def main() -> None:
     """Measures, prints a table and writes results/trial_throughput.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="few rounds and trials")
-    parser.add_argument("--trials", type=int, default=100, help="of the memory measurement")
+    parser = command_parser(__doc__, "few rounds and trials")
+    parser.add_argument("--trials", type=int, default=100, help="number of trials of the memory measurement")
     args = parser.parse_args()
     rounds, limit, trials = (2, 8, 10) if args.quick else (5, 16, args.trials)
     quiet()
-    torch.set_num_threads(1)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    set_up()
     start = time.perf_counter()
     dense, tokenizer = load_model(dtype=torch.float32)
     loading = time.perf_counter() - start
@@ -240,8 +237,4 @@ def main() -> None:
         "accuracies that are lm-eval's": check(float(same), ">= 1"),
         f"resident memory after {trials} trials / after a tenth of them": check(growth, "<= 1.05"),
     }
-    write("trial_throughput_part" if args.quick else "trial_throughput", rows, checks, seeds=[0])
-
-
-if __name__ == "__main__":
-    main()
+    write("trial_throughput", rows, checks, seeds=[0], part=args.quick)

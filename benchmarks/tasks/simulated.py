@@ -1,7 +1,8 @@
-"""Simulated studies of any depth, where many are needed and none may cost a recovery.
+"""Simulated studies of any depth, for measurements that need hundreds of tasks.
 
-The simulator draws, for each study, a number of layers, what pruning took from each, how much each layer's loss matters
-(smooth along the depth, plus free noise, plus a share that follows the damage) and how fast it saturates in rank.
+Each study draws a number of layers, the share that pruning took from each layer, the weight of each layer's loss
+(smooth along the depth, plus noise, plus a part that follows the pruning), and how fast it saturates in rank. The
+distributions are set by hand.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ CANDIDATES = ((2, 4, 6, 8, 10, 12), (2, 4, 8, 16), (4, 8, 16, 32), (1, 2, 4, 8),
 
 
 def smooth(depth: Array, rng: np.random.Generator, n: int = 4) -> Array:
-    """A random smooth function of depth with unit scale."""
+    """Draws a smooth function of the depth with unit scale: ``n`` cosine waves of random phase."""
     waves = np.cos(np.pi * depth[:, None] * np.arange(n) + rng.uniform(0, np.pi, n))
     out: Array = waves @ (rng.standard_normal(n) / (1 + np.arange(n) / 2))
     return out
 
 
-class World:
-    """One simulated study: a pruned model whose recovery score is known without noise."""
+class Simulated:
+    """A simulated study: a pruned model whose recovery score is known without noise."""
 
     def __init__(self, rng: np.random.Generator, n_layers: int | None = None) -> None:
         n = n_layers or int(rng.integers(6, 41))
@@ -40,12 +41,12 @@ class World:
         self.noise = rng.uniform(0.02, 0.5)
 
     def score(self, ranks: Array) -> Array:
-        """Sum over layers of weight x rank / (rank + half), (n,)."""
+        """Returns the sum over layers of weight x rank / (rank + half), (n,)."""
         scores: Array = (self.weight * ranks / (ranks + self.half)).sum(1)
         return scores
 
     def sample(self, n: int, rng: np.random.Generator) -> Array:
-        """Configurations as a search would try them: uniform, smooth along depth, or free; (n, L)."""
+        """Draws configurations as a search proposes them: uniform, smooth along the depth, or free; (n, L)."""
         values = self.grid.values[0]
         rows = [self.grid.reference]
         while len(rows) < n:

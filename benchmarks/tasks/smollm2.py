@@ -1,26 +1,25 @@
-"""A recovery task on SmolLM2-135M, the embedded model, for what the small models of ``recovery_tasks.py`` cannot show.
+"""A recovery task on SmolLM2-135M, the embedded model: a model of real size beside the small ones.
 
 Pruned by the package (global Taylor ranking, so layers differ), recovered and scored on the embedded text. It computes
-in float32: bfloat16 would be faster on a CPU that has it, but rounds by as much as rank configurations differ, and
-otherwise on each machine (``embedded.search_dtype``).
+in float32: bfloat16 is faster on some CPUs, but its rounding errors are as large as the differences between rank
+configurations and depend on the machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.tasks.losses import Ranks
-from benchmarks.tasks.recovery import DEVICE, made
+from benchmarks.tasks.models import made
+from benchmarks.tasks.recovery import DEVICE
 from rankadaptor_optuna import RankSpace, RecoveryObjective
 from rankadaptor_optuna.objective import examples_of
 from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.pruning.checkpoint import save_pruned
-from rankadaptor_optuna.recovery.embedded import cache_dir
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.models import load_model, quiet
 from rankadaptor_optuna.recovery.sensitivity import sensitivities
@@ -30,7 +29,7 @@ from rankadaptor_optuna.texts import load_texts
 
 @dataclass(frozen=True)
 class SmolLM2Spec:
-    """Everything that defines the task; ``held_out`` blocks of ``length`` tokens are scored on."""
+    """All settings of the task; the loss is measured on ``held_out`` blocks of ``length`` tokens."""
 
     name: str
     family: str
@@ -43,15 +42,15 @@ class SmolLM2Spec:
 
 
 SMOLLM2 = SmolLM2Spec("smollm2-135m-taylor", "smollm2", 0.35, TrainingConfig(10, 4, 3e-3))
-# to search on: a wider range, so that allocations differ by more at the same cost
+# to search on: with a wider range, allocations differ by more at the same cost
 SMOLLM2_WIDE = replace(SMOLLM2, candidates=(1, 2, 4, 8, 16, 32))
 
 
 class SmolLM2Task:
-    """A pruned model of real size as the benchmarks take a task, one recovery at a time.
+    """A pruned model of real size with the interface of ``RecoveryTask``, one recovery at a time.
 
     Args:
-        spec: What the task is.
+        spec: The settings of the task.
         pruned: The pruned model.
         tokenizer: Its tokenizer.
         dense_loss: Loss of the model before pruning.
@@ -77,9 +76,9 @@ class SmolLM2Task:
         self.pruned_loss = float(block_losses(pruned, self._held_out[False]).mean())
 
     def losses(
-        self, configurations: Sequence[Ranks], seed: int | Sequence[int], *, report: bool = False
+        self, configurations: Sequence[Mapping[Any, int]], seed: int | Sequence[int], *, report: bool = False
     ) -> list[float]:
-        """Losses after recovery, nats per token; see ``RecoveryTask.losses``."""
+        """Returns losses after recovery, nats per token; see ``RecoveryTask.losses``."""
         each = [seed] * len(configurations) if isinstance(seed, int) else seed
         found = []
         for ranks, own in zip(configurations, each, strict=True):
@@ -87,27 +86,22 @@ class SmolLM2Task:
                 found.append(float(block_losses(model, self._held_out[report]).mean()))
         return found
 
-    def sensitivity(self, seed: int) -> dict[int, float]:
-        """See ``RecoveryTask.sensitivity``."""
+    def sensitivity(self, seed: int) -> dict[Any, float]:
+        """Returns the sensitivity of each layer; see ``RecoveryTask.sensitivity``."""
         with self._objective.recovered(self.space.uniform(), seed=seed) as model:
             return self.space.by_module(sensitivities(model, self._objective.held_out))
 
 
 def load_smollm2(spec: SmolLM2Spec = SMOLLM2, cache: Path | None = None) -> SmolLM2Task:
-    """Opens the task; the model is fetched and pruned on the first call.
-
-    Args:
-        spec: The task.
-        cache: Folder of the pruned model. Default: the user's cache folder.
-    """
+    """Opens the task; the model is fetched and pruned on the first call and kept in ``cache`` (default: the user's)."""
     quiet()
     dense, tokenizer = load_model(dtype=torch.float32, device="cpu")
     texts = load_texts()
 
-    def keep(folder: Path) -> None:
+    def make_pruned(folder: Path) -> None:
         save_pruned(prune(dense, tokenizer, ratio=spec.ratio, calibration=texts.train).model, folder)
 
-    pruned = made(cache or cache_dir() / "tasks", f"{spec.name}-{spec.ratio:g}", keep)
+    pruned = made(cache, f"{spec.name}-{spec.ratio:g}", make_pruned)
     held_out = examples_of(tokenizer, texts.validation, length=spec.length, mask_prompt=True, limit=spec.held_out)
     dense_loss = float(block_losses(dense, held_out).mean())
     return SmolLM2Task(spec, load_pruned(pruned, dtype=torch.float32), tokenizer, dense_loss)

@@ -1,4 +1,4 @@
-"""Worlds for races between samplers that allocate ranks: known functions of the ranks plus noise."""
+"""Synthetic tasks: known functions of the ranks plus noise, whose optimum is known exactly."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from benchmarks.tasks.recovery import random_ranks
+from benchmarks.tasks.ranks import random_ranks
 from rankadaptor_optuna import RankSpace
+from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.surrogate.allocations import Allocations
 from rankadaptor_optuna.surrogate.grid import RankGrid
 
 
 @dataclass
 class Synthetic:
-    """A known function of the ranks plus noise: an additive score, smooth along the depth or without structure.
+    """An additive score of 24 layers.
 
-    Its optimum is known exactly. A design aid beside the real tasks: it says what the samplers do where the noise and
-    the structure are set by hand.
+    Attributes:
+        name: Name of the task.
+        smooth: Whether the layers' weights are a smooth function of the depth, or independent.
+        noise: Standard deviation of the noise, in standard deviations of random allocations' scores.
+        seed: Seed of the function and of the noise.
+        optimum: The best configuration within the budget.
     """
 
     name: str
@@ -36,32 +42,34 @@ class Synthetic:
         worth = np.exp(waves if self.smooth else 0.7 * rng.standard_normal(n))
         ranks = np.asarray(self.space.candidates, dtype=np.float64)
         self._table = worth[:, None] * -(ranks ** -rng.uniform(0.3, 0.9))[None]
-        allocations = Allocations.of(RankGrid.from_space(self.space), self.space.budget)
-        self.optimum = dict(zip(self.space.layers, allocations.ranks_of(allocations.best(self._table)), strict=True))
+        allocations = Allocations.of(RankGrid.from_space(self.space), self.space.searched_budget)
+        self.optimum = Ranks(zip(self.space.layers, allocations.ranks_of(allocations.best(self._table)), strict=True))
         random = [self._value(random_ranks(self.space, rng)) for _ in range(200)]
         self._scale = float(np.std(random))
 
-    def _value(self, ranks: Mapping[int, int]) -> float:
+    def _value(self, ranks: Mapping[Any, int]) -> float:
         return float(sum(self._table[i, self.space.candidates.index(r)] for i, r in enumerate(ranks.values())))
 
     def losses(
-        self, configurations: Sequence[Mapping[int, int]], seed: Sequence[int], *, report: bool = False
+        self, configurations: Sequence[Mapping[Any, int]], seed: Sequence[int], *, report: bool = False
     ) -> list[float]:
-        """Deterministic for a seed; the noise is in standard deviations of random allocations, none in the report."""
+        """Returns losses that depend on ranks and seed alone; in the report without noise."""
         found = []
         for ranks, own in zip(configurations, seed, strict=True):
-            noise = standard_normal([self.seed, own, *ranks.values()]) * self.noise * self._scale
-            found.append(-self._value(ranks) + (0.0 if report else noise))
+            noise = 0.0 if report else self.noise * _standard_normal([self.seed, own, *ranks.values()])
+            found.append(noise * self._scale - self._value(ranks))
         return found
 
 
-def standard_normal(key: Sequence[int | str]) -> float:
-    """A draw that is always the same for a key."""
+def _standard_normal(key: Sequence[int]) -> float:
+    """Returns a draw that is always the same for a key."""
     digest = hashlib.sha256(json.dumps(key).encode()).digest()[:8]
     return float(np.random.default_rng(int.from_bytes(digest)).standard_normal())
 
 
-SYNTHETIC = tuple(
-    Synthetic(f"synthetic {'smooth' if smooth else 'rough'}, noise {noise}", smooth, noise, seed)
-    for seed, (smooth, noise) in enumerate([(True, 0.2), (True, 1.0), (False, 0.2), (False, 1.0)])
-)
+def synthetic_tasks() -> list[Synthetic]:
+    """Returns the race's synthetic tasks: smooth or not, with little or much noise."""
+    return [
+        Synthetic(f"synthetic {'smooth' if smooth else 'rough'}, noise {noise}", smooth, noise, seed)
+        for seed, (smooth, noise) in enumerate([(True, 0.2), (True, 1.0), (False, 0.2), (False, 1.0)])
+    ]

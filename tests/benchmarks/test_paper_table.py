@@ -1,31 +1,17 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
-import optuna
 import pytest
 from scipy import stats
 
-from rankadaptor_optuna.jobs import compare as compare_module
+from benchmarks import report
+from benchmarks.paper import ablations
+from benchmarks.paper import table as paper
+from benchmarks.tasks.losses import Losses
+from benchmarks.tasks.synthetic import Synthetic
 from rankadaptor_optuna.jobs.results import METHODS, Row
-from rankadaptor_optuna.recovery.train import TrainingConfig
-
-
-@pytest.fixture
-def paper():
-    from benchmarks.paper import table as paper_table
-
-    return paper_table
-
-
-@pytest.fixture
-def ablations():
-    from benchmarks.paper import ablations as paper_ablations
-
-    return paper_ablations
-
 
 LOSSES = {
     "no recovery": [4.0],
@@ -51,7 +37,7 @@ def blocks():
     return {"llm-pruner-0.2": rows(LOSSES), "shortened-0.5": rows({**LOSSES, "LoRA, uniform": LOSSES["RankAdaptor"]})}
 
 
-def test_differences_are_paired_by_seed_and_tell_wins_from_losses_and_ties(paper, blocks):
+def test_differences_are_paired_by_seed_and_tell_wins_from_losses_and_ties(blocks):
     found = paper.paired(blocks)
     by = {(d["block"], d["measure"], d["RankAdaptor less"]): d for d in found}
     first = by["llm-pruner-0.2", "loss", "LoRA, uniform"]
@@ -72,7 +58,7 @@ def test_differences_are_paired_by_seed_and_tell_wins_from_losses_and_ties(paper
     assert totals["loss", "AdaLoRA"]["losses"] == 2
 
 
-def test_accuracies_that_differ_by_the_same_on_every_seed_are_a_tie(paper, blocks):
+def test_accuracies_that_differ_by_the_same_on_every_seed_are_a_tie(blocks):
     coarse = {"local_a": [0.5, 0.6, 0.7]}
     found = [
         replace(
@@ -85,12 +71,12 @@ def test_accuracies_that_differ_by_the_same_on_every_seed_are_a_tie(paper, block
     assert average[0]["difference"] == pytest.approx(0.02)
 
 
-def test_holms_correction_is_that_of_the_textbook(paper):
+def test_holms_correction_is_that_of_the_textbook():
     assert paper.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert paper.holm([0.6, 0.7]) == [1, 1]
 
 
-def test_the_table_states_tasks_average_loss_and_each_rows_share_of_the_budget(paper, blocks):
+def test_the_table_states_tasks_average_loss_and_each_rows_share_of_the_budget(blocks):
     lines = paper.table(blocks)
     assert [line["recovery"] for line in lines] == [*METHODS, *METHODS]
     ours = lines[5]
@@ -103,7 +89,7 @@ def test_the_table_states_tasks_average_loss_and_each_rows_share_of_the_budget(p
     assert lines[0]["loss"] == "4.0000"
 
 
-def test_a_row_over_the_budget_and_a_loss_to_uniform_miss_their_goals(paper, blocks):
+def test_a_row_over_the_budget_and_a_loss_to_uniform_miss_their_goals(blocks):
     checks = paper.checks_of(blocks, paper.paired(blocks))
     assert [c["ok"] for c in checks.values()] == [True, True, True, True, True]
     over = [replace(row, parameters=1006) if row.method == "AdaLoRA" else row for row in blocks["shortened-0.5"]]
@@ -113,53 +99,10 @@ def test_a_row_over_the_budget_and_a_loss_to_uniform_miss_their_goals(paper, blo
     assert [c["ok"] for c in checks.values()] == [False, False, False, False, False]
 
 
-@pytest.fixture
-def data(tmp_path, texts, monkeypatch):
-    """A data folder of the same layout, tiny."""
-    folder = tmp_path / "root" / "shared" / "data"
-    for name in ("alpaca", "wikitext2", "tasks"):
-        (folder / name).mkdir(parents=True)
-    (folder / "wikitext2" / "validation.txt").write_text("\n\n".join(texts * 2))
-    for name, n in (("train", 40), ("validation", 6)):
-        records = [{"instruction": f"say {i}", "input": "", "output": texts[i % 12][:80]} for i in range(n)]
-        (folder / "alpaca" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    items = [{"q": f"{i}:", "o": ["rank", "head"], "gold": i % 2} for i in range(12)]
-    for task in ("boolq", "piqa"):
-        file = f"shared/data/tasks/{task}.jsonl"  # relative, as in the real ones
-        (folder.parents[1] / file).write_text("".join(json.dumps(item) + "\n" for item in items))
-        (folder / "tasks" / f"{task}.yaml").write_text(
-            f"task: local_{task}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\n"
-            "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{o}}'\n"
-            "doc_to_target: '{{gold}}'\nmetric_list: [{metric: acc}]\n"
-        )
-    monkeypatch.setenv("RANKADAPTOR_DATA", str(folder))
-    return folder
-
-
-@pytest.mark.parametrize("block", ["llm-pruner-0.2", "shortened-0.5"])
-def test_a_block_is_searched_compared_and_not_run_again(
-    paper, block, data, make_model, tokenizer, tmp_path, monkeypatch
-):
-    dense = make_model(num_hidden_layers=10, max_position_embeddings=512)
-    dense.save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    size = paper.Size(2, 2, 3, steps=5, batch_size=2, length=300, records=40, validation=3, dtype="float32")
-    recipe = paper.recipe_of(block, size, str(tmp_path / "dense"))
-    first = paper.run_block(block, recipe, size, tmp_path / "folder", ("boolq", "piqa"))
-    assert [row.method for row in first] == list(METHODS)
-    assert set(first[-1].accuracies) == {"local_boolq", "local_piqa"}
-    budget = first[1].parameters
-    assert all(0.5 * budget < row.parameters <= 1.005 * budget for row in first[1:])
-    monkeypatch.setattr(compare_module, "_recover_and_measure", lambda *args: pytest.fail("computed again"))
-    assert paper.run_block(block, recipe, size, tmp_path / "folder", ("boolq", "piqa")) == first
-
-
-def test_blocks_of_the_same_size_add_up_to_one_table(paper, blocks, tmp_path, monkeypatch):
-    from benchmarks import report as results
-
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
+def test_blocks_of_the_same_size_add_up_to_one_table(blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
     size = paper.Size()
-    paper.report(blocks, size, "paper_table")
+    paper.report(blocks, size, part=False)
     for block, found in blocks.items():
         assert paper.finished_block(block, size, tmp_path / "paper_table.json") == found
     assert paper.finished_block(block, replace(size, steps=6), tmp_path / "paper_table.json") == []
@@ -167,45 +110,11 @@ def test_blocks_of_the_same_size_add_up_to_one_table(paper, blocks, tmp_path, mo
     assert paper.finished_block("no such block", size, tmp_path / "paper_table.json") == []
 
 
-@pytest.fixture
-def spec(ablations):
-    from benchmarks.tasks.recovery import Damage, Dense, TaskSpec
-
-    dense = Dense("docs", 4, 32, heads=4, kv_heads=2, intermediate=48, training=TrainingConfig(6, 4, 3e-3))
-    recovery = TrainingConfig(3, 2, 1e-2)
-    return TaskSpec("tiny", dense, Damage("taylor", 0.4), recovery, candidates=(0, 2, 4, 6), budget="uniform:4")
-
-
-def test_micro_batches_change_nothing_but_rounding(ablations, spec, tmp_path):
-    found, widest = ablations.micro_batches(spec, tmp_path, steps=3)
-    assert [row["micro batch"] for row in found] == [4, 8, 16]
-    assert widest < 1e-5
-
-
-def test_prunings_differ_by_setting_and_known_losses_are_not_computed_again(ablations, spec, tmp_path, monkeypatch):
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    first = ablations.prunings(spec, tmp_path, 2, 2, tmp_path / "cache")
-    assert [row["pruning"] for row in first] == list(ablations.PRUNINGS)
-    assert len({row["values"][0][0] for row in first}) == 3
-    monkeypatch.setattr(ablations.Losses, "__call__", _only_known(ablations.Losses.__call__))
-    assert ablations.prunings(spec, tmp_path, 2, 2, tmp_path / "cache") == first
-
-
-def _only_known(real):
-    def call(self, *args, **kwargs):
-        found = real(self, *args, **kwargs)
-        assert self.n_computed == 0
-        return found
-
-    return call
-
-
-def test_performance_models_learn_from_the_same_trials_and_gains_are_over_uniform(ablations, tmp_path):
-    from benchmarks.tasks.synthetic import Synthetic
-
+def test_performance_models_learn_from_the_same_trials_and_gains_are_over_uniform(tmp_path, monkeypatch):
     task = Synthetic("tiny", smooth=True, noise=0.0, seed=9)
-    losses = ablations.Losses(task, tmp_path / "losses.csv")
-    found = ablations.performance_models(task, losses, 2, (5, 30))
+    losses = Losses(task, tmp_path / "losses.csv")
+    monkeypatch.setattr(ablations, "N_CANDIDATES", 300)
+    found = ablations.performance_models(task, losses, 1, (5, 30))
     assert set(found) == {(name, n) for name in ablations.MODELS for n in (5, 30)}
     ours = found["ours", 30]
     assert min(ours["order"]) > 0.3

@@ -4,112 +4,82 @@ import numpy as np
 import optuna
 import pytest
 
+from benchmarks.race import race, search
+from benchmarks.race.peers import PROPOSES_RANKS, projected, ranks_of, sampler_of, samplers
+from benchmarks.race.regret import equivalent_rank, measure, regret
+from benchmarks.tasks.synthetic import Synthetic
 from rankadaptor_optuna import RankSpace
 
-
-@pytest.fixture(scope="module")
-def race():
-    from benchmarks.race import race
-
-    return race
+pytestmark = pytest.mark.filterwarnings("ignore:AutoSampler is left out")
 
 
 @pytest.fixture
-def task(race):
-    return race.Synthetic("tiny", smooth=True, noise=0.5, seed=9)
+def task():
+    return Synthetic("tiny", smooth=True, noise=0.5, seed=9)
 
 
-@pytest.fixture
-def found(race, task, tmp_path):
-    return race.race("tiny", task, tmp_path, n_trials=10, seeds=2)
-
-
-@pytest.mark.filterwarnings("ignore:AutoSampler is left out")
-def test_every_competitor_starts_from_uniform_and_keeps_the_budget(race, task, tmp_path):
-    for (who, _), study in race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 4, 1).items():
-        trials = race.finished(study)
-        ranks = [race.ranks_of(who, task.space, optuna.trial.FixedTrial(t.params)) for t in trials]
+def test_every_competitor_starts_from_uniform_keeps_the_budget_and_is_read_not_asked_again(task, tmp_path, monkeypatch):
+    losses, trials = search.open_folder(tmp_path, "tiny", task)
+    studies = search.search(task.space, losses, trials, 4, 1, samplers())
+    params = {key: [t.params for t in search.finished(study)] for key, study in studies.items()}
+    for (who, _), study in studies.items():
+        ranks = [ranks_of(who, task.space, optuna.trial.FixedTrial(t.params)) for t in search.finished(study)]
         assert ranks[0] == task.space.uniform()
         assert all(map(task.space.is_feasible, ranks))
-        assert [t.value for t in trials] == task.losses(ranks, [0] * 4)
-
-
-@pytest.mark.filterwarnings("ignore:AutoSampler is left out")
-def test_a_race_that_was_stopped_goes_on_and_computes_nothing_twice(race, task, tmp_path):
-    who = ["RankAdaptor", "Random", "CMA-ES"]
-    first = race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 3, 1, who)
-    before = {key: [t.params for t in race.finished(study)] for key, study in first.items()}
-    scores, known = race.open_folder(tmp_path, "tiny", task)
-    longer = race.search("tiny", task.space, scores, known, 5, 2, who)
-    assert all(len(race.finished(study)) == 5 for study in longer.values())
-    assert {key: [t.params for t in race.finished(longer[key])][:3] for key in before} == before
-    again, known = race.open_folder(tmp_path, "tiny", task)
-    same = race.search("tiny", task.space, again, known, 5, 2, who)
-    assert scores.n_computed > again.n_computed == 0
-    for key, study in same.items():
-        assert [(t.params, t.value) for t in race.finished(study)] == [
-            (t.params, t.value) for t in race.finished(longer[key])
-        ]
-
-
-@pytest.mark.filterwarnings("ignore:AutoSampler is left out")
-def test_a_finished_search_is_read_not_made_again(race, task, tmp_path, monkeypatch):
-    who = ["TPE", "CMA-ES"]
-    first = race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 4, 2, who)
+        assert [t.value for t in search.finished(study)] == task.losses(ranks, [0] * 4)
     monkeypatch.delattr(optuna.Study, "ask")
-    again = race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 4, 2, who)
-    for key, study in again.items():
-        assert [t.params for t in race.finished(study)] == [t.params for t in race.finished(first[key])]
+    losses, trials = search.open_folder(tmp_path, "tiny", task)
+    again = search.search(task.space, losses, trials, 4, 1, samplers())
+    assert losses.n_computed == 0
+    assert params == {key: [t.params for t in search.finished(study)] for key, study in again.items()}
 
 
-@pytest.mark.filterwarnings("ignore:AutoSampler is left out")
-def test_the_studies_of_a_race_can_be_kept_to_be_browsed(race, task, tmp_path):
-    storage = race.RDBStorage(f"sqlite:///{tmp_path / 'race.db'}")
-    race.search("tiny", task.space, *race.open_folder(tmp_path, "tiny", task), 3, 1, ["TPE"], storage)
-    study = optuna.load_study(study_name="tiny/TPE/0", storage=storage)
-    assert len(race.finished(study)) == 3
+def test_a_search_that_goes_on_computes_no_loss_twice(task, tmp_path):
+    makers = {who: samplers()[who] for who in ("RankAdaptor", "Random", "CMA-ES")}
+    losses, trials = search.open_folder(tmp_path, "tiny", task)
+    first = search.search(task.space, losses, trials, 3, 1, makers)
+    before = {key: [t.params for t in search.finished(study)] for key, study in first.items()}
+    losses, trials = search.open_folder(tmp_path, "tiny", task)
+    longer = search.search(task.space, losses, trials, 5, 1, makers)
+    assert {key: [t.params for t in search.finished(longer[key])][:3] for key in before} == before
+    assert 0 < losses.n_computed <= 3 * 2
 
 
-@pytest.mark.filterwarnings("ignore:AutoSampler is left out")
-def test_regret_is_0_at_the_optimum_and_1_for_random_allocations(race, task, found):
+def test_regret_is_0_at_the_optimum_and_1_for_random_allocations(task, tmp_path):
+    losses, _ = search.open_folder(tmp_path, "tiny", task)
+    found = measure("tiny", task, losses, {("TPE", 10, 0): task.space.uniform()})
     assert found["best"] == pytest.approx(task.losses([task.optimum], [0], report=True)[0])
-    assert found["correlation between seeds"] == pytest.approx(1)  # a world's report has no noise
-    assert race.regret(found, found["best"]) == 0
-    assert race.regret(found, found["random"]) == pytest.approx(1)
-    rows, checks = race.summarise([found], [10])
-    assert {row["who"] for row in rows} >= {"RankAdaptor, recommend", "TPE", "GP", "uniform"}
-    ratio, worse = checks.values()
-    mine = np.mean(race.regret(found, found["losses"]["RankAdaptor, recommend"][10]))
-    assert ratio["ok"] == (ratio["value"] <= 0.6)
-    assert ratio["value"] * min(
-        np.mean(race.regret(found, losses[10]))
-        for who, losses in found["losses"].items()
-        if "RankAdaptor" not in who and "recommend" not in who
-    ) == pytest.approx(mine, rel=1e-3)
-    assert worse["goal"] == "<= 0"
+    assert found["correlation between seeds"] == pytest.approx(1)  # a synthetic report has no noise
+    assert regret(found, found["best"]) == 0
+    assert regret(found, found["random"]) == pytest.approx(1)
+    assert found["losses"]["TPE"][10] == [found["uniform"]]
 
 
-def test_losses_of_another_machines_models_are_refused(race, task, tmp_path):
-    losses = race.Losses(task, tmp_path / "losses.csv")
-    asked = [(task.space.uniform(), 3), (task.space.uniform(), 4)]
-    measured = losses(asked)
-    assert race.Losses(task, tmp_path / "losses.csv")(asked) == measured
-    other = race.Synthetic("other", smooth=True, noise=0.5, seed=10)
-    with pytest.raises(ValueError, match="move it away"):
-        race.Losses(other, tmp_path / "losses.csv")
+def test_the_checks_compare_the_recommendation_with_the_best_peer_and_count_better_peers():
+    def task(name, ours, tpe, gp):
+        seeds = np.linspace(-0.01, 0.01, 8)
+        losses = {"RankAdaptor": 0.9, race.RECOMMEND: ours, "TPE": tpe, "GP": gp, "Random, recommend": 0.0}
+        by = {who: {10: (loss + seeds * (1 + i)).tolist()} for i, (who, loss) in enumerate(losses.items())}
+        return {"task": name, "best": 0.0, "random": 1.0, "uniform": 0.7, "curve": {4: 1.0, 8: 0.5}, "losses": by}
+
+    rows, checks = race.summarise([task("one", 0.2, 0.5, 0.6), task("two", 0.4, 0.1, 0.9)], [10])
+    ratio, worse = checks.items()
+    assert ratio[0].endswith("(TPE)")
+    assert ratio[1] == {"value": 1.0, "goal": "<= 0.6", "ok": False}
+    assert worse[0].endswith("TPE on two")
+    assert worse[1] == {"value": 1.0, "goal": "<= 0", "ok": False}
+    assert [row["regret@10"] for row in rows if row["task"] == "all"][:3] == ["0.900", "0.300", "0.300"]
 
 
-def test_the_equivalent_rank_is_read_off_the_uniform_curve(race):
+def test_the_equivalent_rank_is_read_off_the_uniform_curve():
     found = {"curve": {4: 3.0, 8: 2.0, 16: 1.0}}
-    assert race.equivalent_rank(found, 2.0) == pytest.approx(8)
-    assert race.equivalent_rank(found, 1.5) == pytest.approx(8 * 2**0.5)
-    assert race.equivalent_rank(found, 0.0) == 16
+    assert equivalent_rank(found, 2.0) == pytest.approx(8)
+    assert equivalent_rank(found, 1.5) == pytest.approx(8 * 2**0.5)
+    assert equivalent_rank(found, 0.0) == 16
 
 
 @pytest.mark.parametrize("costs", [[1] * 6, [1, 2, 1, 3, 1, 1]])
-def test_a_projection_uses_up_the_budget_and_keeps_the_order(race, costs):
-    from benchmarks.race.peers import projected
-
+def test_a_projection_uses_up_the_budget_and_keeps_the_order(costs):
     space = RankSpace(6, (0, 4, 8, 16, 32), "uniform:8", costs=costs)
     for wanted in ([32] * 6, [0] * 6, [0, 4, 8, 16, 32, 32]):
         ranks = projected(space, dict(enumerate(wanted)))
@@ -119,3 +89,8 @@ def test_a_projection_uses_up_the_budget_and_keeps_the_order(race, costs):
             assert raised is None or not space.is_feasible({**ranks, layer: raised})
         if len(set(costs)) == 1 and len(set(wanted)) > 1:
             assert list(ranks.values()) == sorted(ranks.values())
+
+
+def test_a_competitors_name_starts_with_its_sampler():
+    assert sampler_of(race.ALONE) in PROPOSES_RANKS
+    assert sampler_of("TPE, warm-started") == "TPE"

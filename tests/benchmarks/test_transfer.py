@@ -3,46 +3,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rankadaptor_optuna import RankSpace
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from benchmarks.race import transfer
+from benchmarks.tasks.collect import Collected, configurations
+from benchmarks.tasks.synthetic import Synthetic
+from rankadaptor_optuna import PerformanceModel, RankSpace
 from rankadaptor_optuna.priors.meta import MetaTask
 from rankadaptor_optuna.surrogate.grid import RankGrid
 
 
 @pytest.fixture(scope="module")
-def transfer():
-    from benchmarks.race import transfer
-
-    return transfer
-
-
-@pytest.fixture(scope="module")
-def sources(transfer):
+def sources():
     """Two tasks of each of two families; later layers are worth more rank."""
 
     def source(name, n_layers):
-        from benchmarks.tasks.collect import configurations
-
         space = RankSpace(n_layers, (0, 2, 4, 8, 12), "uniform:4")
         ranks = np.asarray([list(ranks.values()) for ranks in configurations(space, 12)], dtype=float)
         scores = np.log1p(ranks) @ np.linspace(0, 1, n_layers)
         task = MetaTask(RankGrid.from_space(space), ranks, scores, name=name, family=name[0])
-        return transfer.Source(task, float(-scores.min()) + 1)
+        return Collected(task, space, {}, float(-scores.min()) + 1, 0.0)
 
     return [source("a one", 5), source("a two", 6), source("b one", 7), source("b two", 9)]
 
 
-@pytest.fixture
-def task(transfer):
-    from benchmarks.tasks.synthetic import Synthetic
-
-    task = Synthetic("tiny", smooth=True, noise=0.5, seed=9)
-    task.sensitivity = lambda seed: {layer: 1.0 + layer + seed for layer in task.space.layers}
-    task.pruned_loss = task.losses([dict.fromkeys(task.space.layers, 2)], [0])[0] + 1.0
-    return task
-
-
-def test_a_source_keeps_the_budget_and_the_trend_along_the_depth(transfer, sources):
+def test_a_source_keeps_the_budget_and_the_trend_along_the_depth():
     space = RankSpace(11, (0, 4, 8, 16, 32), "uniform:8", costs=np.linspace(1, 1.5, 11))
     depth = np.linspace(0, 1, 6)
     for ranks in ([2, 2, 4, 8, 8, 12], [12, 8, 8, 4, 2, 2]):
@@ -54,7 +37,7 @@ def test_a_source_keeps_the_budget_and_the_trend_along_the_depth(transfer, sourc
     assert transfer.mapped(np.zeros(6), depth, space) == space.uniform()
 
 
-def test_source_trials_are_on_the_targets_scale_of_losses(transfer, sources, monkeypatch):
+def test_source_trials_are_on_the_targets_scale_of_losses(sources, monkeypatch):
     monkeypatch.setattr(transfer, "N_BEST", 3)
     monkeypatch.setattr(transfer, "N_RANDOM", 2)
     space = RankSpace(10, budget="uniform:8")
@@ -67,21 +50,34 @@ def test_source_trials_are_on_the_targets_scale_of_losses(transfer, sources, mon
     assert best < 2.0
 
 
-def test_a_family_held_out_is_not_learned_from(transfer, sources, task, tmp_path):
-    found = transfer.transfer("a", task, sources, tmp_path, 5, 1)
-    assert found["learned from"] == ["b one", "b two"]
-    for who in ("prior", "adversarial"):
-        prior = transfer.Prior.load(next(tmp_path.glob(f"{who}-*.safetensors")))
-        assert [one["name"] for one in prior.card["tasks"]] == ["b one", "b two"]
-    ours = {who + told for who in transfer.WITH for told in transfer.TOLD}
-    assert set(found["losses"]) == {*ours, *transfer.PEERS}
+def test_the_held_out_family_is_not_learned_from_and_each_search_knows_what_it_may(sources, tmp_path, monkeypatch):
+    task = Synthetic("a", smooth=True, noise=0.5, seed=9)
+    task.pruned_loss, task.sensitivity = 9.0, lambda seed: dict.fromkeys(task.space.layers, seed + 1.0)
+    learned_from, searches = [], []
+
+    def priors_of(sources, folder):
+        learned_from.extend(source.task.name for source in sources)
+        return "key", dict.fromkeys(transfer.WITH)
+
+    def search(space, losses, trials, n_trials, seeds, makers, *, sources, sensitivities):
+        searches.append(set(makers))
+        assert {who for who, _ in sources} == {transfer.WARM}
+        assert {who for who, _ in sensitivities} == set(transfer.WITH)
+        assert sensitivities[transfer.NONE, 1] == dict.fromkeys(space.distributions(), 2.0)
+        return {}
+
+    monkeypatch.setattr(transfer, "priors_of", priors_of)
+    monkeypatch.setattr(transfer, "search", search)
+    monkeypatch.setattr(transfer, "measure", lambda *args: args)
+    transfer.transfer("a", task, sources, tmp_path, 5, 2)
+    assert learned_from == ["b one", "b two"]
+    alone = {transfer.NONE, transfer.NONE + transfer.TOLD[1], "TPE", "GP", "Random"}
+    assert searches == [alone, set(transfer.LEARNED)]
     with pytest.raises(ValueError, match="a prior for b needs two tasks of other families, 0 are collected"):
         transfer.others(sources[2:], "b")
 
 
-def test_an_adversarial_prior_expects_the_opposite(transfer, sources, tmp_path):
-    from rankadaptor_optuna import PerformanceModel
-
+def test_an_adversarial_prior_expects_the_opposite(sources, tmp_path):
     _, priors = transfer.priors_of(sources, tmp_path)
     space = RankSpace(8, (0, 2, 4, 8, 12), "uniform:4")
     rising, falling = np.asarray([[0, 0, 2, 2, 4, 4, 8, 12], [12, 8, 4, 4, 2, 2, 0, 0]])
@@ -92,48 +88,7 @@ def test_an_adversarial_prior_expects_the_opposite(transfer, sources, tmp_path):
     assert gains[transfer.PRIOR] > gains[transfer.NONE] > gains[transfer.ADVERSARIAL]
 
 
-def test_a_run_goes_on_without_a_recovery_that_is_known_and_what_learns_searches_anew_with_other_sources(
-    transfer, sources, task, tmp_path, monkeypatch
-):
-    made = []
-    monkeypatch.setattr(transfer, "Losses", lambda *args: made.append(losses_of(*args)) or made[-1])
-    from benchmarks.tasks.losses import Losses as losses_of
-
-    before = transfer.transfer("a", task, sources, tmp_path, 5, 1)
-    trials = next(tmp_path.glob("a-*.trials.csv")).read_text()
-    again = transfer.transfer("a", task, sources, tmp_path, 5, 1)
-    assert made[0].n_computed > made[1].n_computed == 0
-    assert again == before
-    alone = (tmp_path / "a.trials.csv").read_text()
-    transfer.transfer("a", task, [*sources, sources[2]], tmp_path, 5, 1)
-    assert (tmp_path / "a.trials.csv").read_text() == alone
-    assert len(list(tmp_path.glob("a-*.trials.csv"))) == 2
-    assert trials in [file.read_text() for file in tmp_path.glob("a-*.trials.csv")]
-
-
-def test_each_is_told_what_it_may_know(transfer, sources, task, tmp_path, monkeypatch):
-    studies = {}
-    search = transfer.search
-
-    def remembered(*args, **settings):
-        found = search(*args, **settings)
-        studies.update(found)
-        return found
-
-    monkeypatch.setattr(transfer, "search", remembered)
-    transfer.transfer("a", task, sources, tmp_path, 5, 1)
-    for (who, seed), study in studies.items():
-        told = who in transfer.WITH
-        known = dict(zip(task.space.distributions(), task.sensitivity(seed).values(), strict=True))
-        assert study.user_attrs[SENSITIVITY_ATTR] == (known if told else {})
-        is_source = ["source" in trial.user_attrs for trial in study.trials]
-        assert is_source == ([True] * 24 + [False] * 5 if who == transfer.WARM else [False] * 5)
-        first = next(t for t in study.trials if "source" not in t.user_attrs)
-        assert transfer.best_trial(who, study, task.space, 1) == task.space.uniform()
-        assert first.value == task.losses([task.space.uniform()], [0])[0]
-
-
-def test_trials_needed_are_read_off_the_monotone_curve(transfer):
+def test_trials_needed_are_read_off_the_monotone_curve():
     curve = {5: 0.8, 10: 0.4, 15: 0.6, 20: 0.4, 25: 0.2}
     assert transfer.needed(curve, 0.9) == 5
     assert transfer.needed(curve, 0.6) == pytest.approx(7.5)
@@ -142,9 +97,8 @@ def test_trials_needed_are_read_off_the_monotone_curve(transfer):
     assert transfer.needed(curve, 0.1) == 50  # never
 
 
-def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior_does_not_help(transfer):
+def test_the_checks_are_of_the_mean_regret_over_families():
     checkpoints = transfer.CHECKPOINTS
-
     priors = {"helped": 0.3, "not helped": 0.75}
 
     def found(prior):
@@ -158,22 +112,18 @@ def test_the_checks_are_of_the_mean_regret_over_families_and_say_where_the_prior
         who |= {one + transfer.TOLD[1]: losses(*[0.5 - 0.01 * i] * 7) for i, one in enumerate(transfer.WITH)}
         return {"best": 0.0, "random": 1.0, "losses": who}
 
-    rows, checks, where = transfer.summarise({name: transfer.regrets(found(prior)) for name, prior in priors.items()})
+    rows, checks = transfer.summarise({name: transfer.regrets(found(prior)) for name, prior in priors.items()})
     (to_peer, cost_to_peer, cost_to_none), alone = list(checks.values())[:3], list(checks.values())[3:]
     assert to_peer == {"value": pytest.approx(0.525 - 0.5, abs=1e-3), "goal": "<= 0", "ok": False}
     assert cost_to_peer == {"value": 16 / 12.5, "goal": "<= 1.2", "ok": False}
     assert cost_to_none == {"value": 18 / 15, "goal": "<= 1.2", "ok": True}
     assert [one["value"] for one in alone] == [pytest.approx(0), 1, 1]
-    assert where.splitlines() == [
-        "After 10 trials the prior does not help on: not helped.",
-        "After 10 trials the prior, scores alone does not help on: helped, not helped.",
-    ]
     of_all = next(row for row in rows if (row["family"], row["who"]) == ("all", transfer.PRIOR))
     assert of_all["regret@10"].startswith("0.535 ±")
     assert {"p to none@5", "p to none@10"} <= of_all.keys()
 
 
-def test_differences_are_paired_by_search_and_as_sure_as_the_searches_are_alike(transfer):
+def test_differences_are_paired_by_search_and_as_sure_as_the_searches_are_alike():
     def family(prior, none):
         at = dict.fromkeys(transfer.CHECKPOINTS, np.zeros(4))
         who = dict.fromkeys((*(one + told for one in transfer.WITH for told in transfer.TOLD), *transfer.PEERS), at)
@@ -186,12 +136,3 @@ def test_differences_are_paired_by_search_and_as_sure_as_the_searches_are_alike(
     half = 1.96 * np.sqrt(np.var([0.5, 0, 0.5, 0], ddof=1) / 4) / 2  # the first family's difference is always the same
     assert found[f"{transfer.PRIOR} @10", f"{transfer.NONE} @10"] == f"+0.025 ±{half:.3f}"
     assert found[f"{transfer.PRIOR} @10", "GP @25"].startswith("+0.250 ±")
-
-
-def test_a_peer_that_ends_with_the_best_is_no_trouble(transfer):
-    nothing = {n: [1.0, 1.0] for n in transfer.CHECKPOINTS}
-    ours = (who + told for who in transfer.WITH for told in transfer.TOLD)
-    who = dict.fromkeys((*ours, *transfer.PEERS), nothing)
-    _, checks, where = transfer.summarise({"one": transfer.regrets({"best": 1.0, "random": 2.0, "losses": who})})
-    assert [(one["value"], one["ok"]) for one in checks.values()] == [(0, True), (1, True), (1, True)] * 2
-    assert where.endswith("does not help on: one.")
