@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import check, command_parser, show, write
 from benchmarks.tasks.texts import data_file, data_folder
-from rankadaptor_optuna.jobs.output import Results
+from rankadaptor_optuna.jobs.output import OutputFolder
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.pruning.calibration import draw_samples
 from rankadaptor_optuna.pruning.config import METHODS, Criterion
@@ -66,7 +66,9 @@ def measure(model: Any, tokenizer: Any, n_tokens: int, n_items: int) -> dict[str
     return found
 
 
-def table(results: Results, n_tokens: int, n_items: int, ratios: tuple[float, ...]) -> tuple[list[Any], dict[str, Any]]:
+def table(
+    out: OutputFolder, n_tokens: int, n_items: int, ratios: tuple[float, ...]
+) -> tuple[list[Any], dict[str, Any]]:
     """Returns a row for each method and ratio, and the checks."""
     dense, tokenizer = load_model(dtype=torch.float32)
     calibration = str(data_file("wikitext2", "validation.txt"))
@@ -81,7 +83,7 @@ def table(results: Results, n_tokens: int, n_items: int, ratios: tuple[float, ..
         return {"removed": pruned.parameters_removed, "CPU s": seconds, **found}
 
     rows: list[dict[str, Any]] = [
-        {"method": "dense", **results.get("dense", lambda: measure(dense, tokenizer, n_tokens, n_items))}
+        {"method": "dense", **out.measure("dense", lambda: measure(dense, tokenizer, n_tokens, n_items))}
     ]
     against: list[float] = []
     off: list[float] = []
@@ -89,12 +91,12 @@ def table(results: Results, n_tokens: int, n_items: int, ratios: tuple[float, ..
         by: dict[str, dict[str, Any]] = {}
         for method in ("llm-pruner", "slimgpt", "shortened"):
             key = f"{method}-{ratio}"
-            by[method] = results.get(key, partial(run, method, ratio, None, 0, n_items))
+            by[method] = out.measure(key, partial(run, method, ratio, None, 0, n_items))
         for method in ("llm-pruner", "shortened"):
             for seed in RANDOM_SEEDS:
                 items = n_items if seed == 0 else 0
                 key = f"random-{method}-{ratio}-{seed}"
-                by[f"random {method} {seed}"] = results.get(key, partial(run, method, ratio, "random", seed, items))
+                by[f"random {method} {seed}"] = out.measure(key, partial(run, method, ratio, "random", seed, items))
         for method, peer in RANDOM_OF.items():
             lowest = min(by[f"random {peer} {seed}"]["ppl"] for seed in RANDOM_SEEDS)
             against.append(by[method]["ppl"] / lowest)
@@ -107,7 +109,7 @@ def table(results: Results, n_tokens: int, n_items: int, ratios: tuple[float, ..
     return rows, checks
 
 
-def predicted_order(results: Results, n_layers: int) -> list[dict[str, Any]]:
+def predicted_order(out: OutputFolder, n_layers: int) -> list[dict[str, Any]]:
     """Returns the rank correlation of importance with the loss that a removal causes, for heads and channels.
 
     Channels are removed in groups: an eighth of a layer's channels, of similar importance by ``param_first``.
@@ -134,7 +136,7 @@ def predicted_order(results: Results, n_layers: int) -> list[dict[str, Any]]:
                         found[kind].append(float(block_losses(model, samples).mean() - whole))
         return found
 
-    measured = results.get(f"removal-{n_layers}", losses)
+    measured = out.measure(f"removal-{n_layers}", losses)
     rows = []
     for criterion in get_args(Criterion):
         importance = unit_importance(model, samples, chosen, criterion=criterion)
@@ -194,7 +196,7 @@ def _peak_in_a_process(method: str, hidden: int, n_layers: int) -> dict[str, flo
     return found
 
 
-def memory(results: Results, quick: bool) -> tuple[list[Any], dict[str, Any]]:
+def memory(out: OutputFolder, quick: bool) -> tuple[list[Any], dict[str, Any]]:
     """Measures memory beside the model at several widths and depths; projects it for 7 billion parameters."""
     shapes = [(256, 4), (256, 16)] if quick else [(512, 4), (512, 8), (512, 16), (768, 8), (1024, 8)]
     rows, checks = [], {}
@@ -203,7 +205,7 @@ def memory(results: Results, quick: bool) -> tuple[list[Any], dict[str, Any]]:
         found = []
         for hidden, n_layers in shapes:
             key = f"peak-{method}-{hidden}-{n_layers}"
-            found.append(results.get(key, partial(_peak_in_a_process, method, hidden, n_layers)))
+            found.append(out.measure(key, partial(_peak_in_a_process, method, hidden, n_layers)))
             sizes = {key: f"{value:.0f} MiB" for key, value in found[-1].items()}
             rows.append(
                 {
@@ -241,15 +243,14 @@ def main() -> None:
         print(json.dumps(peak(method, int(hidden), int(n_layers))))
         return
     quiet()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    results = Results(args.folder / ("quick.json" if args.quick else "full.json"))
     n_tokens, n_items, ratios = (2048, 8, (0.25,)) if args.quick else (16384, 80, RATIOS)
-    rows, checks = table(results, n_tokens, n_items, ratios)
+    sizes = {"tokens": n_tokens, "items_per_task": n_items}
+    out = OutputFolder(args.folder / ("quick" if args.quick else "full"), sizes)
+    rows, checks = table(out, n_tokens, n_items, ratios)
     show([{k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
-    order = predicted_order(results, 2 if args.quick else 14)
+    order = predicted_order(out, 2 if args.quick else 14)
     show(order)
-    memory_rows, more = memory(results, args.quick)
+    memory_rows, more = memory(out, args.quick)
     show(memory_rows)
     seeds = {"calibration": 0, "random": RANDOM_SEEDS}
-    sizes = {"tokens": n_tokens, "items_per_task": n_items}
     write("pruning", [*rows, *order, *memory_rows], checks | more, seeds=seeds, part=args.quick, **sizes)
