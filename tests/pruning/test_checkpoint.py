@@ -25,27 +25,29 @@ model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 torch.save(model(torch.arange(24).view(2, 12)).logits.detach(), out)
 """
 
-# Opens checkpoints as a user would, in a process of its own, and writes down what the models say.
+FAMILIES = ("llama", "llama-biased", "mistral", "qwen2", "qwen3")
+
+# Opens checkpoints as a user would, in a process of its own, and writes down what each model computes.
 READER = """
 import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import rankadaptor_optuna
 torch.set_num_threads(1)
-path, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(path)
-ids = torch.arange(24).view(2, 12)
-args = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
-static = dict(cache_implementation="static", disable_compile=True)
-torch.save({
-    "type": type(model).__name__,
-    "logits": model(ids).logits.detach(),
-    "dynamic": model.generate(ids, **args),
-    "static": model.generate(ids, **static, **args),
-    "chunked": model.generate(ids, prefill_chunk_size=4, **static, **args),
-    "none": model.generate(ids, use_cache=False, **args),
-    "tokens": AutoTokenizer.from_pretrained(path)("a rank")["input_ids"],
-}, out)
+for path in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    ids = torch.arange(24).view(2, 12)
+    args = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    static = dict(cache_implementation="static", disable_compile=True)
+    torch.save({
+        "type": type(model).__name__,
+        "logits": model(ids).logits.detach(),
+        "dynamic": model.generate(ids, **args),
+        "static": model.generate(ids, **static, **args),
+        "chunked": model.generate(ids, prefill_chunk_size=4, **static, **args),
+        "none": model.generate(ids, use_cache=False, **args),
+        "tokens": AutoTokenizer.from_pretrained(path)("a rank")["input_ids"],
+    }, path + ".out")
 """
 
 
@@ -57,19 +59,21 @@ def pruned(model, tokenizer, settings):
     return result
 
 
-def test_a_new_process_computes_and_generates_the_same(any_model, tokenizer, settings, tmp_path):
-    result = prune(any_model, tokenizer, ratio=0.15, **settings)
-    result.save(tmp_path / "model", tokenizer)
-    subprocess.run([sys.executable, "-c", READER, tmp_path / "model", tmp_path / "out"], check=True)
-    found = torch.load(tmp_path / "out", weights_only=True)
+def test_a_new_process_computes_and_generates_the_same(make_model, tokenizer, settings, tmp_path):
+    results = {family: prune(make_model(family), tokenizer, ratio=0.15, **settings) for family in FAMILIES}
+    for family, result in results.items():
+        result.save(tmp_path / family, tokenizer)
+    subprocess.run([sys.executable, "-c", READER, *(str(tmp_path / family) for family in FAMILIES)], check=True)
 
     ids = torch.arange(24).view(2, 12)
-    expected = result.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    assert found["type"] == type(result.model).__name__
-    assert torch.equal(found["logits"], result.model(ids).logits)
-    for way in ("dynamic", "static", "chunked", "none"):
-        assert torch.equal(found[way], expected), way
-    assert found["tokens"] == tokenizer("a rank")["input_ids"]
+    for family, result in results.items():
+        found = torch.load(tmp_path / f"{family}.out", weights_only=True)
+        expected = result.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert found["type"] == type(result.model).__name__
+        assert torch.equal(found["logits"], result.model(ids).logits)
+        for way in ("dynamic", "static", "chunked", "none"):
+            assert torch.equal(found[way], expected), (family, way)
+        assert found["tokens"] == tokenizer("a rank")["input_ids"]
 
 
 def test_it_opens_without_this_package_by_the_code_in_the_checkpoint(pruned, tmp_path):

@@ -84,46 +84,50 @@ def test_later_layers_lose_more_by_the_logarithm_of_the_depth_up_to_four_times()
     assert sum(0.0625 * r for r in ratios) / 32 == pytest.approx(0.2, abs=0.002)
 
 
-def test_each_layer_sees_the_model_pruned_so_far(any_model, samples):
+def test_each_layer_sees_the_model_pruned_so_far(model, samples):
     """Pruning layer 2 alone, on a model whose layer 1 is already cut, finds what pruning both in turn does."""
-    both = slimgpt(any_model, samples, [1, 2], ratio=0.2, multiple_of=8)
-    dense = copy.deepcopy(any_model)
+    both = slimgpt(model, samples, [1, 2], ratio=0.2, multiple_of=8)
+    dense = copy.deepcopy(model)
     for kind, name in OUTPUTS.items():
-        weight = any_model.model.layers[1].get_parameter(f"{name}.weight")
+        weight = model.model.layers[1].get_parameter(f"{name}.weight")
         units = 2 if kind == "heads" else 64
         columns = torch.arange(weight.shape[1]).view(units, -1)[both.kept[kind][1]].flatten()
         with torch.no_grad():
             weight.zero_()
             weight[:, columns] = both.weights[f"model.layers.1.{name}.weight"]
-    again = slimgpt(any_model, samples, [2], ratio=0.1, multiple_of=8)
+    again = slimgpt(model, samples, [2], ratio=0.1, multiple_of=8)
     unaware = slimgpt(dense, samples, [2], ratio=0.1, multiple_of=8)
     torch.testing.assert_close(again.importance["heads"][2], both.importance["heads"][2])
     assert not torch.allclose(unaware.importance["heads"][2], both.importance["heads"][2])
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_stays_as_it_was_even_when_it_fails(any_model, samples, fails):
-    before = {name: tensor.clone() for name, tensor in any_model.state_dict().items()}
-    any_model.train()
+def test_the_model_stays_as_it_was_even_when_it_fails(model, samples, fails):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
 
     def progress(done, total):
         if fails and done == 2:
             raise KeyboardInterrupt
 
     try:
-        slimgpt(any_model, samples, range(4), ratio=0.3, multiple_of=8, progress=progress)
+        slimgpt(model, samples, range(4), ratio=0.3, multiple_of=8, progress=progress)
     except KeyboardInterrupt:
         assert fails
-    assert all(torch.equal(tensor, before[name]) for name, tensor in any_model.state_dict().items())
-    assert any_model.training
-    assert all(p.requires_grad for p in any_model.parameters())
-    assert not any(m._forward_pre_hooks for m in any_model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.5])
-def test_the_ratio_is_met_and_the_result_opens_and_trains(any_model, tokenizer, settings, ids, ratio, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "ratio"), [("llama", 0.1), ("llama-biased", 0.2), ("mistral", 0.3), ("qwen2", 0.5), ("qwen3", 0.3)]
+)
+def test_the_ratio_is_met_and_the_result_opens_and_trains(
+    make_model, tokenizer, settings, ids, family, ratio, tmp_path
+):
     settings["multiple_of"] = 1
-    result = prune(any_model, tokenizer, method="slimgpt", ratio=ratio, **settings)
+    result = prune(make_model(family), tokenizer, method="slimgpt", ratio=ratio, **settings)
     assert result.parameters_removed == pytest.approx(ratio, abs=0.005)
     result.save(tmp_path / "model")
     assert torch.equal(load_pruned(tmp_path / "model")(ids).logits, result.model(ids).logits)

@@ -134,7 +134,7 @@ def long_model(make_model):
     return make_model(max_position_embeddings=512)
 
 
-@pytest.mark.parametrize("settings", [{}, {"limit": 5}, {"num_fewshot": 2}])
+@pytest.mark.parametrize("settings", [{}, {"limit": 5, "num_fewshot": 2}])
 def test_accuracy_is_lm_evals_own_and_the_margin_is_that_of_its_answers(long_model, tokenizer, settings):
     task = choice_task("words")
     expected, samples = lm_evals_own(long_model, tokenizer, task, **settings)

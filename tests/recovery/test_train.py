@@ -58,17 +58,17 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_its_own_batch(model, blocks)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_same_seed_gives_the_same_weights_whatever_ran_before(model, blocks, dropout):
-    first, weights = trained(model, blocks, dropout=dropout)
+def test_the_same_seed_gives_the_same_weights_whatever_ran_before(model, blocks):
+    first, weights = trained(model, blocks, dropout=0.5)
     torch.manual_seed(99)
-    again, same = trained(model, blocks, dropout=dropout)
+    again, same = trained(model, blocks, dropout=0.5)
     assert torch.equal(weights, same)
     assert first.loss == again.loss
 
 
 def test_another_seed_sees_the_data_in_another_order(model, blocks):
-    assert not torch.equal(trained(model, blocks)[1], trained(model, blocks, seed=1)[1])
+    config = replace(CONFIG, steps=2)
+    assert not torch.equal(trained(model, blocks, config=config)[1], trained(model, blocks, config=config, seed=1)[1])
 
 
 def test_only_the_adapter_is_trained(model, blocks):
@@ -110,13 +110,16 @@ def test_every_block_is_seen_before_any_is_seen_again(n_blocks, steps, batch_siz
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (0.4, 1), (4, 10)])
-def test_epochs_are_passes_over_the_data(model, blocks, epochs, steps):
+def test_epochs_are_passes_over_the_data(epochs, steps):
     config = TrainingConfig(batch_size=2, epochs=epochs)
     assert config.for_examples(5) == TrainingConfig(steps=steps, batch_size=2)
     assert len(batches(5, config, seed=0)) == steps
+
+
+def test_training_takes_its_steps_from_the_epochs(model, blocks):
     seen = []
-    trained(model, blocks, config=config, on_step=lambda step, loss: seen.append(step))
-    assert seen == [*range(steps)]
+    trained(model, blocks, config=TrainingConfig(batch_size=2, epochs=1), on_step=lambda step, loss: seen.append(step))
+    assert seen == [0, 1, 2]
 
 
 def test_batches_are_fixed_by_the_seed_and_each_pass_is_a_fresh_shuffle():
@@ -143,21 +146,13 @@ def test_the_learning_rate_may_fall_along_a_line_after_a_number_of_warm_up_steps
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(40, 0.1), (10, 0.1), (100, 0.25), (8, 0.0)])
-def test_the_learning_rate_warms_up_to_its_peak_and_ends_near_zero(model, blocks, steps, warmup, monkeypatch):
-    rates = []
-
-    class Recording(torch.optim.AdamW):
-        def step(self, closure=None):
-            rates.append(self.param_groups[0]["lr"])
-
-    monkeypatch.setattr(torch.optim, "AdamW", Recording)
-    trained(model, blocks[:, :4], config=TrainingConfig(steps, 1, 0.5, warmup))
+def test_the_learning_rate_warms_up_to_its_peak_and_ends_near_zero(steps, warmup):
+    rates = [_learning_rate(step, TrainingConfig(steps, warmup=warmup)) for step in range(steps)]
     peak = max(1, round(warmup * steps)) - 1
-    assert len(rates) == steps
-    assert rates[: peak + 1] == pytest.approx([0.5 * (i + 1) / (peak + 1) for i in range(peak + 1)])
-    assert max(rates) == rates[peak] == 0.5
+    assert rates[: peak + 1] == pytest.approx([(i + 1) / (peak + 1) for i in range(peak + 1)])
+    assert max(rates) == rates[peak] == 1
     assert all(a >= b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
-    assert rates[-1] < 0.04 * 0.5 * max(1, 10 / steps) ** 2
+    assert rates[-1] < 0.04 * max(1, 10 / steps) ** 2
 
 
 def test_training_in_half_precision_keeps_the_adapter_in_float32(model, blocks):
@@ -183,7 +178,7 @@ def uneven():
     return Examples(ids, labels)
 
 
-@pytest.mark.parametrize("micro", [1, 2, 3])
+@pytest.mark.parametrize("micro", [1, 3])
 def test_micro_batches_add_up_to_the_step_of_the_whole_batch(model, uneven, micro):
     config = TrainingConfig(steps=4, batch_size=4, learning_rate=0.01)
     whole, weights = trained(model, uneven, config=config)
@@ -207,7 +202,8 @@ def test_the_loss_of_a_step_is_the_mean_over_the_targets_of_its_batch(model, une
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(model, blocks):
-    _, weights = trained(model, blocks)
-    _, same = trained(model, blocks, config=replace(CONFIG, gradient_checkpointing=True))
+    config = replace(CONFIG, steps=3)
+    _, weights = trained(model, blocks, config=config)
+    _, same = trained(model, blocks, config=replace(config, gradient_checkpointing=True))
     torch.testing.assert_close(same, weights)
     assert not model.is_gradient_checkpointing
