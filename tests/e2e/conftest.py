@@ -13,12 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import sqlalchemy
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """Skips where a user has not installed a server; in CI everything must run."""
     message = f"{what} is not installed on this machine"
     if os.environ.get("CI"):
@@ -39,13 +40,21 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def folder_of(user: str) -> tuple[Path, list[str]]:
+    """Makes a server's folder; returns it, and the command prefix that runs as ``user``: servers refuse root."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{user}-"))
+    if os.geteuid() != 0:
+        return folder, []
+    os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
+    return folder, ["runuser", "-u", user, "--"]
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """Path of a real browser."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         missing("Chromium")
-    assert path is not None
     return path
 
 
@@ -56,18 +65,13 @@ def postgres() -> Iterator[str]:
     initdb = str(found[-1]) if found else shutil.which("initdb")
     if initdb is None:
         missing("PostgreSQL")
-    assert initdb is not None
-    folder, port = Path(tempfile.mkdtemp(prefix="postgres-")), free_port()
-    as_user: list[str] = []
-    if os.geteuid() == 0:  # initdb refuses to run as root
-        as_user = ["runuser", "-u", "postgres", "--"]
-        os.chown(folder, pwd.getpwnam("postgres").pw_uid, -1)
+    (folder, as_user), port = folder_of("postgres"), free_port()
     data, bin_dir = folder / "data", Path(initdb).parent
 
     def run(*command: str) -> None:
         subprocess.run([*as_user, *command], check=True, cwd=folder, stdout=subprocess.DEVNULL)
 
-    run(initdb, "-D", str(data), "-U", "tester", "-A", "trust", "-E", "UTF8")
+    run(initdb, "--no-sync", "-D", str(data), "-U", "tester", "-A", "trust", "-E", "UTF8")
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
     run(str(bin_dir / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
     yield f"postgresql+psycopg://tester:secret@127.0.0.1:{port}"
@@ -84,13 +88,7 @@ def mariadb() -> Iterator[str]:
     )
     if server is None or install is None or importlib.util.find_spec("pymysql") is None:
         missing("MariaDB with pymysql")
-    assert server is not None
-    assert install is not None
-    folder, port = Path(tempfile.mkdtemp(prefix="mariadb-")), free_port()
-    as_user: list[str] = []
-    if os.geteuid() == 0:  # mariadbd refuses to run as root
-        as_user = ["runuser", "-u", "mysql", "--"]
-        os.chown(folder, pwd.getpwnam("mysql").pw_uid, -1)
+    (folder, as_user), port = folder_of("mysql"), free_port()
     data, first = folder / "data", folder / "first.sql"
     first.write_text("CREATE USER tester IDENTIFIED BY 'secret';\nGRANT ALL ON *.* TO tester;\n")
     quiet = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
