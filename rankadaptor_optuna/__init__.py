@@ -13,8 +13,8 @@ from rankadaptor_optuna.pruning.auto_classes import register_when_imported
 
 if TYPE_CHECKING:
     from rankadaptor_optuna.objective import RecoveryObjective, note_sensitivity
-    from rankadaptor_optuna.sampling.history import verification_seed
     from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
+    from rankadaptor_optuna.sampling.trials import verification_seed
     from rankadaptor_optuna.space import RankSpace
     from rankadaptor_optuna.studies.convergence import StopWhenConverged
     from rankadaptor_optuna.studies.recommendation import recommend
@@ -36,7 +36,7 @@ _HOMES = {
     "note_sensitivity": "objective",
     "publish_dashboard": "views.dashboard",
     "recommend": "studies.recommendation",
-    "verification_seed": "sampling.history",
+    "verification_seed": "sampling.trials",
 }
 
 __all__ = [

@@ -25,7 +25,7 @@ from rankadaptor_optuna.recovery.processes import broadcast, fail_together, proc
 from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
-from rankadaptor_optuna.sampling.history import verification_seed
+from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.space import RankSpace
 
 if TYPE_CHECKING:

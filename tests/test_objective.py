@@ -19,7 +19,8 @@ from rankadaptor_optuna.recovery.lora import attached, lora_config
 from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.tasks import TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
-from rankadaptor_optuna.studies.recommendation import Findings
+from rankadaptor_optuna.studies.fitted import FittedStudy
+from rankadaptor_optuna.studies.reading import StudyReading
 
 TRAINING = TrainingConfig(steps=3, batch_size=2, learning_rate=0.05)
 
@@ -312,7 +313,7 @@ def test_an_evaluation_that_is_stopped_is_no_score_but_informs_the_model(make_jo
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3 + [TrialState.PRUNED] * 2
     assert [len(t.intermediate_values) for t in study.trials] == [12] * 3 + [8] * 2
     assert not any("lora" in name for name, _ in job.model.named_parameters())
-    data = Findings(study, job.space, None).data
+    data = FittedStudy(StudyReading(study, job.space), None).observations
     assert [t.number for t in data.trials] == [0, 1, 2, 3, 4]
     assert (data.variance > 0).tolist() == [False] * 3 + [True] * 2
     scores = [job(fixed(job, *trial.params.values())) for trial in study.trials[3:]]

@@ -23,8 +23,8 @@ from rankadaptor_optuna.jobs.results import SearchResult
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.priors.choice import OnBadPrior
 from rankadaptor_optuna.recovery.processes import join_processes, main_first, process_index
-from rankadaptor_optuna.sampling.history import verification_seed
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
+from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.studies.recommendation import recommend
 from rankadaptor_optuna.studies.storage import check_same_settings, create_study, open_storage
 

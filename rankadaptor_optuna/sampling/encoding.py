@@ -1,26 +1,32 @@
-"""Optuna search spaces as the performance model sees them: a grid of ranks along the depth, and the rest."""
+"""Search spaces as the performance model sees them: a grid of ranks along the depth, and the ordinary parameters."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.surrogate.grid import Array, RankGrid
 
-MAX_CANDIDATES = 64
-MIN_LAYERS = 3
-MAX_SERIES = 8
+MAX_CANDIDATES = 64  # ranks per layer, which bounds the knapsack's table; set by hand
+MIN_LAYERS = 3  # parameters that make a series of ranks; two alike are often no layers; set by hand
+MAX_SERIES = 8  # series with functions of depth of their own; more (one per expert) are too many to learn; set by hand
+_JITTER = 0.1  # standard deviation of numbers near a good point, in the unit cube; set by hand
+_REDRAWN = 0.2  # share of categories redrawn near a good point; set by hand
 _NUMBER = re.compile(r"\d+")
 
 
 def candidate_ranks(distribution: BaseDistribution) -> Array | None:
-    """The integers that a distribution allows, increasing, at most 64 of a wide range; None where they are no ranks."""
+    """Returns the non-negative integers that a distribution allows, increasing; None for any other distribution.
+
+    A wide range is thinned to at most 64 values, evenly spaced on its own scale, its ends included.
+    """
     if isinstance(distribution, IntDistribution) and distribution.low >= 0:
         values = np.arange(distribution.low, distribution.high + 1, distribution.step, dtype=np.float64)
         if len(values) > MAX_CANDIDATES:
@@ -34,116 +40,125 @@ def candidate_ranks(distribution: BaseDistribution) -> Array | None:
     return None
 
 
-def rank_parameters(space: Mapping[str, BaseDistribution]) -> dict[str, int]:
-    """Parameters that look like ranks along the depth, with the layer number that their name carries.
+def rank_parameters(distributions: Mapping[str, BaseDistribution]) -> dict[str, int]:
+    """Returns the parameters that look like ranks along the depth, ``{name: layer number}`` in depth order.
 
-    Names that are alike but for one number, with ordered non-negative integers as values, in at least three layers:
-    ``layer_3_rank``, ``r_3``, ``model.layers.3.mlp.r`` (any of them, also several such series side by side).
+    A series of ranks consists of at least three parameters with ordered non-negative integers as values, whose names
+    differ by one number only: ``layer_3_rank``, ``r_3``, ``model.layers.3.mlp.r``. There may be several series.
     """
-    return {name: layer for name, (layer, _) in _rank_series(space).items()}
+    return {name: layer for name, (layer, _) in _rank_series(distributions).items()}
 
 
-def _rank_series(space: Mapping[str, BaseDistribution]) -> dict[str, tuple[int, str]]:
-    """Layer number of each rank parameter and what its name has in common with those of its series, in depth order."""
-    readings: dict[str, list[tuple[str, int]]] = {}
-    for name, distribution in space.items():
+def _rank_series(distributions: Mapping[str, BaseDistribution]) -> dict[str, tuple[int, str]]:
+    """Returns layer number and series of each rank parameter in depth order; a series is the name less the number."""
+    readings: dict[str, list[tuple[str, int]]] = {}  # every number in a name may be the layer's
+    for name, distribution in distributions.items():
         if candidate_ranks(distribution) is not None:
             readings[name] = [(f"{name[: m.start()]}#{name[m.end() :]}", int(m[0])) for m in _NUMBER.finditer(name)]
-    series = Counter(template for found in readings.values() for template, _ in found)
+    sizes = Counter(series for found in readings.values() for series, _ in found)
     layers = {}
     for name, found in readings.items():
         if found:
-            template, layer = max(found, key=lambda reading: series[reading[0]])
-            if series[template] >= MIN_LAYERS:
-                layers[name] = layer, template
+            series, layer = max(found, key=lambda reading: sizes[reading[0]])
+            if sizes[series] >= MIN_LAYERS:
+                layers[name] = layer, series
     return dict(sorted(layers.items(), key=lambda item: (item[1][0], item[0])))
 
 
 class Encoding:
-    """Splits a search space into ranks and ordinary parameters, and maps trials to and from numbers.
+    """Splits a search space into ranks and ordinary parameters, and maps both to numbers and back.
 
     Args:
-        space: Distributions by name.
-        grid: Grid of the rank parameters where a ``RankSpace`` gives it; else it is read off the names.
-        rank_names: Names of the rank parameters in the grid's order, with ``grid``.
-        sensitivity: The grid's, by name of the rank parameter; not heeded unless it has a number for each.
+        distributions: The search space, by parameter name.
+        rank_space: The rank space. Default: ranks are recognised by their names, see ``rank_parameters``.
+        sensitivity: Sensitivity of the loss to each layer's adapter, by rank parameter; ignored unless complete.
 
     Attributes:
-        is_given: Whether the grid was given.
+        distributions: The search space.
+        grid: The rank parameters as arrays.
+        rank_names: Names of the rank parameters in the grid's order.
+        ordinary_names: Names of the ordinary parameters.
+        width: Width of the ordinary parameters' points, E: one for a number, one per choice for a category.
+        has_space: Whether the ranks are those of a rank space.
     """
 
     def __init__(
         self,
-        space: Mapping[str, BaseDistribution],
-        grid: RankGrid | None = None,
-        rank_names: list[str] | None = None,
+        distributions: Mapping[str, BaseDistribution],
+        rank_space: RankSpace | None = None,
         sensitivity: Mapping[str, float] | None = None,
     ) -> None:
-        self.is_given = grid is not None
-        if grid is None:
-            found = _rank_series(space)
-            rank_names, grid = list(found), _grid_of(space, found)
-        self.rank_names = rank_names or []
+        self.has_space = rank_space is not None
+        if rank_space is None:
+            series = _rank_series(distributions)
+            self.rank_names, grid = list(series), _grid_of(distributions, series)
+        else:
+            self.rank_names, grid = list(rank_space.names), RankGrid.from_space(rank_space)
         known = np.asarray([(sensitivity or {}).get(name, np.nan) for name in self.rank_names], dtype=np.float64)
         self.grid = replace(grid, sensitivity=known) if np.isfinite(known).all() else grid
-        self.space = dict(space)
-        self.ordinary_names = [name for name in space if name not in set(self.rank_names)]
-        self.width = sum(_width(space[name]) for name in self.ordinary_names)
+        self.distributions = dict(distributions)
+        self.ordinary_names = [name for name in distributions if name not in set(self.rank_names)]
+        self.width = sum(_width(distributions[name]) for name in self.ordinary_names)
 
     def is_like(self, other: Encoding) -> bool:
-        """Whether both encode the same parameters alike."""
-        same = self.space == other.space and self.rank_names == other.rank_names
+        """Returns whether both encode the same parameters to the same numbers."""
+        same = self.distributions == other.distributions and self.rank_names == other.rank_names
         return same and np.array_equal(self.grid.sensitivity, other.grid.sensitivity)
 
     def ranks(self, params: Mapping[str, Any]) -> list[float]:
-        """Rank values of a trial in the grid's order, as they are: a changed range does not matter."""
+        """Returns a trial's ranks in the grid's order, (L,), also where they are no candidates (any longer)."""
         return [float(params[name]) for name in self.rank_names]
 
     def point(self, params: Mapping[str, Any]) -> list[float]:
-        """The ordinary parameters of a trial in the unit cube."""
-        return [x for name in self.ordinary_names for x in _to_unit(self.space[name], params[name])]
+        """Returns a trial's ordinary parameters in the unit cube, (E,)."""
+        return [x for name in self.ordinary_names for x in _to_unit(self.distributions[name], params[name])]
+
+    def rank_params(self, ranks: Iterable[float]) -> dict[str, int]:
+        """Returns ranks in the grid's order, (L,), as parameters."""
+        return {name: int(rank) for name, rank in zip(self.rank_names, ranks, strict=True)}
+
+    def ordinary_params(self, point: Array) -> dict[str, Any]:
+        """Returns a point in the unit cube, (E,), as ordinary parameters."""
+        return {name: _from_unit(self.distributions[name], point[part]) for name, part in self._columns()}
+
+    def _columns(self) -> Iterator[tuple[str, slice]]:
+        """Yields each ordinary parameter with its columns of a point."""
+        start = 0
+        for name in self.ordinary_names:
+            stop = start + _width(self.distributions[name])
+            yield name, slice(start, stop)
+            start = stop
 
     def random_points(self, n: int, rng: np.random.Generator) -> Array:
-        """Uniform points of the ordinary parameters, (n, width)."""
+        """Draws uniform points of the ordinary parameters, (n, E)."""
         columns = []
         for name in self.ordinary_names:
-            distribution = self.space[name]
+            distribution = self.distributions[name]
             if isinstance(distribution, CategoricalDistribution):
                 columns.append(np.eye(len(distribution.choices))[rng.integers(len(distribution.choices), size=n)])
             else:
                 columns.append(rng.random((n, 1)))
         return np.concatenate(columns, axis=1) if columns else np.zeros((n, 0))
 
-    def near(self, point: Array, n: int, rng: np.random.Generator) -> Array:
-        """Points close to a good one: numbers jittered, each category redrawn now and then, (n, width)."""
+    def points_near(self, point: Array, n: int, rng: np.random.Generator) -> Array:
+        """Draws points near a good point, (n, E): numbers jittered, a fifth of the categories redrawn."""
         fresh = self.random_points(n, rng)
-        columns, start = [], 0
-        for name in self.ordinary_names:
-            width = _width(self.space[name])
-            part = np.repeat(point[None, start : start + width], n, axis=0)
-            if isinstance(self.space[name], CategoricalDistribution):
-                redraw = rng.random((n, 1)) < 0.2
-                columns.append(np.where(redraw, fresh[:, start : start + width], part))
+        columns = []
+        for name, part in self._columns():
+            good = np.repeat(point[None, part], n, axis=0)
+            if isinstance(self.distributions[name], CategoricalDistribution):
+                columns.append(np.where(rng.random((n, 1)) < _REDRAWN, fresh[:, part], good))
             else:
-                columns.append(np.clip(part + 0.1 * rng.standard_normal((n, 1)), 0, 1))
-            start += width
+                columns.append(np.clip(good + _JITTER * rng.standard_normal((n, 1)), 0, 1))
         return np.concatenate(columns, axis=1)
 
-    def decode(self, point: Array) -> dict[str, Any]:
-        """Parameter values of a point in the unit cube."""
-        params, start = {}, 0
-        for name in self.ordinary_names:
-            width = _width(self.space[name])
-            params[name] = _from_unit(self.space[name], point[start : start + width])
-            start += width
-        return params
 
-
-def _grid_of(space: Mapping[str, BaseDistribution], found: Mapping[str, tuple[int, str]]) -> RankGrid:
-    values = [v for v in (candidate_ranks(space[name]) for name in found) if v is not None]
-    layers, templates = [layer for layer, _ in found.values()], [template for _, template in found.values()]
+def _grid_of(distributions: Mapping[str, BaseDistribution], ranks: Mapping[str, tuple[int, str]]) -> RankGrid:
+    """Returns the grid of rank parameters, given layer number and series of each in depth order."""
+    values = [v for v in (candidate_ranks(distributions[name]) for name in ranks) if v is not None]
+    layers, templates = [layer for layer, _ in ranks.values()], [template for _, template in ranks.values()]
     series = sorted(set(templates))
-    few = len(series) <= MAX_SERIES  # more (one an expert, say) would be too many functions to learn
+    few = len(series) <= MAX_SERIES
     return RankGrid(
         depth=np.asarray(layers, dtype=np.float64) / max(1, max(layers, default=0)),
         values=values,
@@ -159,7 +174,7 @@ def _width(distribution: BaseDistribution) -> int:
 
 
 def _bounds(distribution: IntDistribution | FloatDistribution) -> tuple[float, float]:
-    """Ends of the unit interval; half a step is added, so that every grid value has an equal share."""
+    """Returns the values at 0 and 1; half a step beyond the range, so that every grid value has an equal share."""
     low, high = float(distribution.low), float(distribution.high)
     if distribution.step is not None:
         low, high = low - distribution.step / 2, high + distribution.step / 2
@@ -167,9 +182,10 @@ def _bounds(distribution: IntDistribution | FloatDistribution) -> tuple[float, f
 
 
 def _to_unit(distribution: BaseDistribution, value: Any) -> list[float]:  # noqa: ANN401
+    """Returns a value's columns of a point; values outside a range that changed lie in [-1, 2]."""
     if isinstance(distribution, CategoricalDistribution):
         one_hot = [0.0] * len(distribution.choices)
-        if value in distribution.choices:  # a choice of an earlier range counts as none of these
+        if value in distribution.choices:  # a choice that was dropped since has zeros only
             one_hot[int(distribution.to_internal_repr(value))] = 1.0
         return one_hot
     assert isinstance(distribution, (IntDistribution, FloatDistribution))
@@ -179,6 +195,7 @@ def _to_unit(distribution: BaseDistribution, value: Any) -> list[float]:  # noqa
 
 
 def _from_unit(distribution: BaseDistribution, unit: Array) -> Any:  # noqa: ANN401
+    """Returns the value of a parameter's columns of a point."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[int(np.argmax(unit))]
     assert isinstance(distribution, (IntDistribution, FloatDistribution))

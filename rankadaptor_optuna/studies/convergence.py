@@ -1,4 +1,4 @@
-"""StopWhenConverged: ends a study when further search has little left to find (the paper's convergence phase)."""
+"""StopWhenConverged: ends a study when further search is expected to gain little (the paper's convergence phase)."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from optuna.trial import FrozenTrial
 
 from rankadaptor_optuna.attributes import CONVERGED_ATTR
 from rankadaptor_optuna.priors.choice import PriorLike
-from rankadaptor_optuna.sampling.history import verification_seed
+from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.space import RankSpace
-from rankadaptor_optuna.studies.reading import finished_trials
-from rankadaptor_optuna.studies.recommendation import Findings
+from rankadaptor_optuna.studies.fitted import FittedStudy
+from rankadaptor_optuna.studies.reading import StudyReading
 
-_N_POINTS = 256
-_logger = optuna.logging.get_logger(f"optuna.{__name__}")  # below Optuna's own logger, so that its verbosity counts
+_N_RANDOM = 256  # random points of the ordinary parameters that a draw's optimum is sought among; set by hand
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")  # below Optuna's own logger, to follow its verbosity
 
 
 class StopWhenConverged:
     """A callback for ``study.optimize`` that stops when the expected remaining gain is well below a score's noise.
 
-    The remaining gain is what stopping now is expected to miss: over Thompson draws, the mean of a draw's best total
-    within the budget less the draw's value of the configuration that the posterior mean prefers. It says what it
-    found in Optuna's log and in the study's user attribute ``rankadaptor:converged``.
+    The remaining gain is the expected loss of stopping now: the mean over Thompson draws of a draw's best value within
+    the budget minus its value of the configuration that the posterior mean prefers. Its statement goes to Optuna's log
+    and to the study's user attribute ``rankadaptor:converged``.
 
-    It keeps no state: any worker on the study comes to the same decision from the same trials. Trials that verify
-    a recommendation are let through.
+    It keeps no state: any worker on the study comes to the same decision from the same trials. Verification trials do
+    not stop the study.
 
     Args:
-        min_trials: Finished trials before which it does not stop.
-        patience: At so many trials in a row the remaining gain must be below the limit.
+        min_trials: Number of trials with a value below which it does not stop.
+        patience: Number of latest trials after each of which the remaining gain must be below the limit.
         tolerance: The limit as a multiple of the noise.
-        n_draws: Thompson draws.
-        space: See ``recommend``.
-        prior: See ``recommend``.
+        n_draws: Number of Thompson draws.
+        space: The rank space, see ``recommend``.
+        prior: The performance model's prior, see ``recommend``.
 
     Raises:
         ValueError: An argument is out of range; when called, the study has several objectives or its finished
@@ -63,39 +63,40 @@ class StopWhenConverged:
         """Stops the study where it has converged."""
         if verification_seed(trial) is not None:
             return
-        if len(study.directions) == 1 and not finished_trials(study, self._space):
+        reading = StudyReading(study, self._space)
+        if len(study.directions) == 1 and not reading.finished_trials:
             return
-        found = Findings(study, self._space, self._prior)
-        n = len(found.data.trials)
+        fitted = FittedStudy(reading, self._prior)
+        n = len(fitted.observations.trials)
         if n < self._min_trials:
             return
-        for fewer in range(max(1, n - self._patience + 1), n + 1):  # the latest last: the statement is about it
-            gain = remaining_gain(found, fewer, self._n_draws)
-            if gain >= self._tolerance * found.model.noise:
+        for fewer in range(max(1, n - self._patience + 1), n + 1):  # ends with n, which the statement is about
+            gain = remaining_gain(fitted, fewer, self._n_draws)
+            if gain >= self._tolerance * fitted.model.noise:
                 return
-        limit = f"{self._tolerance:g} times a score's noise of {found.model.noise:.2g}"
+        limit = f"{self._tolerance:g} times a score's noise of {fitted.model.noise:.2g}"
         statement = f"Converged after {n} trials: the expected remaining gain, {gain:.2g}, is below {limit}."
         study.set_user_attr(CONVERGED_ATTR, statement)
         _logger.info(statement)
         study.stop()
 
 
-def remaining_gain(found: Findings, n: int, n_draws: int) -> float:
-    """What stopping after the first ``n`` trials is expected to miss, in score units; fits the model to these.
+def remaining_gain(fitted: FittedStudy, n: int, n_draws: int) -> float:
+    """Returns the expected loss of stopping after the first ``n`` observations, in score units; fits the model to them.
 
-    Where there are constraints, draws are penalised as the posterior mean is, which bounds the gain from above.
+    With constraints, draws are penalised as the posterior mean is, which gives an upper bound.
     """
-    found.learn_from(n)
-    model, rng = found.model, np.random.default_rng(n)
+    fitted.fit_first(n)
+    model, rng = fitted.model, np.random.default_rng(n)
     mean = model.mean()
-    penalised, choice, point = found.best(mean)
+    penalised, choice, point = fitted.best(mean)
     penalty = penalised.plus(mean, -1)
     layers = np.arange(len(choice))
-    points = np.concatenate([point[None], found.points, found.encoding.random_points(_N_POINTS, rng)])
+    points = np.concatenate([point[None], fitted.points, fitted.encoding.random_points(_N_RANDOM, rng)])
     total = 0.0
     for _ in range(n_draws):
         draw = model.sample(rng).plus(penalty, 1)
         of_points = draw.of_ordinary(points)
-        best = draw.table[layers, found.allocations.best(draw.table)].sum() + of_points.max()
+        best = draw.table[layers, fitted.allocations.best(draw.table)].sum() + of_points.max()
         total += best - draw.table[layers, choice].sum() - of_points[0]
     return model.spread * total / n_draws

@@ -1,43 +1,41 @@
-"""Verification trials: a configuration once more, on a seed that the search did not use.
+"""Verification trials: configurations run again on seeds that the search did not use.
 
-They are ordinary trials of the study that carry ``rankadaptor:verify``, the seed, as a user attribute. The search
-leaves them alone: scores of another seed have another common offset, so they may be compared with each other only.
+They are ordinary trials of the study whose user attribute ``rankadaptor:verify`` is the seed. The search ignores them:
+scores of another seed have another common offset, so they are compared with scores of the same seed only.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from optuna.study import Study, StudyDirection
-from optuna.trial import TrialState
 
 from rankadaptor_optuna.attributes import VERIFY_ATTR
-from rankadaptor_optuna.sampling.history import constraints_of, verification_seed
+from rankadaptor_optuna.sampling.trials import constraints_of, has_finite_values, planned_params, verification_seed
+from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.surrogate.grid import Array
 
-_FIRST_SEED = 1_000_001  # far from the seeds that people give their studies
+_FIRST_SEED = 1_000_001  # far from the seeds that people give their studies; set by hand
 Configuration = tuple[Any, ...]
 
 
 def verification_seeds(n: int) -> list[int]:
-    """The first n seeds, the same in every study, so that a later verification is on the seeds of the earlier ones."""
+    """Returns the first n verification seeds, the same in every study: a later verification extends an earlier one."""
     return [_FIRST_SEED + i for i in range(n)]
 
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What verification trials say of a configuration against the uniform one.
+    """Gain of a configuration over the uniform one, measured by verification trials.
 
     Attributes:
-        gain: Mean difference to uniform on the same seeds, in score units, positive is better. As that of one chosen
-            among several by the same seeds it is on average too high.
-        interval: Its 95% t interval over the seeds, widened (Bonferroni) for having chosen among ``n_verified``.
-        n_seeds: Seeds on which both were run.
-        n_verified: Configurations with such a difference.
+        gain: Mean difference to uniform on the same seeds, in score units, positive is better. It is biased upwards
+            where the configuration was chosen among several by the same seeds.
+        interval: Its 95% t interval over the seeds, with a Bonferroni correction for ``n_verified`` comparisons.
+        n_seeds: Number of seeds on which both were run.
+        n_verified: Number of configurations compared with uniform.
     """
 
     gain: float
@@ -47,48 +45,50 @@ class Confirmation:
 
 
 class Verifications:
-    """A study's verification trials.
+    """The verification trials of a study.
 
     Args:
-        study: A study with one objective.
-        names: Parameters that make a configuration, in order.
+        reading: A study with one objective.
+        names: Parameters that identify a configuration, in order.
 
     Attributes:
         scores: Mean score of each verified configuration by seed, higher is better.
-        infeasible: Configurations that broke a constraint.
+        infeasible: Configurations that broke a constraint in a verification trial.
     """
 
-    def __init__(self, study: Study, names: Sequence[str]) -> None:
+    def __init__(self, reading: StudyReading, names: Sequence[str]) -> None:
         self.scores: dict[Configuration, dict[int, float]] = {}
         self.infeasible: set[Configuration] = set()
-        self._study, self._names = study, list(names)
+        self._study, self._names = reading.study, list(names)
         self._pending: set[tuple[Configuration, int]] = set()
-        sign = 1 if study.direction is StudyDirection.MAXIMIZE else -1
         found: dict[tuple[Configuration, int], list[float]] = {}
-        for trial in study.get_trials(deepcopy=False):
-            params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-            if (seed := verification_seed(trial)) is None or not params.keys() >= set(self._names):
+        for trial in reading.verification_trials:
+            params, seed = planned_params(trial), verification_seed(trial)
+            if seed is None or not params.keys() >= set(self._names):
                 continue
             key = self.configuration(params)
             if not trial.state.is_finished():
                 self._pending.add((key, seed))
-            elif trial.state is TrialState.COMPLETE and math.isfinite(trial.values[0]):
-                found.setdefault((key, seed), []).append(sign * trial.values[0])
+            elif has_finite_values(trial):
+                found.setdefault((key, seed), []).append(reading.sign * trial.values[0])
             if any(value > 0 for value in constraints_of(trial).values()):
                 self.infeasible.add(key)
         for (key, seed), values in found.items():
             self.scores.setdefault(key, {})[seed] = float(np.mean(values))
 
     def configuration(self, params: Mapping[str, Any]) -> Configuration:
-        """What tells one configuration from another."""
+        """Returns the values that identify a configuration."""
         return tuple(params[name] for name in self._names)
 
     def params(self, key: Configuration) -> dict[str, Any]:
-        """The parameters of a configuration."""
+        """Returns the parameters of a configuration."""
         return dict(zip(self._names, key, strict=True))
 
     def enqueue(self, configurations: Iterable[Mapping[str, Any]], n_seeds: int) -> None:
-        """Adds what is neither waiting, running nor done, seed by seed, so that pairs are complete early."""
+        """Enqueues runs of configurations on the first seeds, unless they are waiting, running or done.
+
+        Runs are ordered by seed, so that configurations can be compared early.
+        """
         wanted = list(configurations)
         for seed in verification_seeds(n_seeds):
             for params in wanted:
@@ -99,15 +99,23 @@ class Verifications:
                 self._pending.add((key, seed))
 
     def differences(self, key: Configuration, reference: Configuration) -> list[float]:
-        """How much better a configuration was than another on each seed that both were run on."""
+        """Returns a configuration's score minus that of ``reference`` for each seed on which both were run."""
         ours, theirs = self.scores.get(key, {}), self.scores.get(reference, {})
         return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
     def contrasts(self, encode: Callable[[Configuration], Array], limit: float) -> tuple[Array, Array]:
-        """What the seeds' scores say without their common offset: features (m, F) and scores (m,), higher is better.
+        """Returns the scores without the seeds' common offsets, as observations of the performance model.
 
-        A seed's n scores become n - 1 orthonormal contrasts, whose noise is independent again and as large as a
-        single score's. Scores further than ``limit`` from their seed's median (a recovery that diverged) are pulled in.
+        The n scores of a seed become n - 1 orthonormal contrasts, sums with weights that add up to 0: their noise is
+        independent, with the variance of a single score's.
+
+        Args:
+            encode: Returns the features of a configuration, (F,).
+            limit: Largest distance of a score from its seed's median, to which scores further away (a recovery that
+                diverged) are clipped.
+
+        Returns:
+            Features (m, F) and scores (m,), higher is better.
         """
         rows, values = [], []
         for seed in sorted({seed for by_seed in self.scores.values() for seed in by_seed}):

@@ -135,7 +135,7 @@ def test_every_value_survives_the_unit_cube():
         params = {name: choices[i % len(choices)] for name, choices in values.items()}
         point = np.asarray(encoding.point(params))
         assert ((point >= 0) & (point <= 1)).all()
-        decoded = encoding.decode(point)
+        decoded = encoding.ordinary_params(point)
         assert decoded == pytest.approx(params)
         assert [type(v) for v in decoded.values()] == [type(v) for v in params.values()]
 
@@ -144,15 +144,15 @@ def test_every_point_decodes_to_a_value_that_optuna_accepts():
     encoding, rng = Encoding(SPACE), np.random.default_rng(0)
     points = encoding.random_points(300, rng)
     assert points.shape == (300, encoding.width)
-    points = np.concatenate([points, encoding.near(points[0], 300, rng)])
+    points = np.concatenate([points, encoding.points_near(points[0], 300, rng)])
     for point in points:
-        for name, value in encoding.decode(point).items():
+        for name, value in encoding.ordinary_params(point).items():
             assert SPACE[name]._contains(SPACE[name].to_internal_repr(value)), (name, value)
 
 
 def test_random_points_give_every_grid_value_an_equal_share():
     encoding, rng = Encoding({"steps": SPACE["steps"], "x": SPACE["optimizer"]}), np.random.default_rng(0)
-    decoded = [encoding.decode(p) for p in encoding.random_points(2000, rng)]
+    decoded = [encoding.ordinary_params(p) for p in encoding.random_points(2000, rng)]
     for name, choices in (("steps", [10, 40, 70, 100]), ("x", ["adam", None, 3, True])):
         shares = [sum(d[name] is c or d[name] == c for d in decoded) / 2000 for c in choices]
         assert shares == pytest.approx([0.25] * 4, abs=0.04)
@@ -161,7 +161,7 @@ def test_random_points_give_every_grid_value_an_equal_share():
 def test_points_near_a_good_one_are_nearer_than_random_ones():
     encoding, rng = Encoding(SPACE), np.random.default_rng(0)
     good = encoding.random_points(1, rng)[0]
-    near, anywhere = encoding.near(good, 200, rng), encoding.random_points(200, rng)
+    near, anywhere = encoding.points_near(good, 200, rng), encoding.random_points(200, rng)
     assert np.abs(near - good).sum(1).mean() < 0.5 * np.abs(anywhere - good).sum(1).mean()
 
 
@@ -177,7 +177,7 @@ def test_sensitivities_go_to_the_ranks_of_their_names():
     encoding = Encoding({**dict.fromkeys(names, RANK), "lr": SPACE["lr"]}, sensitivity=known)
     assert encoding.rank_names == ["r_0", "r_2", "r_10"]
     assert encoding.grid.sensitivity.tolist() == [1, 2, 3]
-    assert not encoding.is_like(Encoding(encoding.space))
+    assert not encoding.is_like(Encoding(encoding.distributions))
 
 
 @pytest.mark.parametrize("known", [None, {}, {"r_0": 1.0, "r_1": 2.0}, {"r_0": 1.0, "r_1": 2.0, "r_2": float("nan")}])
@@ -185,4 +185,4 @@ def test_sensitivities_of_some_ranks_alone_are_not_heeded(known):
     names = ["r_0", "r_1", "r_2"]
     encoding = Encoding(dict.fromkeys(names, RANK), sensitivity=known)
     assert encoding.grid.sensitivity.tolist() == [0, 0, 0]
-    assert encoding.is_like(Encoding(encoding.space))
+    assert encoding.is_like(Encoding(encoding.distributions))

@@ -12,7 +12,9 @@ from optuna.trial import TrialState, create_trial
 from rankadaptor_optuna import RankAdaptorSampler
 from rankadaptor_optuna.attributes import ITEMS_ATTR, PROPOSAL_ATTR, SENSITIVITY_ATTR, VERIFY_ATTR
 from rankadaptor_optuna.sampling.encoding import Encoding
-from rankadaptor_optuna.sampling.history import Data, History, announced, verification_seed
+from rankadaptor_optuna.sampling.history import History
+from rankadaptor_optuna.sampling.observations import Observations
+from rankadaptor_optuna.sampling.trials import announced_ranks, verification_seed
 
 X = FloatDistribution(0, 1)
 RANK = IntDistribution(2, 12, step=2)
@@ -64,7 +66,7 @@ def test_each_trial_is_encoded_once(monkeypatch):
     for n in range(4):
         add(study, value=n)
         history.refresh()
-        assert len(encoded(study, history).data().rows) == n + 1
+        assert len(encoded(study, history).observations().features) == n + 1
     assert n_encoded == [1] * 4
 
 
@@ -74,8 +76,8 @@ def test_another_search_space_is_encoded_anew():
     history = history_of(study)
     assert encoded(study, history) is encoded(study, history)
     wider = encoded(study, history, {"x": X, "y": X})
-    assert len(wider.data().trials) == 1
-    assert wider.data().rows.shape[1] > encoded(study, history).data().rows.shape[1]
+    assert len(wider.observations().trials) == 1
+    assert wider.observations().features.shape[1] > encoded(study, history).observations().features.shape[1]
 
 
 def test_waiting_and_running_trials_are_unfinished_until_they_end():
@@ -97,10 +99,10 @@ def test_trials_are_in_order_of_number_whoever_finished_first():
     for i in (2, 0, 3, 1):
         study.tell(trials[i], i)
         history.refresh()
-        data = encoded(study, history).data()
+        data = encoded(study, history).observations()
     assert [t.number for t in history.finished] == [2, 0, 3, 1]
     assert [t.number for t in data.trials] == data.values[:, 0].tolist() == [0, 1, 2, 3]
-    assert data.rows.tolist() == encoded(study).data().rows.tolist()
+    assert data.features.tolist() == encoded(study).observations().features.tolist()
 
 
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.RUNNING])
@@ -137,7 +139,7 @@ def test_trials_from_before_a_range_changed_are_learned_from():
     study = optuna.create_study()
     for high in (1, 2):
         add(study, {"x": 0.5}, high, distributions={"x": FloatDistribution(0, high)})
-    assert len(encoded(study, space=history_of(study).searched).data().trials) == 2
+    assert len(encoded(study, space=history_of(study).searched).observations().trials) == 2
 
 
 def test_common_are_the_parameters_that_every_completed_trial_has():
@@ -181,7 +183,7 @@ def test_failed_and_infinite_trials_and_those_that_lack_a_parameter_are_left_out
     add(study, value=math.inf)
     add(study, state=TrialState.FAIL)
     add(study, {"y": 0.5}, 2)
-    assert [t.number for t in encoded(study).data().trials] == [0]
+    assert [t.number for t in encoded(study).observations().trials] == [0]
 
 
 def test_the_ranks_of_every_ended_trial_count_as_tried():
@@ -203,10 +205,10 @@ def test_the_ranks_that_a_trial_has_go_before_those_it_announced():
     study = optuna.create_study()
     add(study, {"r_0": 2, "r_1": 4}, 1, attrs={PROPOSAL_ATTR: [6, 6]})
     (trial,) = study.trials
-    assert announced(trial, ["r_0", "r_1"]) == (2, 4)
-    assert announced(trial, ["r_0", "r_2"]) == (6, 6)
-    assert announced(trial, ["r_0", "r_1", "r_2"]) is None
-    assert announced(trial, []) is None
+    assert announced_ranks(trial, ["r_0", "r_1"]) == (2, 4)
+    assert announced_ranks(trial, ["r_0", "r_2"]) == (6, 6)
+    assert announced_ranks(trial, ["r_0", "r_1", "r_2"]) is None
+    assert announced_ranks(trial, []) is None
 
 
 @pytest.mark.parametrize("slope", [-1.0, -0.1])
@@ -230,7 +232,7 @@ def reported(n=6, *, noise=0.0, step=3, slope=3.0):
 
 def extrapolated(study, **reports):
     add(study, reports={int(step.removeprefix("at_")): value for step, value in reports.items()})
-    data = encoded(study).data()
+    data = encoded(study).observations()
     assert data.variance[:-1].max(initial=0) == 0
     return data.values[-1, 0], data.variance[-1]
 
@@ -246,7 +248,7 @@ def test_each_pruned_trial_is_compared_at_its_own_last_step():
     study = reported()
     add(study, reports={3: 0.5})
     add(study, reports={3: 0.0, 4: -0.5})
-    assert encoded(study).data().values[-2:, 0] == pytest.approx([3.5, 3.5])
+    assert encoded(study).observations().values[-2:, 0] == pytest.approx([3.5, 3.5])
 
 
 def test_the_further_a_report_is_from_the_others_the_less_certain_its_value():
@@ -280,7 +282,7 @@ def test_reports_that_are_all_alike_give_the_mean():
 def test_a_pruned_trial_that_cannot_be_compared_is_left_out(n_completed, reports):
     study = reported(n_completed)
     add(study, reports=reports)
-    assert [t.number for t in encoded(study).data().trials] == [*range(n_completed)]
+    assert [t.number for t in encoded(study).observations().trials] == [*range(n_completed)]
 
 
 def test_a_trial_stopped_on_easy_items_gets_the_score_that_all_items_would_give():
@@ -290,7 +292,7 @@ def test_a_trial_stopped_on_easy_items_gets_the_score_that_all_items_would_give(
         items = level + easiness + 0.1 * rng.standard_normal(4)
         add_items(study, dict(enumerate(items.tolist())), float(items.mean()))
     add_items(study, {1: 2.5, 0: 2.0})  # each 2 above level 0, though far below the others' scores
-    data = encoded(study).data()
+    data = encoded(study).observations()
     assert data.values[-1, 0] == pytest.approx(2 + easiness.mean(), abs=0.5)
     assert data.values[-1, 0] > data.values[:-1, 0].max()
     assert data.variance[-1] > 0
@@ -301,7 +303,7 @@ def test_items_that_the_others_have_not_all_reported_say_nothing():
     for level in (0.0, 1.0, 2.0):
         add_items(study, {0: level, 1: level}, level)
     add_items(study, {0: 1.0, 2: 1.0})
-    assert len(encoded(study).data().trials) == 3
+    assert len(encoded(study).observations().trials) == 3
 
 
 def add_items(study, reports, value=None):
@@ -322,19 +324,19 @@ def test_a_later_completed_trial_makes_earlier_pruned_ones_comparable():
     study = reported(2)
     add(study, reports={3: 0.5})
     history = history_of(study)
-    assert len(encoded(study, history).data().trials) == 2
+    assert len(encoded(study, history).observations().trials) == 2
     add(study, value=3.5, reports={3: 0.5})
     history.refresh()
-    assert encoded(study, history).data().values[2] == pytest.approx(3.5)
+    assert encoded(study, history).observations().values[2] == pytest.approx(3.5)
 
 
 def test_pruned_trials_of_several_objectives_are_left_out():
     study = optuna.create_study(directions=["minimize", "maximize"])
     add(study, reports={0: 1.0})
-    assert encoded(study).data().values.shape == (0, 2)
+    assert encoded(study).observations().values.shape == (0, 2)
     for _ in range(3):
         add(study, value=[1, 2], reports={0: 1.0})
-    assert encoded(study).data().values.tolist() == [[1, 2]] * 3
+    assert encoded(study).observations().values.tolist() == [[1, 2]] * 3
 
 
 def constraint(*given):
@@ -352,7 +354,7 @@ def test_constraints_are_known_by_their_number_where_a_sampler_set_them():
         add(study, value=1, attrs={"constraints": [-1.0, second]})
     found = {name: values.tolist() for name, (_, values) in encoded(study).constraints().items()}
     assert found == {"0": [-1, -1], "1": [2, -2]}
-    assert encoded(study).data().feasible.tolist() == [False, True]
+    assert encoded(study).observations().feasible.tolist() == [False, True]
 
 
 @pytest.mark.skipif(not hasattr(optuna.trial.Trial, "set_constraint"), reason="Optuna 4 has no set_constraint")
@@ -365,7 +367,7 @@ def test_constraints_are_known_by_their_name_where_the_objective_set_them():
     add(study, value=1)
     ((name, (_, values)),) = encoded(study).constraints().items()
     assert (name, values.tolist()) == ("memory", [3, -1])
-    assert encoded(study).data().feasible.tolist() == [False, True, True]
+    assert encoded(study).observations().feasible.tolist() == [False, True, True]
 
 
 def test_where_only_violations_are_given_the_other_trials_count_as_keeping_the_constraint():
@@ -407,7 +409,7 @@ def test_constraints_are_learned_from_trials_that_have_no_value():
     ((rows, values),) = encoded(study).constraints().values()
     assert values.tolist() == [1, 2, -1]
     assert len({tuple(row) for row in rows.tolist()}) == 3
-    assert len(encoded(study).data().trials) == 1
+    assert len(encoded(study).observations().trials) == 1
 
 
 @pytest.mark.parametrize("running", [False, True])
@@ -427,7 +429,7 @@ def test_trials_that_verify_are_no_part_of_the_history(running):
     add(study, value=2.0)
     history.refresh()
     assert [t.number for t in history.finished] == [0, 2]
-    assert encoded(study, history).data().values[:, 0].tolist() == [1.0, 2.0]
+    assert encoded(study, history).observations().values[:, 0].tolist() == [1.0, 2.0]
 
 
 def test_an_ordinary_trial_has_no_verification_seed():
@@ -439,7 +441,7 @@ def test_an_ordinary_trial_has_no_verification_seed():
 
 def test_the_margin_is_the_share_of_the_latest_trials_that_broke_a_constraint():
     def margin(*kept):
-        return Data(np.zeros((0, 0)), np.zeros((0, 1)), np.zeros(0), [], np.asarray(kept, dtype=bool)).margin
+        return Observations(np.zeros((0, 0)), np.zeros((0, 1)), np.zeros(0), [], np.asarray(kept, dtype=bool)).margin
 
     assert margin() == 0
     assert margin(False, True) == 0.5

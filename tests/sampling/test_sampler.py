@@ -237,7 +237,7 @@ def test_of_several_draws_the_one_least_known_at_its_optimum_is_proposed(monkeyp
     model.update([list(ranks_of(t).values()) for t in known.trials], [t.value for t in known.trials])
 
     def uncertainty(n_draws):
-        monkeypatch.setattr("rankadaptor_optuna.sampling.sampler._DRAWS", n_draws)
+        monkeypatch.setattr("rankadaptor_optuna.sampling.sampler._N_DRAWS", n_draws)
         found = []
         for seed in range(12):
             study = new_study(seed=seed)

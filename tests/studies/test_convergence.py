@@ -10,7 +10,8 @@ from optuna.samplers import RandomSampler
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, StopWhenConverged, recommend
 from rankadaptor_optuna.attributes import CONVERGED_ATTR
 from rankadaptor_optuna.studies.convergence import remaining_gain
-from rankadaptor_optuna.studies.recommendation import Findings
+from rankadaptor_optuna.studies.fitted import FittedStudy
+from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.surrogate.allocations import Allocations
 from rankadaptor_optuna.surrogate.grid import RankGrid
 
@@ -105,7 +106,7 @@ def test_the_remaining_gain_shrinks_as_trials_come_in():
     worlds = [World(seed) for seed in range(4)]
     for world in worlds:
         world.study.optimize(world, n_trials=40)
-    found = [Findings(world.study, None) for world in worlds]
+    found = [FittedStudy(StudyReading(world.study)) for world in worlds]
     gains = [sum(remaining_gain(each, n, 32) for each in found) for n in (5, 15, 40)]
     assert gains[0] > gains[1] > gains[2] > 0
 
@@ -118,7 +119,7 @@ def test_another_parameter_that_is_not_settled_adds_to_the_remaining_gain():
 
         study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=seed))
         study.optimize(objective, n_trials=12)
-        return remaining_gain(Findings(study, SPACE, None), 12, 32)
+        return remaining_gain(FittedStudy(StudyReading(study, SPACE), None), 12, 32)
 
     without, beside = (sum(gain(seed, with_rate) for seed in range(4)) for with_rate in (False, True))
     assert beside > 1.1 * without

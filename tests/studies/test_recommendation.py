@@ -12,8 +12,8 @@ from optuna.trial import TrialState
 from scipy.stats import t
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study, recommend, verification_seed
-from rankadaptor_optuna.studies.reading import finished_trials, uniform_trials
-from rankadaptor_optuna.studies.recommendation import Findings
+from rankadaptor_optuna.studies.fitted import FittedStudy
+from rankadaptor_optuna.studies.reading import StudyReading
 
 SPACE = RankSpace(
     10, budget="uniform:8", layers=range(1, 9), costs=[100] * 4 + [120] * 4, fixed_ranks={0: 8, 9: 8}, fixed_cost=1600
@@ -38,7 +38,7 @@ def run(n_trials, *, noise=0.0, signal=1.0, seed=0, direction="maximize", space=
 
 def own_gain(study, ranks):
     """What the search predicts on its own seed: mean and standard deviation."""
-    return (float(x[0]) for x in Findings(study, SPACE).model.predict_gain([*ranks.values()]))
+    return (float(x[0]) for x in FittedStudy(StudyReading(study, SPACE)).model.predict_gain([*ranks.values()]))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_recommendation_by_sublayer_is_ready_for_peft_too(tmp_path):
     expected = {r"layers\." + m.replace(".", r"\.") + r"\..*": r for m, r in found.all_ranks.items() if r}
     assert found.rank_pattern == expected
     assert found.alpha_pattern == {pattern: 2 * rank for pattern, rank in expected.items()}
-    assert [t.number for t in uniform_trials(study)] == [0]
+    assert [t.number for t in StudyReading(study).uniform_trials] == [0]
 
 
 def test_the_evidence_says_what_the_recommendation_rests_on():
@@ -117,9 +117,9 @@ def test_the_evidence_says_what_the_recommendation_rests_on():
 def test_a_clear_signal_is_said_to_be_supported_but_on_one_seed():
     evidence = recommend(run(25)).evidence
     assert evidence.interval[0] < 0
-    supported = "Supported on the search's own seed alone: predicted gain over rank 8 everywhere +"
+    supported = "Supported on the search's own seed only: predicted gain over uniform rank 8 on fresh seeds +"
     assert evidence.statement.startswith(supported)
-    assert re.search(r"on fresh seeds, 95% interval -[\d.]+ to \+[\d.]+, from 25 trials\.$", evidence.statement)
+    assert re.search(r" \(95% interval -[\d.]+ to \+[\d.]+\), from 25 trials\.$", evidence.statement)
 
 
 def test_a_signal_so_large_that_other_seeds_will_have_it_is_said_to_be_supported():
@@ -128,13 +128,13 @@ def test_a_signal_so_large_that_other_seeds_will_have_it_is_said_to_be_supported
     study.optimize(lambda t: float(np.linspace(-3, 3, 8) @ np.log2([*space.suggest(t).values()])), n_trials=25)
     evidence = recommend(study).evidence
     assert evidence.interval[0] > 0
-    assert evidence.statement.startswith("Supported by the data: predicted gain over rank 8 everywhere +")
+    assert evidence.statement.startswith("Supported by the data: predicted gain over uniform rank 8 on fresh seeds +")
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_pure_noise_is_said_to_support_nothing(seed):
     statement = recommend(run(20, signal=0, noise=1, seed=seed)).evidence.statement
-    assert "does not support" in statement or "itself is recommended" in statement
+    assert statement.startswith(("Not yet supported by the data", "Keep uniform rank 8"))
 
 
 @pytest.mark.parametrize("signal", [0, 0.1, 1])
@@ -161,10 +161,7 @@ def test_the_uniform_configuration_may_be_the_answer():
     study.optimize(lambda trial: float(score(space.suggest(trial))), n_trials=2)
     found = recommend(study)
     assert found.ranks == space.uniform()
-    assert (
-        found.evidence.statement
-        == "After 2 trials rank 8 everywhere itself is recommended: nothing else is safely better."
-    )
+    assert found.evidence.statement == "Keep uniform rank 8: after 2 trials, no other configuration is safely better."
 
 
 def test_under_noise_the_model_is_followed_and_not_the_luckiest_trial():
@@ -185,7 +182,7 @@ def test_one_lucky_trial_is_not_recommended():
     assert study.best_trial.number == 20
     found = recommend(study)
     assert found.params != ranks
-    assert "does not support" in found.evidence.statement
+    assert found.evidence.statement.startswith("Not yet supported by the data")
 
 
 def any_study(name="r_{}", n_trials=15, n_layers=6, sampler=None):
@@ -209,7 +206,7 @@ def test_any_study_with_ranks_gets_a_recommendation():
     assert found.params.keys() == {*(f"r_{i}" for i in range(6)), "rate", "kind"}
     assert 1e-4 < found.params["rate"] < 1e-2
     assert found.params["kind"] == "b"
-    assert "the middle of each rank's range" in found.evidence.statement or "rank 8" in found.evidence.statement
+    assert "the middle of each rank's range" in found.evidence.statement or "uniform rank 8" in found.evidence.statement
 
 
 def test_a_space_given_later_puts_a_budget_on_any_study():
@@ -389,7 +386,7 @@ def test_the_interval_is_wider_where_one_of_several_was_chosen():
     half = t.ppf(1 - 0.025 / 2, 2) * np.std(np.subtract(ours, uniform), ddof=1) / np.sqrt(3)
     confirmed = found.evidence.confirmed
     assert confirmed.interval == pytest.approx((confirmed.gain - half, confirmed.gain + half))
-    assert "one chosen among 2: the gain flatters, the interval allows for it" in found.evidence.statement
+    assert "The interval, not the gain, allows for the choice among 2 configurations." in found.evidence.statement
 
 
 def test_a_confirmed_gain_is_that_of_the_same_seeds():
@@ -420,7 +417,7 @@ def test_where_verification_shows_a_loss_uniform_is_recommended():
     study.optimize(verifiable(gain=-1.0), n_trials=12)
     found = recommend(study)
     assert found.ranks == SPACE.uniform()
-    assert "3 verified on fresh seeds rank 8 everywhere itself is recommended" in found.evidence.statement
+    assert "after 15 trials and 3 configurations verified on fresh seeds" in found.evidence.statement
 
 
 def test_of_several_verified_configurations_the_one_that_did_well_is_preferred():
@@ -454,8 +451,8 @@ def test_the_search_after_verification_is_as_without_it():
     verified.optimize(verifiable(), n_trials=2)
     tried = [tuple(trial.params.values()) for trial in verified.trials if verification_seed(trial) is None]
     assert len(set(tried)) == len(tried) == 17
-    assert [trial.number for trial in uniform_trials(verified)] == [0]
-    assert max(trial.value for trial in finished_trials(verified)) < OFFSET
+    assert [trial.number for trial in StudyReading(verified).uniform_trials] == [0]
+    assert max(trial.value for trial in StudyReading(verified).finished_trials) < OFFSET
 
 
 def test_anyones_study_can_be_verified_with_its_other_parameters():

@@ -1,0 +1,52 @@
+"""Facts of a single trial: its ranks, its verification seed, its constraints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
+
+from rankadaptor_optuna.attributes import PROPOSAL_ATTR, VERIFY_ATTR
+
+
+def verification_seed(trial: BaseTrial) -> int | None:
+    """Returns the seed of a verification trial; None for an ordinary trial, which takes the study's own seed.
+
+    ``RecoveryObjective`` follows it. An objective of your own follows it by drawing everything random from it::
+
+        seed = verification_seed(trial)
+        return train_and_score(ranks, seed=0 if seed is None else seed)
+    """
+    seed = trial.user_attrs.get(VERIFY_ATTR)
+    return None if seed is None else int(seed)
+
+
+def planned_params(trial: FrozenTrial) -> dict[str, Any]:
+    """Returns a trial's parameters, with those that ``enqueue_trial`` fixed and the trial has not taken yet."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+
+
+def announced_ranks(trial: FrozenTrial, names: Sequence[str]) -> tuple[int, ...] | None:
+    """Returns a trial's ranks in the order of ``names``.
+
+    Where some of its parameters are not stored yet, returns the ranks that its worker announced for it, and None
+    without an announcement of that length.
+    """
+    ranks: list[Any] = [trial.params.get(name) for name in names]
+    if None in ranks:
+        ranks = trial.system_attrs.get(PROPOSAL_ATTR, [])
+    return tuple(ranks) if names and len(ranks) == len(names) else None
+
+
+def constraints_of(trial: FrozenTrial) -> dict[str, float]:
+    """Returns the constraints that a trial was given, by name; a constraint is kept where it is at most 0."""
+    if hasattr(trial, "constraints"):
+        return dict(trial.constraints)
+    return {str(i): c for i, c in enumerate(trial.system_attrs.get("constraints") or ())}  # Optuna 4
+
+
+def has_finite_values(trial: FrozenTrial) -> bool:
+    """Returns whether a trial is complete and all its objective values are finite."""
+    return trial.state is TrialState.COMPLETE and all(map(math.isfinite, trial.values))

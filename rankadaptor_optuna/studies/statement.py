@@ -1,0 +1,69 @@
+"""The statement of a recommendation: how far the data supports it, in a sentence or two."""
+
+from __future__ import annotations
+
+from rankadaptor_optuna.studies.verification import Confirmation
+from rankadaptor_optuna.surrogate.grid import Array
+
+
+def uniform_statement(uniform: Array, n_trials: int, n_verified: int) -> str:
+    """Returns the statement where the uniform configuration, (L,), is recommended.
+
+    Args:
+        uniform: The uniform configuration, (L,).
+        n_trials: Number of trials that the performance model learned from.
+        n_verified: Number of configurations that were verified.
+    """
+    verified = f" and {n_verified} configurations verified on fresh seeds" if n_verified else ""
+    return f"Keep {_name(uniform)}: after {n_trials} trials{verified}, no other configuration is safely better."
+
+
+def gain_statement(
+    uniform: Array,
+    n_trials: int,
+    gain: float,
+    interval: tuple[float, float],
+    *,
+    holds_on_own_seed: bool,
+    confirmed: Confirmation | None,
+) -> str:
+    """Returns the statement where other ranks than the uniform configuration are recommended.
+
+    Args:
+        uniform: The uniform configuration, (L,).
+        n_trials: Number of trials that the performance model learned from.
+        gain: Predicted gain over uniform on fresh seeds, in score units.
+        interval: Its central 95% interval.
+        holds_on_own_seed: Whether the predicted gain on the search's own seed is positive with 97.5% confidence.
+        confirmed: Measured gain; None without verification.
+    """
+    if interval[0] > 0:
+        support = "Supported by the data"
+    elif confirmed is not None:
+        support = "Not supported by the search alone"
+    elif holds_on_own_seed:
+        support = "Supported on the search's own seed only"
+    else:
+        support = "Not yet supported by the data"
+    predicted = f"{support}: predicted gain over {_name(uniform)} on fresh seeds {_with_interval(gain, interval)}"
+    return f"{predicted}, from {n_trials} trials.{_confirmation(confirmed)}"
+
+
+def _confirmation(confirmed: Confirmation | None) -> str:
+    if confirmed is None:
+        return ""
+    low, high = confirmed.interval
+    verdict = "Confirmed" if low > 0 else "Worse than uniform" if high < 0 else "Not confirmed"
+    measured = f"measured gain {_with_interval(confirmed.gain, confirmed.interval)}"
+    said = f" {verdict} on {confirmed.n_seeds} fresh seeds: {measured}."
+    if confirmed.n_verified > 1:
+        said += f" The interval, not the gain, allows for the choice among {confirmed.n_verified} configurations."
+    return said
+
+
+def _name(uniform: Array) -> str:
+    return f"uniform rank {uniform[0]:g}" if len(set(uniform)) == 1 else "the middle of each rank's range"
+
+
+def _with_interval(gain: float, interval: tuple[float, float]) -> str:
+    return f"{gain:+.4f} (95% interval {interval[0]:+.4f} to {interval[1]:+.4f})"
