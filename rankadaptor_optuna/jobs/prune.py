@@ -36,5 +36,5 @@ def prune_checkpoint(
     with progress_bar("prune") as progress:
         pruned = prune(dense, tokenizer, progress=progress, **settings)
     pruned.save(out, tokenizer)
-    ratio = settings.get("ratio", 0.25)
+    ratio = pruned.model.config.pruning["ratio"]
     return PruneResult(pruned, ratio, n_parameters(dense), n_parameters(pruned.model), out)
