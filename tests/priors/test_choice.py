@@ -72,7 +72,7 @@ def test_a_prior_of_a_file_has_the_identity_of_its_weights(url, tmp_path):
     assert identity(run(url, tmp_path / "p.safetensors")) == f"custom:{OTHER.checksum}"
 
 
-def test_a_stored_prior_proposes_as_the_same_weights_from_anywhere(url):
+def test_proposals_do_not_depend_on_where_the_priors_weights_are_stored(url):
     stored, given, shipped = (
         run(url, prior, 6, name) for prior, name in (("db:mine", "a"), (OTHER, "b"), ("pretrained", "c"))
     )
@@ -102,7 +102,7 @@ def test_a_worker_that_was_given_another_prior_follows_the_study(url, warnings, 
     assert len(told) == is_told  # once, not at each trial
 
 
-def test_of_workers_that_begin_together_the_last_writers_prior_counts(url):
+def test_the_prior_written_last_counts_for_workers_that_begin_together(url):
     study = run(url, "db:mine", 2)
     study.set_user_attr(PRIOR_ATTR, "none")  # as if another had written at the same moment
     study.optimize(lambda trial: sum(i * r for i, r in SPACE.suggest(trial).items()), n_trials=4)
@@ -161,7 +161,7 @@ def test_a_bad_prior_stops_a_study_by_name_and_leaves_no_trial_running(url):
         recommend(optuna.load_study(study_name="t", storage=url))
 
 
-def test_a_study_goes_on_with_the_shipped_prior_if_told_to_and_all_follow(url, warnings):
+def test_on_bad_prior_replaces_it_with_the_shipped_prior_for_all_workers(url, warnings):
     run(url, "db:mine", 2)
     break_weights(url)
     study = run(url, "db:mine", 2, on_bad_prior="pretrained")
@@ -172,7 +172,7 @@ def test_a_study_goes_on_with_the_shipped_prior_if_told_to_and_all_follow(url, w
     assert identity(run(None, "nowhere", on_bad_prior="pretrained")) == f"pretrained:{SHIPPED.checksum}"
 
 
-def test_what_a_worker_cannot_have_is_said(url, monkeypatch, warnings):
+def test_a_prior_that_a_worker_cannot_read_is_explained(url, monkeypatch, warnings):
     study = run(url, OTHER, 2)
     with pytest.raises(ValueError, match=f"began with a prior of its own, of checksum {OTHER.checksum}: give that"):
         run(url, "pretrained")
@@ -193,7 +193,7 @@ def test_what_a_worker_cannot_have_is_said(url, monkeypatch, warnings):
         ({"on_bad_prior": "ignore"}, 'on_bad_prior must be "raise" or "pretrained"'),
     ],
 )
-def test_what_is_no_prior_is_refused_at_once(settings, says):
+def test_an_invalid_prior_is_refused_by_the_constructor(settings, says):
     with pytest.raises(ValueError, match=says):
         RankAdaptorSampler(**settings)
 

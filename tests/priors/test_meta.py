@@ -80,7 +80,7 @@ def test_a_bad_prior_costs_little_and_soon_nothing(learned):
     assert abs(cost(25)) < 0.03
 
 
-def test_the_card_says_from_what_when_and_how_well_it_transfers():
+def test_the_card_holds_tasks_time_and_transfer():
     tasks = [replace(task(i, 20 + i), name=f"s{i}") for i in range(10)]
     card = meta_train(tasks, max_epochs=2, hidden=4).card
     assert card["tasks"] == [{"name": f"s{i}", "layers": task(i).grid.n_layers, "trials": 20 + i} for i in range(10)]

@@ -33,7 +33,7 @@ def tasks(n, n_layers=10, n_trials=24):
     return made
 
 
-def test_pretraining_knows_before_the_first_trial_what_its_tasks_had_in_common():
+def test_pretraining_predicts_the_tasks_common_part_before_the_first_trial():
     network = pretrain(tasks(8), steps=800)
     test = configurations(100, seed=1)
     model = PerformanceModel(SPACE, mode="paper", prior=network)
@@ -52,7 +52,7 @@ def opposed(seed, n_trials=24):
     return MetaTask(RankGrid.from_space(SPACE), ranks, (-1) ** seed * (np.linspace(-1, 1, 10) * ranks).sum(1))
 
 
-def test_reptile_starts_where_few_trials_take_it_far():
+def test_reptile_learns_more_than_an_untrained_network_from_few_trials():
     def correlation(network, n_trials=8):
         found = []
         for seed in range(100, 110):

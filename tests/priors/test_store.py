@@ -68,13 +68,13 @@ def test_a_version_is_listed_with_its_size_time_and_studies(store):
 
 
 @pytest.mark.parametrize("text", ["db:", "db:a b", "db:mine@0", "db:mine@x", "mine", "db:-a", f"db:{'a' * 65}", "db:ä"])
-def test_what_is_no_reference_is_refused(text):
+def test_an_invalid_reference_is_refused(text):
     with pytest.raises(ValueError, match="expected a prior like db:NAME or db:NAME@3"):
         parse_reference(text)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "mine@1", "db:mine", "a" * 65])
-def test_what_is_no_name_is_refused(name, store):
+def test_an_invalid_name_is_refused(name, store):
     with pytest.raises(ValueError, match="expected a prior like db:NAME"):
         store.add(name, prior())
 
@@ -84,7 +84,7 @@ def test_references_name_the_newest_or_one_version():
     assert parse_reference("db:mine@12") == ("mine", 12)
 
 
-def test_what_is_not_there_is_named_with_what_is(store, url):
+def test_a_missing_version_is_named_with_the_existing_ones(store, url):
     assert store.versions() == []
     assert sqlalchemy.inspect(sqlalchemy.create_engine(url)).get_table_names() == []  # reading makes no tables
     with pytest.raises(ValueError, match=r"there is no prior db:mine in sqlite:.*; there is none at all"):
@@ -125,7 +125,7 @@ def test_pruning_keeps_the_newest_and_what_studies_use(store):
         store.prune(0)
 
 
-def test_what_belongs_to_deleted_studies_is_collected(store):
+def test_uses_and_versions_of_deleted_studies_are_collected(store):
     assert store.collect([]) == ([], [])
     for _ in range(5):
         store.add("mine", prior())

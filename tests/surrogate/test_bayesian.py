@@ -133,7 +133,7 @@ def test_the_gain_is_the_difference_of_predictions_and_surer_than_both():
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
-def test_what_lasts_of_a_gain_is_less_and_less_sure_however_many_trials_there_are(direction):
+def test_the_lasting_gain_is_smaller_and_stays_uncertain_after_many_trials(direction):
     ranks = configurations(200)
     model = BayesianModel(SPACE, prior=None, direction=direction)
     model.update(ranks, score(ranks) if direction == "maximize" else -score(ranks))
@@ -146,7 +146,7 @@ def test_what_lasts_of_a_gain_is_less_and_less_sure_however_many_trials_there_ar
     assert np.ravel(model.predict_lasting_gain([8.0] * 10)).tolist() == [0, 0]
 
 
-def test_the_beliefs_table_says_what_predict_does_at_the_total_rank_of_the_best_trial():
+def test_the_beliefs_table_agrees_with_predict_at_the_total_rank_of_the_best_trial():
     model, tried = fitted(), configurations(40)
     best = tried[score(tried).argmax()]
     test = np.stack([np.random.default_rng(i).permutation(best) for i in range(20)])
@@ -157,7 +157,7 @@ def test_the_beliefs_table_says_what_predict_does_at_the_total_rank_of_the_best_
     assert values * model.spread + score(tried).mean() == pytest.approx(mean)
 
 
-def test_what_the_total_rank_alone_decides_is_no_sum_over_layers_and_yet_is_learned():
+def test_an_effect_of_the_total_rank_alone_is_learned():
     def of_total(ranks):
         return -((np.log2(1 + ranks).sum(1) - 32) ** 2)
 
@@ -249,7 +249,7 @@ def test_the_gain_over_uniform_is_a_difference_of_configurations():
     assert np.asarray(same) == pytest.approx(np.asarray(model.predict_gain(test)))
 
 
-def test_a_lower_bound_is_half_a_standard_deviation_below_the_gain_and_bounded_by_its_belief():
+def test_a_lower_bound_is_half_a_standard_deviation_below_the_gain_and_its_belief_touches_it():
     model, best = fitted(20), configurations(20)[score(configurations(20)).argmax()]
     test = np.stack([np.random.default_rng(i).permutation(best) for i in range(20)])  # where a belief is linear
     columns = np.searchsorted(SPACE.candidates, test)

@@ -29,45 +29,6 @@ def mlp():
     return MLP([rng.standard_normal(s) for s in sizes], [rng.standard_normal(s[1]) for s in sizes])
 
 
-def test_the_grid_of_a_space_has_its_layers_by_relative_depth():
-    assert GRID.n_layers == 3
-    assert GRID.depth.tolist() == [0.25, 0.5, 0.75]
-    assert GRID.padded_values().tolist() == [[2, 4, 8]] * 3
-    assert GRID.costs.tolist() == [10, 20, 30]
-    assert GRID.profile.tolist() == [0.1, 0.2, 0.6]
-    assert GRID.reference.tolist() == [4, 4, 4]
-
-
-def test_the_grid_of_sublayers_has_two_series_along_the_same_depth():
-    space = RankSpace(
-        9,
-        (2, 4, 8),
-        "uniform:5",
-        layers=[2, 6],
-        costs=[1, 2, 3, 4],
-        profile=[0.1, 0.2, 0.3, 0.4],
-        granularity="sublayer",
-    )
-    grid = RankGrid.from_space(space)
-    assert (grid.n_layers, grid.n_series) == (4, 2)
-    assert grid.depth.tolist() == [0.25, 0.25, 0.75, 0.75]
-    assert grid.series.tolist() == [0, 1, 0, 1]
-    assert grid.costs.tolist() == [1, 2, 3, 4]
-    assert grid.profile.tolist() == [0.1, 0.2, 0.3, 0.4]
-    assert grid.reference.tolist() == [4] * 4
-
-
-def test_short_rows_of_candidates_are_padded_with_their_last():
-    grid = RankGrid(np.zeros(2), [np.asarray([1.0, 2, 3]), np.asarray([4.0])], np.zeros(2), np.ones(2), np.ones(2))
-    assert grid.padded_values().tolist() == [[1, 2, 3], [4, 4, 4]]
-    assert (grid.low, grid.high) == (1, 4)
-
-
-def test_scaled_ranks_span_minus_one_to_one_and_equal_ratios_are_equal_steps():
-    grid = RankGrid.from_space(RankSpace(1, (1, 3, 7, 15)))
-    assert grid.scaled(np.asarray([1, 3, 7, 15])) == pytest.approx([-1, -1 / 3, 1 / 3, 1])
-
-
 def test_a_single_candidate_does_not_divide_by_zero():
     assert np.isfinite(layer_features(RankGrid.from_space(RankSpace(1, (8,))), np.asarray([[8.0]]), None)).all()
 
@@ -165,7 +126,7 @@ def test_the_mlp_is_told_rank_depth_and_standardised_profile():
     assert profile.argmax() == 2
 
 
-def test_an_even_profile_says_nothing():
+def test_an_even_profile_is_standardised_to_zeros():
     grid = RankGrid.from_space(RankSpace(3, profile=[0.3, 0.3, 0.3]))
     assert (mlp_inputs(grid, np.ones((1, 3)))[..., 2] == 0).all()
 
@@ -208,7 +169,7 @@ def test_sensitivities_are_relative_to_their_mean_and_negative_ones_count_as_non
 
 
 @pytest.mark.parametrize("sensitivity", [[0.0, 0, 0], [-1.0, 0, -2], [3.0, 3, 3]])
-def test_a_sensitivity_that_says_nothing_leaves_the_features_as_they_were(mlp, sensitivity):
+def test_a_constant_sensitivity_adds_no_features(mlp, sensitivity):
     grid = replace(GRID, sensitivity=np.asarray(sensitivity))
     assert feature_groups(grid, mlp) == feature_groups(GRID, mlp)
     np.testing.assert_array_equal(layer_features(grid, RANKS, mlp), layer_features(GRID, RANKS, mlp))

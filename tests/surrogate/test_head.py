@@ -75,7 +75,7 @@ def test_without_observations_everything_is_the_prior():
 
 @pytest.mark.parametrize("h", [NARROW, WIDE])
 @pytest.mark.parametrize("apart", [0, 0.25, 2])
-def test_what_is_shared_is_told_from_what_is_a_studys_own_as_by_a_gaussian(h, apart):
+def test_the_shared_weights_are_those_of_a_conditional_gaussian(h, apart):
     prior = np.diag(h.std**2)
     shared = prior / (1 + apart)
     cross = NEW @ shared @ X.T

@@ -60,14 +60,14 @@ def test_a_budget_below_the_cheapest_choice_is_refused():
         solve(np.zeros((3, 2)), np.asarray([[2, 4]] * 3), 5)
 
 
-def test_the_optimum_is_taken_where_it_is_unseen():
+def test_an_unseen_optimum_is_returned():
     values, costs, budget = knapsack(3)
     assert (
         solve_unseen(values, costs, budget, seen_in({(9,)}), np.random.default_rng(0)) == solve(values, costs, budget)
     ).all()
 
 
-def test_every_feasible_choice_comes_once_and_then_the_space_is_done():
+def test_every_feasible_choice_is_returned_once_before_any_is_repeated():
     rng = np.random.default_rng(0)
     values, costs, budget = rng.standard_normal((4, 3)), np.asarray([[2, 4, 8]] * 4), 20.0
     expected = {tuple(c) for c in every_choice(values, costs, budget)[0].tolist()}
@@ -102,7 +102,7 @@ def test_candidates_that_are_not_allowed_are_never_chosen():
     assert len(seen) == 4
 
 
-def test_wide_ranges_lose_nothing_to_the_few_moves_that_are_tried():
+def test_exchanges_among_few_candidates_lose_next_to_nothing_on_wide_ranges():
     rng = np.random.default_rng(0)
     for _ in range(5):
         costs = np.tile(np.arange(64.0), (20, 1)) * rng.integers(1, 5, (20, 1))

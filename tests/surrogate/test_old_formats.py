@@ -69,7 +69,7 @@ def test_a_performance_model_of_format_4_predicts_what_it_did(name, mean, std, g
         (PerformanceModel.load, "performance-model-3", "'performance-model-4'"),
     ],
 )
-def test_another_number_is_refused_in_one_line(read, number, readable, tmp_path):
+def test_an_unknown_format_number_is_refused_in_one_line(read, number, readable, tmp_path):
     save_file({"mean": np.zeros(2)}, tmp_path / "f", metadata={"format": number})
     with pytest.raises(ValueError, match=rf"^[a-z ]+ '.*/f' has format '{number}'; this version reads {readable}\.$"):
         read(tmp_path / "f")

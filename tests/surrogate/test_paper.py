@@ -126,7 +126,7 @@ def test_an_uncertain_score_counts_less():
     assert told.noise < 0.9 * misled.noise
 
 
-def test_other_observations_start_it_anew():
+def test_other_observations_restart_the_training():
     model, fresh = fitted(), fitted(12)
     model.fit(fresh.features, score(configurations(12)))
     np.testing.assert_array_equal(predictions(model), predictions(fresh))

@@ -36,11 +36,6 @@ def test_the_card_is_kept_beside_the_weights(prior, tmp_path):
     assert Prior.load(tmp_path / "p.safetensors").card == card
 
 
-def test_the_flat_card_of_an_earlier_version_is_read(prior, tmp_path):
-    save_file(prior.tensors, tmp_path / "p.safetensors", metadata={"format": "1", "learned_from": "12 studies"})
-    assert Prior.load(tmp_path / "p.safetensors").card == {"learned_from": "12 studies"}
-
-
 def test_the_checksum_is_that_of_the_weights_alone(prior):
     assert dataclasses.replace(prior, card={"a": 1}).checksum == prior.checksum
     assert dataclasses.replace(prior, mean=prior.mean + 1e-12).checksum != prior.checksum
@@ -85,10 +80,3 @@ def test_there_is_a_shipped_prior_and_it_can_be_switched_off():
     assert np.isfinite(np.concatenate([a.ravel() for a in arrays(shipped)])).all()
     assert (shipped.std > 0).all()
     assert load_prior(None) is None
-
-
-def test_a_prior_of_the_first_format_is_used_as_it_was(prior, tmp_path):
-    save_file(prior.tensors, tmp_path / "p.safetensors", metadata={"format": "1"})
-    used = Prior.load(tmp_path / "p.safetensors")
-    assert used.checksum == prior.checksum
-    assert used.mlp(np.ones((2, 3))).tolist() == prior.mlp(np.ones((2, 3))).tolist()

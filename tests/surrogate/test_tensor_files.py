@@ -22,7 +22,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
         write_tensors(tmp_path / "no/such/folder/f", {"a": np.zeros(1)}, {"format": "a-1"})
 
 
-def test_what_cannot_be_read_is_named_by_kind_and_path(tmp_path):
+def test_an_unreadable_file_is_named_by_kind_and_path(tmp_path):
     write_tensors(tmp_path / "f", {"a": np.zeros(1)}, {"format": "a-1"})
     with pytest.raises(ValueError, match=r"thing '.*/f' has format 'a-1'; this version reads 'b-1'"):
         read_tensors(tmp_path / "f", "thing", "b-1")
