@@ -73,6 +73,18 @@ def test_attention_and_mlp_may_need_rank_at_different_depths():
     assert errors[0] < 0.5 * errors[1]
 
 
+def test_an_effect_of_attention_ranks_is_expected_of_mlp_ranks_by_a_third():
+    space, depth = RankSpace(10, granularity="sublayer"), np.linspace(0, 1, 10)
+    ranks = np.full((40, 20), 8.0)
+    ranks[:, ::2] = np.random.default_rng(0).choice(space.candidates, (40, 10))  # attention's alone vary
+    model = BayesianModel(space, prior=None)
+    model.update(ranks, np.log2(1 + ranks[:, ::2]) @ (depth - 0.5))
+    table = model.mean().table
+    worth = table[:, -1] - table[:, 0]
+    attention, mlp = (np.polyfit(depth, part, 1)[0] for part in (worth[::2], worth[1::2]))
+    assert mlp / attention == pytest.approx(1 / 3, abs=0.1)
+
+
 def test_more_trials_make_the_prediction_surer():
     test = configurations(20, seed=1)
     assert fitted(80).predict(test)[1].mean() < 0.7 * fitted(15).predict(test)[1].mean()
@@ -270,6 +282,31 @@ def test_a_constraints_mean_has_its_sign():
     mean = model.constraint(model.encode(ranks), limit)
     values = mean.offset + mean.table[np.arange(10), np.searchsorted(SPACE.candidates, test)].sum(1)
     assert np.mean((values > 0) == (test.sum(1) > 70)) > 0.9
+
+
+def sensitive_model():
+    """Returns a model of layers whose sensitivities differ."""
+    sensitivity = np.asarray([1.0, 1, 1, 5, 1, 1, 1, 1, 3, 1])
+    return BayesianModel(replace(RankGrid.from_space(SPACE), sensitivity=sensitivity), prior=None)
+
+
+def test_sensitivities_are_believed_before_any_trial():
+    model = sensitive_model()
+    draws = np.stack([model.sample(np.random.default_rng(seed)).table for seed in range(200)])
+    worth = draws[:, :, -1] - draws[:, :, 0]
+    assert np.mean(worth[:, 3] > worth[:, 4]) > 0.95
+
+
+def test_ten_trials_refute_misleading_sensitivities():
+    def truth(ranks):
+        return np.log2(1 + ranks) @ (1 / sensitive_model().grid.sensitivity)
+
+    found, test = [], configurations(200, seed=99)
+    for seed in range(5):
+        model, ranks = sensitive_model(), configurations(10, seed)
+        model.update(ranks, truth(ranks) + 0.2 * np.random.default_rng(seed).standard_normal(10))
+        found.append(np.corrcoef(model.predict(test)[0], truth(test))[0, 1])
+    assert np.mean(found) > 0.85
 
 
 @pytest.mark.parametrize("with_prior", [False, True])

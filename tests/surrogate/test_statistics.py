@@ -18,6 +18,15 @@ def test_scores_far_from_the_rest_count_in_full_and_diverged_ones_little():
     assert standardise(diverged).targets.argmax() == 20
 
 
+def test_a_loss_that_diverged_to_random_guessing_does_not_set_the_scale():
+    alike = 2.1 + 0.05 * np.random.default_rng(0).standard_normal(20)
+    found = standardise(np.append(alike, np.log(256)))  # the loss of guessing one byte of 256, 60 deviations off
+    assert (found.location, found.spread) == pytest.approx((alike.mean(), alike.std()))
+    assert found.targets[:-1] == pytest.approx((alike - alike.mean()) / alike.std())
+    assert found.targets[-1] > 2 * found.targets[:-1].max()
+    assert found.doubt[-1] == pytest.approx((found.targets[-1] / 2) ** 2, rel=0.2)
+
+
 @pytest.mark.parametrize("n", [2, 3, 10])
 @pytest.mark.parametrize("coverage", [0.95, 0.9, 1 - 0.05 / 4])
 def test_the_t_interval_is_scipys(n, coverage):
