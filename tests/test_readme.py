@@ -25,7 +25,7 @@ NEEDS_MODEL = re.compile(r"load_model|from_pretrained|rankadaptor-out")
 SMALL = {
     "quickstart": "--trials 2 --steps 2",
     "search": "--trials 2",
-    "compare": "--seeds 1",
+    "compare": "--seeds 2",
     "export": "--steps 2",
     "dashboard": "--port 0",
 }
