@@ -113,9 +113,10 @@ def compare(
     settings |= {"ranks": found.ranks.to_json()}
     write_json(out / "compare.json", {"settings": settings, "rows": [vars(row) for row in rows]})
     comparison = Comparison(rows, settings, space.budget, fresh, found.ranks, uniform, out)
-    write_text(out / "compare.md", as_markdown(table(rows)) + "\n\n" + verdict(rows) + "\n")
-    figure(rows).savefig(out / "compare.png", dpi=120)
-    say(verdict(rows))
+    if OURS in methods:
+        write_text(out / "compare.md", as_markdown(table(rows)) + "\n\n" + verdict(rows) + "\n")
+        figure(rows).savefig(out / "compare.png", dpi=120)
+        say(verdict(rows))
     if comparison.over_budget:
         say(f"Over the budget of {space.budget:,.0f} parameters: {', '.join(comparison.over_budget)}")
     return comparison
@@ -165,8 +166,10 @@ class _Bench:
         (examples, suite), metric = self._report, self._evaluation.metric
         with bar("loss", len(examples)) as shown:
             losses = block_losses(model, examples, on_batch=lambda done: shown.update(done - shown.n))
-        with bar("tasks", 0) as shown:
-            scores = suite.evaluate(model, on_requests=shown.update) if suite else []
+        scores = []
+        if suite:
+            with bar("tasks", 0) as shown:
+                scores = suite.evaluate(model, on_requests=shown.update)
         return {
             "scores": {metric: suite.weighted(scores, metric)} if suite and metric != "loss" else {},
             "loss": float(losses.mean()),

@@ -1,77 +1,96 @@
 from __future__ import annotations
 
 import json
-import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from rankadaptor_optuna.cli import main
 from rankadaptor_optuna.jobs import compare as module
-from rankadaptor_optuna.jobs.compare import METHODS, Row, compare, fisher_ranks, table, verdict
+from rankadaptor_optuna.jobs.compare import compare, fisher_ranks
 from rankadaptor_optuna.jobs.recipe import Evaluation, Recipe
+from rankadaptor_optuna.jobs.results import DENSE, METHODS, NONE, OURS, UNIFORM, Comparison, PairedDifference, Row
 from rankadaptor_optuna.jobs.search import search
+from rankadaptor_optuna.jobs.stored import load_pruned_job
 from rankadaptor_optuna.objective import examples_of
+from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.references import fisher_information
 from rankadaptor_optuna.recovery.tasks import TaskSuite
 
-RECIPE = {
-    "pruning": {"ratio": 0.2, "multiple_of": 8, "n_samples": 4, "sample_length": 32},
-    "space": {"candidates": [2, 4, 8], "budget": "uniform:4"},
-    "training": {"steps": 5, "learning_rate": 0.01},
-}
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compare") / "c"
+
+
+@pytest.fixture(scope="module")
+def compared(searched, folder):
+    """All methods and the dense model on three fresh seeds; it found its study by itself."""
+    options = {"pruned": searched.out / "pruned", "methods": (DENSE, *METHODS), "say": lambda line: None}
+    return compare(searched.storage, None, folder, **options)
 
 
 @pytest.fixture
-def recipe(model, tokenizer, texts, tmp_path):
-    model.save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text("\n\n".join(texts * 3))
-    data = {"train": str(tmp_path / "text.txt"), "block_length": 32}
-    return Recipe.from_dict({**RECIPE, "model": str(tmp_path / "dense"), "data": data})
+def again(searched):
+    """Compares as ``compared`` did, in another folder."""
+
+    def again(out, study_name=None, **options):
+        options = {"pruned": searched.out / "pruned", "methods": (DENSE, *METHODS), "say": lambda line: None, **options}
+        return compare(searched.storage, study_name, out, **options)
+
+    return again
 
 
 @pytest.fixture
-def searched(recipe, tmp_path):
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    found = search(recipe, tmp_path / "out", trials=4, storage=url, say=lambda line: None)
-    return url, tmp_path / "out" / "pruned", found.recommendation
+def job(searched):
+    return load_pruned_job(searched.recipe, searched.out / "pruned", searched.recommendation.ranks, "search")
 
 
-def test_every_method_recovers_within_the_budget_on_fresh_seeds_and_unseen_text(searched, recipe, tokenizer, tmp_path):
-    url, pruned, found = searched
-    rows = compare(url, "search", tmp_path / "c", pruned=pruned, say=lambda line: None).rows
-    assert [row.method for row in rows] == list(METHODS)
-    by = {row.method: row for row in rows}
-    model, _, _ = Recipe.from_dict(recipe.to_dict() | {"model": str(pruned)}).read_model()
-    job = recipe.objective(model, tokenizer)
-    for row in rows[1:]:
+def test_every_method_recovers_within_the_budget_on_fresh_seeds_and_unseen_text(compared, searched, job):
+    assert [row.method for row in compared.rows] == [DENSE, *METHODS]
+    assert compared.references == ["LoRA, uniform", "AdaLoRA", "EVA", "Fisher-proportional"]
+    assert compared.seeds == (1000, 1001, 1002)
+    none, dense = compared.row(NONE), compared.row(DENSE)
+    for row in compared.rows[2:]:
         assert len(set(row.losses)) == 3
-        assert max(row.losses) < by["no recovery"].losses[0]
-        assert 0.5 * job.space.budget < row.parameters <= 1.005 * job.space.budget, row.method
-    assert by["RankAdaptor"].parameters == job.space.cost(found.ranks)
-    assert by["no recovery"].parameters == 0
-    report = examples_of(tokenizer, recipe.read_data().report, length=32, mask_prompt=True)
-    with job.recovered(found.ranks, seed=1001) as adapted:
-        assert by["RankAdaptor"].losses[1] == pytest.approx(block_losses(adapted, report).mean(), abs=1e-6)
+        assert max(row.losses) < none.losses[0]
+        assert 0.5 * compared.budget < row.parameters <= 1.005 * compared.budget, row.method
+    assert none.parameters == dense.parameters == 0
+    assert (len(none.losses), len(dense.losses)) == (1, 1)
+    assert dense.total_parameters > none.total_parameters == sum(p.numel() for p in job.model.parameters())
+    ranks = searched.recommendation.ranks
+    assert compared.row(OURS).parameters == job.space.cost(ranks) <= compared.budget == job.space.budget
+    assert compared.row(OURS).total_parameters == none.total_parameters + compared.row(OURS).parameters
+    report = examples_of(job.tokenizer, searched.recipe.read_data().report, length=32, mask_prompt=True)
+    with job.recovered(ranks, seed=1001) as adapted:
+        assert compared.row(OURS).losses[1] == pytest.approx(block_losses(adapted, report).mean(), abs=1e-6)
 
 
-def test_it_goes_on_where_it_stopped_and_writes_table_and_picture(searched, tmp_path, monkeypatch):
-    url, pruned, _ = searched
-    first = compare(url, "search", tmp_path / "c", pruned=pruned, seeds=2, say=lambda line: None)
-    monkeypatch.setattr(module, "_recover_and_measure", lambda *args: pytest.fail("computed again"))
-    assert compare(url, "search", tmp_path / "c", pruned=pruned, seeds=2, say=lambda line: None) == first
-    assert (tmp_path / "c" / "compare.png").stat().st_size > 1000
-    markdown = (tmp_path / "c" / "compare.md").read_text()
-    assert all(f"| {method} |" in markdown for method in METHODS)
+def test_it_goes_on_where_it_stopped_and_measures_only_new_ranks_anew(compared, folder, again, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "c")
     stored = json.loads((tmp_path / "c" / "compare.json").read_text())
-    assert stored["rows"][-1]["losses"] == first.rows[-1].losses
+    assert stored["rows"][-1]["losses"] == compared.rows[-1].losses
+    real, measured = module._recover_and_measure, []
+    monkeypatch.setattr(module, "_recover_and_measure", lambda *args: measured.append(args) or real(*args))
+    assert again(tmp_path / "c").rows == compared.rows
+    assert measured == []
+    found = module.recommend
+    other = Ranks.uniform(compared.ranks, 2)
+    monkeypatch.setattr(module, "recommend", lambda study: replace(found(study), ranks=other))
+    changed = again(tmp_path / "c", seeds=2)
+    assert {(args[0], args[2] == other) for args in measured} == {(OURS, True)}
+    assert changed.rows[1:-1] == again(tmp_path / "c", seeds=2).rows[1:-1]
+    assert changed.row(OURS).losses != compared.row(OURS).losses[:2]
+    monkeypatch.setattr(module, "recommend", lambda study: replace(found(study), ranks=compared.uniform))
+    same = again(tmp_path / "c")
+    assert same.row(OURS).losses == same.row(UNIFORM).losses == compared.row(UNIFORM).losses
+    assert len(measured) == 2, "the recommendation is uniform, which has been measured"
 
 
-def test_tasks_given_are_columns_scored_on_items_to_report_on(searched, tmp_path, local_task, monkeypatch):
-    url, pruned, _ = searched
+def test_tasks_given_are_scored_on_items_to_report_on(again, tmp_path, local_task, monkeypatch):
     parts = []
     real = TaskSuite.__init__
     monkeypatch.setattr(
@@ -79,46 +98,41 @@ def test_tasks_given_are_columns_scored_on_items_to_report_on(searched, tmp_path
         "__init__",
         lambda self, *a, **kw: parts.append((kw["part"], kw["limit"])) or real(self, *a, **kw),
     )
-    options = {"tasks": ["facts"], "include_path": str(local_task), "limit": 4}
-    rows = compare(url, "search", tmp_path / "c", pruned=pruned, seeds=2, say=lambda line: None, **options).rows
+    options = {"tasks": ["facts"], "include_path": str(local_task), "limit": 4, "seeds": 2}
+    row = again(tmp_path / "c", methods=[UNIFORM], **options).row(UNIFORM)
     assert parts == [("report", 4)]
-    assert set(rows[-1].accuracies) == {"facts"}
-    assert len(rows[-1].accuracies["facts"]) == 2
-    assert "facts" in table(rows)[0]
+    assert [len(accuracies) for accuracies in row.accuracies.values()] == [2]
+    with pytest.raises(ValueError, match=r"--out .*c belongs to other settings: limit was 4, now 3\. Use those"):
+        again(tmp_path / "c", methods=[UNIFORM], **{**options, "limit": 3})
 
 
 def test_the_recipes_tasks_and_its_metric_are_compared_by_default(recipe, tmp_path, local_task):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     evaluation = Evaluation(("facts",), "margin", limit=4, report_limit=6, include_path=str(local_task))
-    search(replace(recipe, evaluation=evaluation), tmp_path / "out", trials=3, storage=url, say=lambda line: None)
-    said = []
-    rows = compare(url, "search", tmp_path / "c", pruned=tmp_path / "out" / "pruned", seeds=2, say=said.append).rows
-    assert set(rows[-1].accuracies) == {"facts"}
-    assert len(rows[-1].scores["margin"]) == 2
-    assert "margin" in table(rows)[0]
-    assert "By the margin that was searched on it is" in said[-1]
+    recipe = replace(recipe, evaluation=evaluation)
+    search(recipe, tmp_path / "out", trials=1, storage=url, say=lambda line: None)
+    options = {"pruned": tmp_path / "out" / "pruned", "methods": (UNIFORM, OURS), "seeds": 2, "say": lambda line: None}
+    found = compare(url, "search", tmp_path / "c", **options)
+    assert set(found.row(OURS).accuracies) == {"facts"}
+    assert len(found.row(OURS).scores["margin"]) == 2
+    assert found.paired(UNIFORM, "margin").verdict == "tie"
 
 
-def test_the_command_prints_the_table_or_refuses_in_one_line(searched, tmp_path, capsys):
-    url, pruned, _ = searched
-    arguments = ["--storage", url, "--pruned", str(pruned)]
-    assert main(["compare", "--out", str(tmp_path / "c"), "--seeds", "2", *arguments]) == 0
-    out = capsys.readouterr().out
-    assert "trainable parameters" in out
-    assert "paired over 2 fresh seeds" in out
-    for more, says in (
-        (["--seeds", "1"], "seeds must be at least 2"),
-        (["--study", "none"], "no study named 'none'"),
-        (["--out", str(tmp_path / "out")], "belongs to other settings"),
+def test_what_cannot_be_compared_is_refused_before_any_work(searched, recipe, again, tmp_path, monkeypatch):
+    monkeypatch.setattr(Recipe, "open_model", lambda *args: pytest.fail("loaded a model"))
+    short = replace(recipe, training=replace(recipe.training, steps=3))
+    monkeypatch.setattr(module, "stored_study", lambda *args: (searched.study, short))
+    for options, says in (
+        ({"seeds": 1}, "seeds must be at least 2"),
+        ({"methods": ["LoRA"]}, "no method named 'LoRA'; there are dense, no recovery, LoRA, uniform"),
+        ({}, "AdaLoRA needs at least 4 training steps, got 3"),
     ):
-        assert main(["compare", "--out", str(tmp_path / "x"), *arguments, *more]) == 2
-        assert says in capsys.readouterr().err
+        with pytest.raises(ValueError, match=says):
+            again(tmp_path / "x", **options)
     assert not (tmp_path / "x").exists()
 
 
-def test_fisher_ranks_grow_with_a_layers_information_within_the_budget(searched, recipe, tokenizer):
-    model, _, _ = Recipe.from_dict(recipe.to_dict() | {"model": str(searched[1])}).read_model()
-    job = recipe.objective(model, tokenizer)
+def test_fisher_ranks_grow_with_a_layers_information_within_the_budget(job):
     ranks = fisher_ranks(job)
     assert job.space.is_feasible(ranks)
     information = fisher_information(job.model, job.train)
@@ -126,60 +140,45 @@ def test_fisher_ranks_grow_with_a_layers_information_within_the_budget(searched,
     assert [ranks[layer] for layer in order] == sorted(ranks.values())
 
 
-def test_the_verdict_says_wins_and_losses_alike():
-    losses = {
-        "no recovery": [4.0],
-        "LoRA, uniform": [2.3, 2.41, 2.5],
-        "AdaLoRA": [1.5, 1.6, 1.71],
-        "EVA": [2.5, 2.61, 2.7],
-        "Fisher-proportional": [2.0, 2.2, 2.1],
-        "RankAdaptor": [2.0, 2.1, 2.2],
-    }
-    found = verdict([Row(method, losses[method], {}, {}, 10, 1.0) for method in METHODS])
-    assert "margin" not in found
-    scores = {method: {"margin": [-x for x in values]} for method, values in losses.items()}
-    both = verdict([Row(method, losses[method], {}, scores[method], 10, 1.0) for method in METHODS])
-    assert both.startswith(found)
-    assert both.split("By the margin")[1].count("better than") == 2
-    assert "WORSE than AdaLoRA (-0.4967 margin, 95% interval -0.5110 to -0.4823)" in both
-    assert "better than LoRA, uniform (-26" in found
-    assert "WORSE than AdaLoRA (+" in found
-    assert "better than EVA" in found
-    assert "not told apart from Fisher-proportional" in found
-
-
-def test_a_score_that_differs_by_the_same_on_every_seed_is_not_called_better():
-    scores = {method: [0.5, 0.52, 0.54] for method in METHODS} | {"RankAdaptor": [0.52, 0.54, 0.56]}
-    found = verdict([Row(method, [2.0, 2.1, 2.3], {}, {"accuracy": scores[method]}, 10, 1.0) for method in METHODS])
-    assert "not told apart from EVA (+0.0200 accuracy with every seed, which leaves no spread to judge by)" in found
-    assert "better" not in found
-
-
-def test_the_table_has_means_and_intervals():
-    few = {"a": [0.1], "b": [0.3]}
-    rows = [Row(method, [3.0], few, {}, 10, 1.0) for method in METHODS]
-    rows[-1] = Row("RankAdaptor", [1.0, 1.0, 1.0], {"a": [0.5, 0.6, 0.7], "b": [0.7, 0.6, 0.5]}, {}, 1234567, 2.4)
-    lines = table(rows)
-    assert lines[0] == ["recovery", "perplexity", "a", "b", "average", "trainable parameters", "seconds"]
-    half = 100 * 4.302652729911275 * np.std([0.5, 0.6, 0.7], ddof=1) / math.sqrt(3)
-    assert lines[-1] == [
-        "RankAdaptor",
-        "2.72 ± 0.00",
-        f"60.00 ± {half:.2f}",
-        f"60.00 ± {half:.2f}",
-        "60.00 ± 0.00",
-        "1,234,567",
-        "2",
-    ]
-    assert lines[1][2:5] == ["10.00", "30.00", "20.00"]
-
-
-def test_a_method_over_the_budget_tries_again_with_less(searched, recipe, tokenizer, monkeypatch):
-    model, _, _ = Recipe.from_dict(recipe.to_dict() | {"model": str(searched[1])}).read_model()
-    job = recipe.objective(model, tokenizer)
+def test_a_method_over_the_budget_tries_again_with_less(job, monkeypatch):
     tried = []
     monkeypatch.setattr(module, "adapter_parameters", lambda adapted: 10**9 if len(tried) < 3 else 1)
     real = module.eva
     monkeypatch.setattr(module, "eva", lambda *a, rank, **kw: tried.append(rank) or real(*a, rank=rank, **kw))
     module._recover_and_measure("EVA", job, {}, 0, lambda adapted: {})
     assert tried == [4, 3, 2]
+
+
+LOSSES = {
+    NONE: [4.0],
+    UNIFORM: [2.3, 2.41, 2.5],
+    "AdaLoRA": [1.5, 1.6, 1.71],
+    "EVA": [2.1, 2.2, 2.3],
+    "Fisher-proportional": [2.0, 2.2, 2.1],
+    OURS: [2.0, 2.1, 2.2],
+}
+
+
+def made_up(tmp_path, budget):
+    scores = {method: {"margin": [-x for x in losses]} for method, losses in LOSSES.items()}
+    rows = [Row(method, losses, {}, scores[method], 10, 1.0) for method, losses in LOSSES.items()]
+    return Comparison(rows, {}, budget, (0, 1, 2), Ranks({0: 2}), Ranks({0: 4}), tmp_path)
+
+
+def test_paired_differences_tell_wins_from_losses_and_ties(tmp_path):
+    found = made_up(tmp_path, 10)
+    for measure in ("loss", "margin"):
+        verdicts = {method: found.paired(method, measure).verdict for method in found.references}
+        assert verdicts == {UNIFORM: "better", "AdaLoRA": "worse", "EVA": "tie", "Fisher-proportional": "tie"}
+    paired = found.paired(UNIFORM)
+    test = stats.ttest_rel(LOSSES[OURS], LOSSES[UNIFORM])
+    assert paired.mean == pytest.approx(np.mean(LOSSES[OURS]) - np.mean(LOSSES[UNIFORM]))
+    assert paired.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert not paired.alike
+    assert found.paired("EVA").alike, "the same on every seed leaves no spread to judge by"
+    assert PairedDifference.of("loss", np.zeros(3)).verdict == "tie"
+
+
+def test_a_method_is_over_the_budget_by_more_than_the_tolerance(tmp_path):
+    assert made_up(tmp_path, 9.9).over_budget == list(METHODS)
+    assert made_up(tmp_path, 9.96).over_budget == made_up(tmp_path, None).over_budget == []
