@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from rankadaptor_optuna.pruning.auto_classes import register_when_imported
 
 if TYPE_CHECKING:
-    from rankadaptor_optuna.objective import RecoveryObjective, note_sensitivity
+    from rankadaptor_optuna.objective import RecoveryObjective
     from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
     from rankadaptor_optuna.sampling.trials import verification_seed
     from rankadaptor_optuna.space import RankSpace
     from rankadaptor_optuna.studies.convergence import StopWhenConverged
     from rankadaptor_optuna.studies.recommendation import recommend
+    from rankadaptor_optuna.studies.sensitivity_note import note_sensitivity
     from rankadaptor_optuna.studies.storage import create_study
     from rankadaptor_optuna.surrogate.performance_model import PerformanceModel
     from rankadaptor_optuna.views.dashboard import publish_dashboard
@@ -33,7 +34,7 @@ _HOMES = {
     "RecoveryObjective": "objective",
     "StopWhenConverged": "studies.convergence",
     "create_study": "studies.storage",
-    "note_sensitivity": "objective",
+    "note_sensitivity": "studies.sensitivity_note",
     "publish_dashboard": "views.dashboard",
     "recommend": "studies.recommendation",
     "verification_seed": "sampling.trials",

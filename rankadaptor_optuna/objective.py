@@ -1,94 +1,92 @@
-"""RecoveryObjective: one trial = ranks in, score out."""
+"""RecoveryObjective: recovers a pruned model with a trial's ranks and returns its score."""
 
 from __future__ import annotations
 
-import gc
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
-from rankadaptor_optuna.attributes import ITEMS_ATTR, SENSITIVITY_ATTR
+from rankadaptor_optuna.attributes import ITEMS_ATTR
 from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS, LoraSettings, Ranks
-from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
+from rankadaptor_optuna.recovery.data import examples_of
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config
+from rankadaptor_optuna.recovery.memory import free_memory, peak_memory
 from rankadaptor_optuna.recovery.processes import broadcast, fail_together, process_index
-from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
 from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.space import RankSpace
+from rankadaptor_optuna.studies.sensitivity_note import note_sensitivity
 
-if TYPE_CHECKING:
-    import torch
-
-# of a trial, not of the program; out of memory is torch's RuntimeError, and so is a killed data loader
+# Failures of a trial, not of the program. Out of memory and a killed data loader are RuntimeErrors of torch.
 _FAILURES = (RuntimeError, FloatingPointError, MemoryError, OSError)
-_ITEMS_AT_ONCE = 4  # a forward pass of block_losses
+_ITEMS_AT_ONCE = 4  # held-out blocks between two decisions of the pruner; one forward pass of block_losses
 
 
 class RecoveryObjective:
     """Recovers a pruned model with the trial's ranks and scores it, by its loss on held-out text or by lm-eval tasks.
 
-    The model is loaded once and reused: each trial attaches an adapter, trains it and takes it off again. Every trial
-    sees the same data in the same order and the same (nested) initialisation, so that scores differ by the ranks
-    alone. Create the study with ``direction=objective.direction``: a lower loss is better, a higher margin or accuracy.
+    The model is loaded once and reused: each trial attaches an adapter, trains it and removes it. Every trial has the
+    same data in the same order and the same (nested) initialisation, so scores differ by the ranks alone. Create the
+    study with ``direction=objective.direction``.
 
-    A trial that fails (loss not finite, out of memory, data that cannot be read) becomes a FAIL trial with its reason
-    in the user attribute ``fail_reason``; what it held is freed, and the study goes on.
+    A trial that fails (loss not finite, out of memory, unreadable data) becomes a FAIL trial with its reason in the
+    user attribute ``fail_reason``; its memory is freed, and the study goes on.
 
-    A trial of uniform ranks also measures how sensitive the loss is to each layer's adapter, once a study, by a forward
-    and a backward pass over the held-out data: the performance model expects rank to be worth most where that is high.
+    The first trial of uniform ranks also measures how sensitive the loss is to each layer's adapter, see
+    ``note_sensitivity``.
 
-    With ``report_every`` a trial reports its loss on the first held-out blocks along the way (negative where higher is
-    better), and stops where the study's pruner says so. With ``report_items`` it reports, once trained, the loss of
-    each held-out block, the block's index as step, in an order of its own: ``WilcoxonPruner`` may end the evaluation
-    after any batch. A trial that was stopped is PRUNED: the performance model learns what its reports predict, never a
-    mean over some of the items. Trials that verify a recommendation do not report. A finished trial has the user
-    attributes ``trainable_parameters``, ``seconds``, ``tokens_per_second`` (of training), on a GPU ``peak_gpu_mib``,
-    elsewhere ``peak_rss_mib`` (the process's largest resident set so far, earlier trials included; none on Windows),
-    and with tasks ``loss``, ``accuracy``, ``margin`` (weighted means) and ``TASK:accuracy``, ``TASK:margin`` of each.
+    With ``report_every`` a trial reports its loss on the first held-out blocks during training (negated where higher
+    scores are better) and stops where the study's pruner decides so. With ``report_items`` it reports the loss of each
+    held-out block after training, with the block's index as step and in an order of its own: ``WilcoxonPruner`` may end
+    the evaluation after any batch. A stopped trial is PRUNED: the performance model learns the score that its reports
+    predict, not a mean over some items. Verification trials do not report.
+
+    User attributes of a finished trial: ``trainable_parameters``, ``seconds``, ``tokens_per_second`` (of training), on
+    a GPU ``peak_gpu_mib``, elsewhere ``peak_rss_mib`` (largest resident set of the process so far, earlier trials
+    included; not on Windows), and with tasks ``loss``, ``accuracy``, ``margin`` (weighted means) and
+    ``TASK:accuracy``, ``TASK:margin`` of each task.
 
     Args:
         model: The pruned model, or anything with such a ``.model``. Its weights are not changed.
         tokenizer: Its tokenizer.
         space: The rank space.
-        train: Texts to train on, packed into blocks; or records with ``instruction``, ``output`` and perhaps ``input``,
-            an example each, of whose tokens the response's count (``instruction_examples``).
+        train: Training data: texts, packed into blocks; or records with ``instruction``, ``output`` and, optionally,
+            ``input``, one example each, see ``instruction_examples``.
         validation: Texts or records to score on.
         training: Settings of the training loop.
-        block_length: Tokens per block; of a record at most.
-        validation_blocks: Blocks or records to score on, at most.
-        mask_prompt: Whether of records the response alone counts.
+        block_length: Tokens per block, or largest number of tokens of a record.
+        validation_blocks: Largest number of blocks or records to score on.
+        mask_prompt: Whether only the response of a record counts in the loss.
         targets: Names of the adapted modules.
         alpha_ratio: LoRA's alpha as a multiple of the rank.
-        alpha: LoRA's alpha in all layers, whatever their ranks. Default: by ``alpha_ratio``.
+        alpha: One LoRA alpha for all layers, whatever their ranks. Default: by ``alpha_ratio``.
         dropout: LoRA's dropout.
         tasks: lm-eval tasks to evaluate each trial on. Default: none.
-        metric: What the score is: ``"loss"``, nats per token; ``"margin"`` or ``"accuracy"``, the mean over the tasks
-            by their weights. The margin is the smoother one: an accuracy on few items is too coarse to search on.
+        metric: The score: ``"loss"``, nats per token; ``"margin"`` or ``"accuracy"``, weighted mean over the tasks.
+            The margin is smoother: an accuracy on few items is too coarse to search on.
         report_every: Steps between reports to Optuna's pruner. Default: none.
-        report_blocks: Held-out blocks or records that a report is made on, the first ones.
-        report_items: Whether to report the final evaluation block by block (or record) instead, with metric ``"loss"``:
-            lm-eval runs the items of all its tasks in one go.
-        seed: Seed of data order and initialisation, common to all trials but those that verify, which bring their own.
+        report_blocks: Number of held-out blocks or records, the first ones, in such a report.
+        report_items: Whether to report the final evaluation block by block (or record) instead; with metric ``"loss"``
+            only, as lm-eval runs the items of all its tasks in one go.
+        seed: Seed of data order and initialisation of all trials but verification trials, which have their own.
         on_step: Called with (step, loss) during training.
 
-    Raises:
-        ValueError: A text is too short for one block, a record lacks a field, a setting is not positive, reports are of
-            both kinds or items not of the metric, or there is no task that the metric can be measured on.
-
     Attributes:
-        direction: ``"minimize"`` or ``"maximize"``: for ``create_study``.
+        direction: Direction for ``create_study``: ``"minimize"`` for the loss, else ``"maximize"``.
+
+    Raises:
+        ValueError: A text is too short for one block, a record lacks a field, a setting is out of range, reports are of
+            both kinds or do not fit the metric, or no task has the metric.
     """
 
     def __init__(
@@ -147,13 +145,13 @@ class RecoveryObjective:
         on_step: Callable[[Any, int], None] | None = None,
         on_trained: Callable[[TrainingResult], None] | None = None,
     ) -> Iterator[Any]:
-        """The model recovered with ``ranks`` (of the searched layers), as a context: the adapter is gone after it.
+        """Recovers the model with some ranks of the searched layers for the time of the context.
 
         Args:
-            ranks: As the space's ``suggest`` returns them.
-            seed: Another seed of data order and initialisation than the study's.
-            on_step: Called with the model and the number of steps done after each.
-            on_trained: Called with what the training did.
+            ranks: Rank of each searched layer or sublayer.
+            seed: Seed of data order and initialisation. Default: the study's.
+            on_step: Called after each step with the model and the number of steps done.
+            on_trained: Called with the result of the training.
 
         Raises:
             ValueError: A searched layer, or sublayer, has no rank.
@@ -184,7 +182,7 @@ class RecoveryObjective:
             yield model
 
     def follow(self) -> None:
-        """Takes part, as another than the main process, in its recoveries until it calls ``release``."""
+        """Takes part in the main process's recoveries until it calls ``release``; for all other processes."""
         device = next(self.model.parameters()).device
         while True:
             on, seed, *ranks = broadcast([0, 0, *([0] * len(self.space.modules))], device)
@@ -193,15 +191,15 @@ class RecoveryObjective:
             try:
                 with self.recovered(Ranks(zip(self.space.modules, ranks, strict=True)), seed=seed):
                     pass
-            except _FAILURES:  # the main process says so of the trial
-                _free_memory()
+            except _FAILURES:  # the main process records it
+                free_memory()
 
     def release(self) -> None:
-        """Ends what other processes do in ``follow``; on the main process, once no more recoveries come."""
+        """Ends ``follow`` on all other processes; for the main process, after its last recovery."""
         broadcast([0, 0, *([0] * len(self.space.modules))], next(self.model.parameters()).device)
 
     def __call__(self, trial: Trial) -> float:
-        """The score by the objective's metric; NaN, which Optuna records as FAIL, where the recovery failed.
+        """Returns the score of a trial; NaN, which Optuna records as FAIL, where the recovery failed.
 
         Raises:
             optuna.TrialPruned: The study's pruner stopped the trial.
@@ -209,13 +207,7 @@ class RecoveryObjective:
         ranks = self.space.suggest(trial)
         trial.set_user_attr("trainable_parameters", int(self.space.cost(ranks)))
         seed = verification_seed(trial)
-
-        def report(model: Any, done: int) -> None:  # noqa: ANN401
-            if self._report_every and done % self._report_every == 0 and done < self.training.steps:
-                loss = float(block_losses(model, self._report).mean())
-                trial.report(loss if self.direction == "minimize" else -loss, done)
-                if trial.should_prune():
-                    raise TrialPruned(f"stopped after {done} of {self.training.steps} steps")
+        on_step = partial(self._report_step, trial) if seed is None and self._report_every else None
 
         def note(result: TrainingResult) -> None:
             trial.set_user_attr("tokens_per_second", round(result.tokens / result.seconds, 1))
@@ -223,8 +215,8 @@ class RecoveryObjective:
         start, failed = time.perf_counter(), None
         try:
             with (
-                _peak_memory(trial, next(self.model.parameters()).device),
-                self.recovered(ranks, seed=seed, on_step=report if seed is None else None, on_trained=note) as model,
+                peak_memory(next(self.model.parameters()).device, trial.set_user_attr),
+                self.recovered(ranks, seed=seed, on_step=on_step, on_trained=note) as model,
             ):
                 score = self._score(trial, model, by_item=self._report_items and seed is None)
                 note_sensitivity(trial, self.space, model, self.held_out)
@@ -232,12 +224,25 @@ class RecoveryObjective:
                 raise FloatingPointError(f"the {self.metric} on held-out data is {score}.")
         except _FAILURES as error:
             failed = f"{type(error).__name__}: {error}"[:500]
-        if failed is not None:  # the error is gone by now, and with it what its frames held
+        if failed is not None:  # here the error no longer keeps its frames and their tensors alive
             trial.set_user_attr("fail_reason", failed)
-            _free_memory()
+            free_memory()
             return float("nan")
         trial.set_user_attr("seconds", round(time.perf_counter() - start, 2))
         return score
+
+    def _report_step(self, trial: Trial, model: Any, done: int) -> None:  # noqa: ANN401
+        """Reports the loss on the first held-out blocks at every ``report_every``-th step but the last.
+
+        Raises:
+            optuna.TrialPruned: The study's pruner stopped the trial.
+        """
+        assert self._report_every is not None
+        if done % self._report_every == 0 and done < self.training.steps:
+            loss = float(block_losses(model, self._report).mean())
+            trial.report(loss if self.direction == "minimize" else -loss, done)
+            if trial.should_prune():
+                raise TrialPruned(f"stopped after {done} of {self.training.steps} steps")
 
     def _score(self, trial: Trial, model: Any, *, by_item: bool) -> float:  # noqa: ANN401
         losses = self._losses_by_item(trial, model) if by_item else block_losses(model, self.held_out)
@@ -255,7 +260,7 @@ class RecoveryObjective:
         return found[self.metric]
 
     def _losses_by_item(self, trial: Trial, model: Any) -> NDArray[np.float64]:  # noqa: ANN401
-        """Reports the loss of each held-out block; the order is shuffled lest the first ones decide every trial."""
+        """Reports the loss of each held-out block, in an order of the trial's own: no block decides every trial."""
         trial.set_user_attr(ITEMS_ATTR, True)
         losses = np.zeros(len(self.held_out))
         order = np.random.default_rng([self.seed, trial.number]).permutation(len(losses)).tolist()
@@ -269,108 +274,15 @@ class RecoveryObjective:
         return losses
 
 
-def note_sensitivity(
-    trial: Trial,
-    space: RankSpace,
-    model: Any,  # noqa: ANN401
-    data: torch.Tensor | Examples,
-) -> None:
-    """Tells the study how sensitive the loss is to each layer: where the sampler expects rank to be worth most.
-
-    ``RecoveryObjective`` does so by itself. An objective of your own calls it at the end of each trial: it measures in
-    one of uniform ranks (the first that ``RankAdaptorSampler`` proposes), once a study, and else does nothing.
-
-    Args:
-        trial: The trial, after ``space.suggest(trial)``.
-        space: The rank space.
-        model: The PEFT model that was trained with the trial's ranks.
-        data: What the trial is scored on: blocks of token ids, (n, length), or examples. See ``sensitivities``.
-    """
-    study = getattr(trial, "study", None)  # which a FixedTrial has not
-    uniform = space.uniform()
-    is_uniform = bool(uniform.adapted) and space.to_params(uniform).items() <= trial.params.items()
-    if study is None or not is_uniform or verification_seed(trial) is not None or SENSITIVITY_ATTR in study.user_attrs:
-        return
-    found = space.by_module(sensitivities(model, data))
-    if not all(map(math.isfinite, found.values())):  # the recovery diverged; another uniform trial may tell
-        return
-    study.set_user_attr(SENSITIVITY_ATTR, {space.name(module): value for module, value in found.items()})
-
-
-def examples_of(
-    tokenizer: Any,  # noqa: ANN401
-    data: Sequence[str] | Sequence[Mapping[str, Any]],
-    *,
-    length: int,
-    mask_prompt: bool,
-    limit: int | None = None,
-) -> Examples:
-    """Examples of texts, packed into blocks, or of instruction records.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        data: Texts or records.
-        length: Tokens of a block; of a record at most.
-        mask_prompt: Whether of records the response alone counts.
-        limit: At most so many blocks or records. Default: all.
-
-    Raises:
-        ValueError: There is too little text, a record lacks a field, or there are some of each.
-    """
-    records = [item for item in data if isinstance(item, Mapping)]
-    if not records:
-        texts = [item for item in data if isinstance(item, str)]
-        return Examples.of_blocks(token_blocks(tokenizer, texts, length, limit))
-    if len(records) < len(data):
-        raise ValueError("data must be texts or records, not some of each.")
-    return instruction_examples(tokenizer, records, length, mask_prompt=mask_prompt, limit=limit)
-
-
-def _free_memory() -> None:
-    """Gives back what a failed recovery left: graphs refer to themselves, and torch keeps its blocks for itself."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def _peak_memory(trial: Trial, device: Any) -> Iterator[None]:  # noqa: ANN401
-    """Notes the most memory in MiB: on a GPU what was allocated meanwhile, else what the process has held so far."""
-    import torch
-
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    try:
-        yield
-    finally:
-        if on_gpu:
-            trial.set_user_attr("peak_gpu_mib", round(torch.cuda.max_memory_allocated(device) / 2**20))
-        elif (peak := _peak_rss()) is not None:
-            trial.set_user_attr("peak_rss_mib", round(peak / 2**20))
-
-
-def _peak_rss() -> int | None:
-    """Bytes of the process's largest resident set; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def check_reports(report_every: int | None, report_items: bool, metric: Metric) -> None:
-    """Whether a trial can report so; see ``RecoveryObjective``.
+    """Checks the settings of a trial's reports; see ``RecoveryObjective``.
 
     Raises:
-        ValueError: It cannot; the message names the setting.
+        ValueError: A setting is out of range, or two do not fit; the message names them.
     """
     if report_every is not None and report_every < 1:
         raise ValueError(f"report_every must be at least 1, got {report_every}.")
     if report_items and report_every is not None:
         raise ValueError("report_items: a pruner compares steps or items; give report_every or report_items, not both.")
     if report_items and metric != "loss":
-        raise ValueError(f"report_items: items are of metric 'loss' alone, not {metric!r}; use report_every.")
+        raise ValueError(f"report_items needs metric 'loss', got {metric!r}; use report_every.")

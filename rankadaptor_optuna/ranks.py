@@ -1,4 +1,4 @@
-"""Ranks: a rank configuration, and the LoRA settings that turn it into arguments of PEFT."""
+"""Ranks: a rank configuration as parameters of PEFT, given the adapters' other settings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ALPHA_RATIO = 2.0  # set by hand; LLM-Pruner's alpha 16 at rank 8
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The settings of the adapters beside their ranks.
+    """The settings of the adapters except their ranks.
 
     Attributes:
         targets: Names of the adapted modules (last path components).
-        alpha_ratio: Alpha as a multiple of each module's rank, so that all ranks have the same scaling.
-        alpha: One alpha for all modules instead, as in LLM-Pruner's recovery: low ranks are scaled up then.
+        alpha_ratio: Alpha as a multiple of each module's rank: all modules have the same scaling, alpha / rank.
+        alpha: One alpha for all modules instead, as in LLM-Pruner's recovery: low ranks are scaled up.
         dropout: Dropout before the adapters, in [0, 1).
 
     Raises:
@@ -42,18 +42,18 @@ class LoraSettings:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> LoraSettings:
-        """Reads the settings from JSON (a stored recipe's ``lora`` section); missing ones take their defaults."""
+        """Reads the settings from JSON (a recipe's ``lora`` section); missing settings take their defaults."""
         known = {name: settings[name] for name in cls.__dataclass_fields__ if name in settings}
         if "targets" in known:
             known["targets"] = tuple(known["targets"])
         return cls(**known)
 
     def alpha_of(self, rank: int) -> float:
-        """Alpha of a module with this rank; LoRA scales its product by alpha / rank."""
+        """Returns alpha of a module with this rank; LoRA scales its product by alpha / rank."""
         return self.alpha or self.alpha_ratio * rank
 
     def lora_alpha(self, rank: int) -> int:
-        """PEFT's ``lora_alpha``, an integer, for modules of this rank; ``alpha_pattern`` has the exact number."""
+        """Returns PEFT's ``lora_alpha``, an integer, for a module with this rank; ``alpha_pattern`` is exact."""
         return max(1, round(self.alpha_of(rank)))
 
 
@@ -72,39 +72,38 @@ class Ranks(dict[Module, int]):
 
     @classmethod
     def uniform(cls, modules: Iterable[Module], rank: int) -> Ranks:
-        """The configuration with one rank in all modules."""
+        """Returns the configuration with one rank in all modules."""
         return cls(dict.fromkeys(modules, rank))
 
     @classmethod
     def from_json(cls, ranks: Mapping[str, int]) -> Ranks:
-        """Reads the configuration that ``to_json`` wrote."""
+        """Returns the configuration in an object that ``to_json`` returned."""
         return cls({int(module) if module.isdigit() else module: rank for module, rank in ranks.items()})
 
     def to_json(self) -> dict[str, int]:
-        """The configuration with text as keys, as JSON objects have."""
+        """Returns the configuration with modules as text, for a JSON object."""
         return {str(module): rank for module, rank in self.items()}
 
     @property
     def adapted(self) -> Ranks:
-        """The modules that have an adapter: those with a positive rank."""
+        """The part of the configuration with positive ranks: the modules that have an adapter."""
         return Ranks({module: rank for module, rank in self.items() if rank > 0})
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """PEFT's ``rank_pattern``; modules of rank 0 are left out, see ``lora_arguments`` for excluding them."""
+        """PEFT's ``rank_pattern`` without modules of rank 0, which ``lora_arguments`` excludes."""
         return {_pattern(module): rank for module, rank in self.adapted.items()}
 
     def alpha_pattern(self, settings: LoraSettings | None = None) -> dict[str, float]:
-        """PEFT's ``alpha_pattern``: alpha in proportion to rank, or one alpha for all, as the settings say.
+        """Returns PEFT's ``alpha_pattern``: alpha in proportion to rank, or one alpha for all, as the settings say.
 
-        With alpha in proportion to rank, two configurations differ by their ranks and not by their effective learning
-        rates.
+        Alpha in proportion to rank makes the effective learning rate independent of the ranks.
         """
         settings = settings or LoraSettings()
         return {_pattern(module): settings.alpha_of(rank) for module, rank in self.adapted.items()}
 
     def lora_arguments(self, settings: LoraSettings | None = None) -> dict[str, Any]:
-        """All arguments of ``peft.LoraConfig``, JSON-able; modules of rank 0 are excluded by name.
+        """Returns the arguments of ``peft.LoraConfig``, JSON-able; modules of rank 0 are excluded by name.
 
         Raises:
             ValueError: No module has a positive rank.
@@ -130,10 +129,10 @@ class Ranks(dict[Module, int]):
 
 
 def _pattern(module: Module) -> str:
-    """The regular expression that PEFT matches module names with."""
-    return rf"layers\.{re.escape(str(module))}\..*"  # an open dot would let layer 1 match layers 10 and 11
+    """Returns the regular expression by which PEFT finds the submodules of a module."""
+    return rf"layers\.{re.escape(str(module))}\..*"  # escaped: "layers.1.*" would match layers 10 and 11, too
 
 
 def _all_but(modules: Iterable[Module]) -> str:
-    """For PEFT's ``exclude_modules``: everything inside the layers but these modules."""
+    """Returns PEFT's ``exclude_modules`` that excludes everything inside the layers except these modules."""
     return rf"(.*\.)?layers\.(?!({'|'.join(re.escape(str(module)) for module in modules)})\.).*"

@@ -1,36 +1,34 @@
-"""RankSpace: which layers are searched, which ranks they may take, what a rank costs, and the budget."""
+"""RankSpace: the searched layers, their candidate ranks, the cost of a rank, and the budget."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
+from rankadaptor_optuna.model_layers import SUBLAYERS, layer_of, module_of, modules_of, read_layers
+from rankadaptor_optuna.model_layers import Granularity as Granularity
 from rankadaptor_optuna.ranks import Module, Ranks
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
-Granularity = Literal["layer", "sublayer"]
-SUBLAYERS = ("self_attn", "mlp")  # a layer's two parts, as its modules are named
-BUDGET = "budget"  # the constraint's name
-_FORMATS = {"layer": 1, "sublayer": 2}
-_ROUNDING = 1e-9  # costs may be fractions, and sums of them round
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(\w+)")
+BUDGET = "budget"  # name of the constraint that marks trials over the budget
+_FORMATS = {"layer": 1, "sublayer": 2}  # of to_dict
+_ROUNDING = 1e-9  # relative tolerance of the budget: sums of fractional costs round; set by hand
 
 
 class RankSpace:
-    """The search space of rank configurations: one rank per searched layer, or sublayer, inside a budget.
+    """The search space of rank configurations: one rank per searched layer, or sublayer, within a budget.
 
     The cost of a configuration is its number of trainable parameters: the sum over layers of rank times the
     layer's cost per rank, fixed layers included. Parameters of a study are named ``layer_00_rank``,
     ``layer_01_rank``, ... after the layer's index in the model.
 
-    With ``granularity="sublayer"`` a layer has two ranks, that of its attention projections and that of its MLP
+    With ``granularity="sublayer"`` a layer has two ranks: one of its attention projections and one of its MLP
     projections. A configuration ``{layer index: rank}`` is then ``{"0.self_attn": rank, "0.mlp": rank, ...}``, and
     the parameters are named ``layer_00_self_attn_rank``, ``layer_00_mlp_rank``, ...
 
@@ -40,17 +38,16 @@ class RankSpace:
             at least one of them positive. Default: the paper's {2, 4, 6, 8, 10, 12}.
         budget: Most trainable parameters of a configuration: a number, ``"uniform:R"`` for the cost of rank R in
             every searched layer, or None for no budget.
-        layers: Indices of the searched layers, increasing. Default: all of them.
-        costs: Trainable parameters per rank of each searched layer (or sublayer, as ``modules`` has them).
+        layers: Indices of the searched layers, increasing. Default: all layers.
+        costs: Trainable parameters per rank of each searched layer (or sublayer, in the order of ``modules``).
             Default: 1 each.
         fixed_ranks: Ranks of layers that are adapted but not searched, by layer index.
         fixed_cost: Trainable parameters of the fixed layers.
-        profile: What pruning took from each searched layer (or sublayer), as a share in [0, 1]. Default: unknown
-            (zeros).
-        granularity: What has a rank of its own: ``"layer"`` or ``"sublayer"``.
+        profile: Share of each searched layer (or sublayer) that pruning removed, in [0, 1]. Default: unknown (zeros).
+        granularity: Whether each ``"layer"`` or each ``"sublayer"`` has a rank.
 
     Attributes:
-        modules: What has a rank of its own, in depth order: the keys of a configuration.
+        modules: The searched layers or sublayers in depth order: the keys of a configuration.
 
     Raises:
         ValueError: An argument is out of range, or no configuration fits the budget.
@@ -80,7 +77,7 @@ class RankSpace:
             raise ValueError(f"layers must be increasing and not empty, got {list(self.layers)}.")
         if self.layers[0] < 0 or self.layers[-1] >= n_layers:
             raise ValueError(f"layers must lie in 0..{n_layers - 1}, got {list(self.layers)}.")
-        self.modules: tuple[Module, ...] = self._modules_of(self.layers)
+        self.modules: tuple[Module, ...] = modules_of(self.layers, granularity)
         self.candidates = checked_candidates(candidates)
         n = len(self.modules)
         self.costs = tuple(float(c) for c in costs) if costs is not None else (1.0,) * n
@@ -100,14 +97,9 @@ class RankSpace:
                 f"layer costs {cheapest:,.0f}. Raise the budget or add a smaller candidate."
             )
 
-    def _modules_of(self, layers: Iterable[int]) -> tuple[Module, ...]:
-        if self.granularity == "layer":
-            return tuple(layers)
-        return tuple(f"{layer}.{sublayer}" for layer in layers for sublayer in SUBLAYERS)
-
     @property
     def series(self) -> dict[str, slice]:
-        """The ranks along the depth: where those of each sublayer stand in ``modules``, or of the layers as ``""``."""
+        """Positions in ``modules`` of each sublayer's ranks along the depth, or of all layers' ranks as ``""``."""
         names = ("",) if self.granularity == "layer" else SUBLAYERS
         return {name: slice(i, None, len(names)) for i, name in enumerate(names)}
 
@@ -138,86 +130,58 @@ class RankSpace:
         targets: Iterable[str] | None = None,
         granularity: Granularity = "layer",
     ) -> RankSpace:
-        """Reads layers, costs and the layer profile off a (pruned) model.
+        """Makes the space of a (pruned) model: its layers, their costs and the layer profile.
 
         A layer is any module path ``...layers.<i>...``, a sublayer ``...layers.<i>.self_attn...`` or
-        ``...layers.<i>.mlp...``; its cost per rank is the sum of in + out features over its adapted linear modules; its
-        profile is the share of linear weights it lacks against the largest layer (or sublayer of its kind).
+        ``...layers.<i>.mlp...``. Its cost per rank is the sum of in + out features over its adapted linear modules. Its
+        profile is the share of linear weights missing against the largest layer (or sublayer of its kind).
 
         Args:
             model: A ``torch.nn.Module``, or anything with such a ``.model`` (a ``PrunedModel``).
             candidates: See the class.
             budget: See the class. Default: the cost of rank 8 in every searched layer.
-            unpruned_rank: Rank of layers from which pruning took nothing; they are not searched (the paper fixes
-                them at 8). None searches every layer. Where pruning took nothing anywhere, all are searched. Of a
-                layer that lost something, both sublayers are searched.
+            unpruned_rank: Rank of the layers from which pruning removed nothing, which are not searched (8 in the
+                paper). None searches every layer; so does a model without pruned layers. Both sublayers of a pruned
+                layer are searched.
             targets: Last path components of the adapted modules. Default: every linear module of a layer.
             granularity: See the class.
 
         Raises:
             ValueError: The model has no ``layers.<i>`` with linear modules of these names, or, by sublayers, a layer
-                has none in one of them or some outside of both.
+                has none in one of them or some outside both.
         """
-        if not hasattr(model, "named_modules"):
-            model = model.model
-        wanted = None if targets is None else set(targets)
-        costs: dict[tuple[int, str], int] = {}  # by layer and, where they are told apart, sublayer
-        weights: dict[tuple[int, str], int] = {}
-        for name, module in model.named_modules():
-            match = _LAYER.search(name)
-            if match is None or not hasattr(module, "in_features"):
-                continue
-            part = int(match[1]), match[2] if granularity == "sublayer" else ""
-            weights[part] = weights.get(part, 0) + module.in_features * module.out_features
-            if wanted is None or name.rpartition(".")[2] in wanted:
-                costs[part] = costs.get(part, 0) + module.in_features + module.out_features
-        if not costs:
-            names = "linear modules" if wanted is None else f"modules named {sorted(wanted)}"
-            raise ValueError(f"{type(model).__name__} has no {names} below 'layers.<i>.'; nothing to adapt.")
-        layers = sorted({layer for layer, _ in costs})
-        sublayers = SUBLAYERS if granularity == "sublayer" else ("",)
-        odd = sorted(costs.keys() ^ {(layer, sublayer) for layer in layers for sublayer in sublayers})
-        if odd:
-            raise ValueError(
-                f"each layer needs modules to adapt in {' and '.join(SUBLAYERS)} and nowhere else, which is not so for "
-                f"{['.'.join(map(str, part)) for part in odd[:3]]}; adapt others, or use granularity='layer'."
-            )
-        largest = {kind: max(n for (_, its), n in weights.items() if its == kind) for kind in sublayers}
-        lost = {(layer, kind): 1 - weights[layer, kind] / largest[kind] for layer, kind in costs}
-        damaged = {layer for (layer, _), share in lost.items() if share > 0 or unpruned_rank is None}
-        searched = sorted(damaged) or layers
-        fixed = {} if unpruned_rank is None else {i: unpruned_rank for i in layers if i not in searched}
-        parts = [(layer, sublayer) for layer in searched for sublayer in sublayers]
+        found = read_layers(model if hasattr(model, "named_modules") else model.model, targets, granularity)
+        pruned = {layer_of(module) for module, share in found.removed.items() if share > 0 or unpruned_rank is None}
+        searched = sorted(pruned) or found.layers
+        fixed = {} if unpruned_rank is None else {i: unpruned_rank for i in found.layers if i not in searched}
+        modules = modules_of(searched, granularity)
         return cls(
-            max(layers) + 1,
+            max(found.layers) + 1,
             candidates,
             budget,
             layers=searched,
-            costs=[costs[part] for part in parts],
+            costs=[found.costs[module] for module in modules],
             fixed_ranks=fixed,
-            fixed_cost=sum(fixed.get(layer, 0) * cost for (layer, _), cost in costs.items()),
-            profile=[lost[part] for part in parts],
+            fixed_cost=sum(fixed.get(layer_of(module), 0) * cost for module, cost in found.costs.items()),
+            profile=[found.removed[module] for module in modules],
             granularity=granularity,
         )
 
     def by_module(self, values: Mapping[str, float]) -> dict[Any, float]:
-        """Sums of what the model's modules have, by their names, over each searched layer (or sublayer)."""
-        found = dict.fromkeys(self.modules, 0.0)
+        """Returns the sum of values over each searched layer (or sublayer), given values by submodule name."""
+        sums: dict[Any, float] = dict.fromkeys(self.modules, 0.0)
         for name, value in values.items():
-            match = _LAYER.search(name)
-            if match is not None:
-                module = int(match[1]) if self.granularity == "layer" else f"{match[1]}.{match[2]}"
-                if module in found:
-                    found[module] += value
-        return found
+            if (module := module_of(name, self.granularity)) in sums:
+                sums[module] += value
+        return sums
 
     def name(self, module: Module) -> str:
-        """Name of the study parameter that holds the rank of a layer, or of one of its sublayers."""
+        """Returns the name of the study parameter that holds the rank of a layer, or of one of its sublayers."""
         layer, *sublayer = str(module).split(".")
         return "_".join(["layer", layer.zfill(max(2, len(str(self.n_layers - 1)))), *sublayer, "rank"])
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna distributions by parameter name: integers with a step where the candidates are evenly spaced."""
+        """Returns Optuna's distributions by parameter name: integers with a step for evenly spaced candidates."""
         steps = {b - a for a, b in zip(self.candidates, self.candidates[1:], strict=False)} or {1}
         distribution: BaseDistribution
         if len(steps) == 1:
@@ -232,19 +196,18 @@ class RankSpace:
         return {self.name(module): module for module in self.modules}
 
     def to_params(self, ranks: Mapping[Any, int]) -> dict[str, int]:
-        """A configuration as study parameters."""
+        """Returns a configuration as study parameters."""
         return {name: ranks[module] for name, module in self.names.items()}
 
     def to_ranks(self, params: Mapping[str, Any]) -> Ranks:
-        """The configuration in study parameters; others than ranks are ignored."""
+        """Returns the configuration in study parameters, of which those that are no ranks are ignored."""
         return Ranks({module: params[name] for name, module in self.names.items()})
 
     def suggest(self, trial: BaseTrial) -> Ranks:
         """Asks ``trial`` for a rank per searched layer, ``{layer index: rank}``, or sublayer, ``{"0.mlp": rank}``.
 
-        With ``RankAdaptorSampler`` the budget holds by construction. Another sampler may exceed it; such a trial is
-        marked infeasible with the constraint ``budget`` (parameters over the budget), as Optuna's users expect (not
-        before Optuna 5, where only samplers set constraints).
+        With ``RankAdaptorSampler`` the budget holds by construction. Another sampler may exceed it: the trial is then
+        marked infeasible by the constraint ``budget`` (parameters over the budget; needs Optuna 5).
         """
         params: dict[str, int] = {}
         for name, dist in self.distributions().items():
@@ -258,7 +221,7 @@ class RankSpace:
         return ranks
 
     def cost(self, ranks: Mapping[Any, float]) -> float:
-        """Trainable parameters of a configuration as ``suggest`` returns it, fixed layers included.
+        """Returns the trainable parameters of a configuration, fixed layers included.
 
         Raises:
             ValueError: A searched layer, or sublayer, has no rank.
@@ -274,12 +237,12 @@ class RankSpace:
             raise ValueError(f"no rank for {kind} {missing}; give one for each of {list(self.modules)}.")
 
     def is_feasible(self, ranks: Mapping[Any, int]) -> bool:
-        """Whether every rank is a candidate and the cost is within the budget."""
+        """Returns whether every rank is a candidate and the cost is within the budget."""
         allowed = all(ranks.get(module) in self.candidates for module in self.modules)
         return allowed and self.is_within_budget(self.cost(ranks))
 
     def is_within_budget(self, cost: float) -> bool:
-        """Whether a configuration of this cost (``cost``) keeps the budget; the one comparison, and its tolerance."""
+        """Returns whether a cost, as ``cost`` returns it, is within the budget, up to a relative rounding of 1e-9."""
         return cost - self.fixed_cost <= self.searched_budget
 
     @property
@@ -288,23 +251,23 @@ class RankSpace:
         return math.inf if self.budget is None else self.budget * (1 + _ROUNDING) - self.fixed_cost
 
     def uniform(self) -> Ranks:
-        """The reference: the largest candidate that fits the budget in every searched layer alike."""
+        """Returns the uniform configuration: the largest candidate that fits the budget in every searched layer."""
         configurations = (Ranks.uniform(self.modules, rank) for rank in reversed(self.candidates))
         return next(ranks for ranks in configurations if self.is_feasible(ranks))
 
     def with_fixed(self, ranks: Mapping[Any, int]) -> Ranks:
-        """The ranks of all adapted layers (or sublayers): the searched ones as given, and the fixed ones.
+        """Returns the ranks of all adapted layers (or sublayers): the given ranks and the fixed ranks.
 
         Raises:
             ValueError: A searched layer, or sublayer, has no rank.
         """
         self._check(ranks)
-        found = {module: rank for layer, rank in self.fixed_ranks.items() for module in self._modules_of([layer])}
-        found |= {module: int(ranks[module]) for module in self.modules}
-        return Ranks({module: found[module] for module in self._modules_of(sorted({*self.fixed_ranks, *self.layers}))})
+        adapted = modules_of(sorted({*self.fixed_ranks, *self.layers}), self.granularity)
+        searched = set(self.modules)
+        return Ranks((m, ranks[m] if m in searched else self.fixed_ranks[layer_of(m)]) for m in adapted)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able description; ``from_dict`` reads it back."""
+        """Returns a JSON-able description, which ``from_dict`` reads."""
         described = {
             "format": _FORMATS[self.granularity],
             "n_layers": self.n_layers,
@@ -316,15 +279,15 @@ class RankSpace:
             "fixed_cost": self.fixed_cost,
             "profile": [round(p, 6) for p in self.profile],
         }
-        # a space of layers reads as it always did, also to workers of an earlier version
+        # without the key, workers of versions that know layers only can read it
         return described if self.granularity == "layer" else {**described, "granularity": self.granularity}
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> RankSpace:
-        """Reads what ``to_dict`` wrote.
+        """Reads a description that ``to_dict`` returned.
 
         Raises:
-            ValueError: The description is of a newer format, or not one of a space.
+            ValueError: The description has a newer format, or describes no space.
         """
         fields = dict(d)
         formats = " or ".join(map(str, _FORMATS.values()))
@@ -348,7 +311,7 @@ class RankSpace:
 
 
 def checked_candidates(candidates: Sequence[int]) -> tuple[int, ...]:
-    """The candidates as a tuple of integers.
+    """Checks candidate ranks and returns them as a tuple of integers.
 
     Raises:
         ValueError: They are empty, not integers, not strictly increasing, negative, or only 0.

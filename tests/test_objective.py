@@ -342,7 +342,7 @@ def test_a_trial_that_verifies_reports_no_items(make_job, tokenizer):
 
 def test_items_are_reported_of_the_loss_alone(make_job, tokenizer, local_task):
     suite = TaskSuite(tokenizer, ["facts"], include_path=str(local_task))
-    with pytest.raises(ValueError, match="report_items: items are of metric 'loss' alone, not 'margin'"):
+    with pytest.raises(ValueError, match="report_items needs metric 'loss', got 'margin'"):
         make_job(tokenizer, tasks=suite, metric="margin", report_items=True)
 
 
@@ -356,7 +356,7 @@ def test_a_finished_trial_says_how_fast_it_trained(job):
 def test_on_a_cpu_a_trial_says_how_much_memory_its_process_has_held(job, monkeypatch, platform, unit):
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=300 * 2**20 // unit))
-    monkeypatch.setattr(rankadaptor_optuna.objective, "sys", SimpleNamespace(platform=platform))
+    monkeypatch.setattr("rankadaptor_optuna.recovery.memory.sys", SimpleNamespace(platform=platform))
     attributes = run(job, 1).trials[0].user_attrs
     assert attributes["peak_rss_mib"] == 300
     assert "peak_gpu_mib" not in attributes
@@ -405,7 +405,7 @@ def test_the_uniform_trial_tells_the_study_once_how_sensitive_its_layers_are(job
     assert list(told) == list(job.space.distributions())
     assert list(told.values()) == pytest.approx(list(found.values()))
     assert max(told.values()) > 0
-    monkeypatch.setattr(rankadaptor_optuna.objective, "sensitivities", None)
+    monkeypatch.setattr("rankadaptor_optuna.studies.sensitivity_note.sensitivities", None)
     study.enqueue_trial({job.space.name(module): rank for module, rank in job.space.uniform().items()})
     study.optimize(job, n_trials=1)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 4
@@ -440,5 +440,5 @@ def test_attention_and_mlp_have_sensitivities_of_their_own(model, tokenizer, tex
 
 def test_a_sensitivity_that_is_not_finite_is_not_told(job, monkeypatch):
     broken = {"model.layers.0.mlp.up_proj": math.nan}
-    monkeypatch.setattr(rankadaptor_optuna.objective, "sensitivities", lambda *_: broken)
+    monkeypatch.setattr("rankadaptor_optuna.studies.sensitivity_note.sensitivities", lambda *_: broken)
     assert SENSITIVITY_ATTR not in run(job, 1).user_attrs

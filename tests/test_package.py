@@ -14,7 +14,7 @@ HEAVY = ("torch", "transformers", "peft", "lm_eval", "datasets")
     "line",
     [
         "import rankadaptor_optuna",
-        "from rankadaptor_optuna import RankSpace",
+        "import rankadaptor_optuna.space",
         "from rankadaptor_optuna import RankAdaptorSampler",
         "from rankadaptor_optuna import PerformanceModel, RankSpace; PerformanceModel(RankSpace(4), mode='paper')",
     ],

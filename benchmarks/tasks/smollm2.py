@@ -17,9 +17,9 @@ import torch
 from benchmarks.tasks.models import made
 from benchmarks.tasks.recovery import DEVICE
 from rankadaptor_optuna import RankSpace, RecoveryObjective
-from rankadaptor_optuna.objective import examples_of
 from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.pruning.checkpoint import save_pruned
+from rankadaptor_optuna.recovery.data import examples_of
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.models import load_model, quiet
 from rankadaptor_optuna.recovery.sensitivity import sensitivities

@@ -28,8 +28,9 @@ from rankadaptor_optuna.jobs.results import (
 )
 from rankadaptor_optuna.jobs.settings import Evaluation
 from rankadaptor_optuna.jobs.stored import load_pruned_job, stored_study
-from rankadaptor_optuna.objective import RecoveryObjective, examples_of
+from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.ranks import Ranks
+from rankadaptor_optuna.recovery.data import examples_of
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.models import n_parameters
 from rankadaptor_optuna.recovery.references import (

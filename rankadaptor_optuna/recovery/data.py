@@ -150,3 +150,32 @@ def instruction_examples(
     if not ids:
         raise ValueError(f"no record has a response within {cutoff} tokens; raise the cutoff, or give other records.")
     return Examples(ids, labels)
+
+
+def examples_of(
+    tokenizer: Any,  # noqa: ANN401
+    data: Sequence[str] | Sequence[Mapping[str, Any]],
+    *,
+    length: int,
+    mask_prompt: bool,
+    limit: int | None = None,
+) -> Examples:
+    """Makes examples of texts, packed into blocks, or of instruction records.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        data: Texts or records.
+        length: Tokens per block, or largest number of tokens of a record.
+        mask_prompt: Whether only the response of a record counts in the loss.
+        limit: Largest number of blocks or records. Default: all.
+
+    Raises:
+        ValueError: There is too little text, a record lacks a field, or there are texts and records.
+    """
+    records = [item for item in data if isinstance(item, Mapping)]
+    if not records:
+        texts = [item for item in data if isinstance(item, str)]
+        return Examples.of_blocks(token_blocks(tokenizer, texts, length, limit))
+    if len(records) < len(data):
+        raise ValueError("data must be texts or records, not some of each.")
+    return instruction_examples(tokenizer, records, length, mask_prompt=mask_prompt, limit=limit)

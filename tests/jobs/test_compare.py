@@ -14,8 +14,8 @@ from rankadaptor_optuna.jobs.recipe import Evaluation, Recipe
 from rankadaptor_optuna.jobs.results import DENSE, METHODS, NONE, OURS, UNIFORM, Comparison, PairedDifference, Row
 from rankadaptor_optuna.jobs.search import search
 from rankadaptor_optuna.jobs.stored import load_pruned_job
-from rankadaptor_optuna.objective import examples_of
 from rankadaptor_optuna.ranks import Ranks
+from rankadaptor_optuna.recovery.data import examples_of
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.references import fisher_information
 from rankadaptor_optuna.recovery.tasks import TaskSuite

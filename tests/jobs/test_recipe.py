@@ -125,7 +125,10 @@ def test_json_and_back_is_the_same(write, text):
         ("[evaluation]\nnum_fewshot = -1", "evaluation.num_fewshot must be at least 0, got -1"),
         ("report_every = 0", "report_every must be at least 1, got 0"),
         ("report_every = 1\nreport_items = true", "report_items: .* not both"),
-        ('report_items = true\n[evaluation]\ntasks = ["a"]\nmetric = "margin"', "report_items: .* not 'margin'"),
+        (
+            'report_items = true\n[evaluation]\ntasks = ["a"]\nmetric = "margin"',
+            "report_items needs metric 'loss', got 'margin'",
+        ),
         (
             'pruner = "wilcoxon"\nreport_every = 1',
             "pruner 'wilcoxon' .*; set report_items",
