@@ -387,7 +387,7 @@ def _priors(args: argparse.Namespace) -> None:
 
 
 def _dashboard(args: argparse.Namespace) -> None:
-    from rankadaptor_optuna.views.dashboard import serve
+    from rankadaptor_optuna.views.server import serve
 
     serve(args.storage, host=args.host, port=args.port, artifact_dir=args.artifact_dir)
 

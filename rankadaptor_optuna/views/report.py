@@ -13,7 +13,7 @@ from rankadaptor_optuna.jobs.output import write_text
 from rankadaptor_optuna.jobs.quickstart import N_REPORT_SEEDS, Outcome
 from rankadaptor_optuna.surrogate.statistics import t_interval
 from rankadaptor_optuna.views.dashboard import publish_dashboard
-from rankadaptor_optuna.views.figures import History, history
+from rankadaptor_optuna.views.study_view import StudyView, read_study_view
 from rankadaptor_optuna.views.tables import as_markdown
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _count(n: int) -> str:
     return f"{n / 1e6:.1f}M"
 
 
-def ranks_figure(outcome: Outcome, h: History) -> Figure:
+def ranks_figure(outcome: Outcome, h: StudyView) -> Figure:
     """Recommended rank of each layer (or sublayers side by side), above its sensitivity and what pruning took."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -110,7 +110,7 @@ def ranks_figure(outcome: Outcome, h: History) -> Figure:
     return figure
 
 
-def progress_figure(h: History) -> Figure:
+def progress_figure(h: StudyView) -> Figure:
     """Every trial's score and the best so far, against the uniform configuration."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -131,7 +131,7 @@ def progress_figure(h: History) -> Figure:
 
 def write_report(outcome: Outcome, out: Path) -> None:
     """Writes ``report.md``, ``ranks.png`` and ``progress.png``, and publishes the study for optuna-dashboard."""
-    h = history(outcome.study)
+    h = read_study_view(outcome.study)
     ranks_figure(outcome, h).savefig(out / "ranks.png", dpi=120)
     progress_figure(h).savefig(out / "progress.png", dpi=120)
     publish_dashboard(outcome.study)

@@ -45,7 +45,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 def server(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Address of a running server, and what it writes to stderr."""
     folder = tmp_path_factory.mktemp("server")
-    code = "import sys; from rankadaptor_optuna.views.dashboard import serve; "
+    code = "import sys; from rankadaptor_optuna.views.server import serve; "
     code += "serve(sys.argv[1], port=0, artifact_dir=sys.argv[2], prior=None)"
     command = [sys.executable, "-c", code, url, str(folder / "artifacts")]
     with (folder / "stderr").open("w") as stderr:

@@ -39,14 +39,14 @@ def test_the_report_has_a_row_of_ranks_for_each_part_that_has_its_own(outcome, t
 
 @pytest.mark.parametrize("told", [False, True])
 def test_the_picture_has_a_bar_for_each_rank_and_below_it_what_is_known_of_its_layer(outcome, told):
-    from rankadaptor_optuna.views.figures import history
     from rankadaptor_optuna.views.report import ranks_figure
+    from rankadaptor_optuna.views.study_view import read_study_view
 
     space, found = outcome.space, outcome.recommendation
     sensitivity = [0.5 + i for i in range(len(space.modules))]
     if told:
         outcome.study.set_user_attr(SENSITIVITY_ATTR, dict(zip(space.distributions(), sensitivity, strict=True)))
-    top, *middle, bottom = ranks_figure(outcome, history(outcome.study)).axes
+    top, *middle, bottom = ranks_figure(outcome, read_study_view(outcome.study)).axes
     assert len(middle) == told
     for i, (name, part) in enumerate(space.series.items()):
         bars, below = top.containers[i], bottom.containers[i]
