@@ -1,5 +1,18 @@
-"""The ``rankadaptor`` command."""
+"""The `rankadaptor` command: a file per command, assembled in `app`."""
 
-from rankadaptor_optuna.cli.app import main
+from __future__ import annotations
 
-__all__ = ["main"]
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; see `app.main`. Without Typer, says how to install it."""
+    try:
+        import typer  # noqa: F401
+    except ModuleNotFoundError:
+        print("rankadaptor: error: the command line needs the extra 'cli': pip install typer", file=sys.stderr)
+        return 2
+    from rankadaptor_optuna.cli.app import main
+
+    return main(argv)

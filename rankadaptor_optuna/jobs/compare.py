@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from rankadaptor_optuna.jobs.output import OutputFolder, bar, write_json, write_text
+from rankadaptor_optuna.jobs.output import OutputFolder, bar, write_json
 from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
 from rankadaptor_optuna.jobs.results import (
     BUDGET_TOLERANCE,
@@ -24,7 +24,6 @@ from rankadaptor_optuna.jobs.results import (
     UNTRAINED,
     Comparison,
     Row,
-    alike,
 )
 from rankadaptor_optuna.jobs.settings import Evaluation
 from rankadaptor_optuna.jobs.stored import load_pruned_job, stored_study
@@ -43,12 +42,6 @@ from rankadaptor_optuna.recovery.references import (
 )
 from rankadaptor_optuna.studies.reading import study_space
 from rankadaptor_optuna.studies.recommendation import recommend
-from rankadaptor_optuna.surrogate.statistics import t_interval
-from rankadaptor_optuna.views.tables import as_markdown
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
 
 def compare(
@@ -114,10 +107,6 @@ def compare(
     settings |= {"ranks": found.ranks.to_json()}
     write_json(out / "compare.json", {"settings": settings, "rows": [vars(row) for row in rows]})
     comparison = Comparison(rows, settings, space.budget, fresh, found.ranks, uniform, out)
-    if OURS in methods:
-        write_text(out / "compare.md", as_markdown(table(rows)) + "\n\n" + verdict(rows) + "\n")
-        figure(rows).savefig(out / "compare.png", dpi=120)
-        say(verdict(rows))
     if comparison.over_budget:
         say(f"Over the budget of {space.budget:,.0f} parameters: {', '.join(comparison.over_budget)}")
     return comparison
@@ -246,75 +235,3 @@ def _row(method: str, measured: list[dict[str, Any]]) -> Row:
         float(np.mean([m["seconds"] for m in measured])),
         max(m.get("total_parameters", 0) for m in measured),
     )
-
-
-def _spread(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
-    mean = float(np.mean(values)) * scale
-    if len(values) < 2:
-        return f"{mean:.{digits}f}"
-    low, high = t_interval(np.asarray(values))
-    return f"{mean:.{digits}f} ± {(high - low) / 2 * scale:.{digits}f}"
-
-
-def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Header and a line per method: perplexity, scores, tasks, parameters, seconds; mean ± 95% t interval."""
-    names = list(rows[0].accuracies)
-    average = ["average"] if len(names) > 1 else []
-    lines = [["recovery", "perplexity", *rows[0].scores, *names, *average, "trainable parameters", "seconds"]]
-    for row in rows:
-        scores = [_spread(values, digits=4) for values in row.scores.values()]
-        scores += [_spread(row.accuracies[name], 100) for name in names]
-        if average:
-            scores.append(_spread(np.mean(list(row.accuracies.values()), axis=0).tolist(), 100))
-        perplexity = _spread([math.exp(loss) for loss in row.losses])
-        lines.append(
-            [row.method, perplexity, *scores, f"{row.parameters:,}" if row.parameters else "-", f"{row.seconds:.0f}"]
-        )
-    return lines
-
-
-def verdict(rows: Sequence[Row]) -> str:
-    """What the paired differences say of RankAdaptor against each reference, wins and losses alike.
-
-    Of what the search optimised, and in any case of the held-out loss.
-    """
-    by = {row.method: row for row in rows}
-    said = []
-    for method in [row.method for row in rows if row.method not in (*UNTRAINED, OURS)]:
-        difference = np.asarray(by[OURS].losses) - np.asarray(by[method].losses)
-        each = [f"{100 * math.expm1(x):+.2f}%" for x in (difference.mean(), *t_interval(difference))]
-        said.append(_told(-difference, method, "perplexity", each))
-    found = f"RankAdaptor, paired over {len(by[OURS].losses)} fresh seeds, is {'; '.join(said)}."
-    for metric, ours in by[OURS].scores.items():
-        said = []
-        for method in [row.method for row in rows if row.method not in (*UNTRAINED, OURS)]:
-            difference = np.asarray(ours) - np.asarray(by[method].scores[metric])
-            each = [f"{x:+.4f}" for x in (difference.mean(), *t_interval(difference))]
-            said.append(_told(difference, method, metric, each))
-        found += f" By the {metric} that was searched on it is {'; '.join(said)}."
-    return found
-
-
-def _told(gains: NDArray[np.float64], method: str, what: str, each: Sequence[str]) -> str:
-    if alike(gains) and gains[0] != 0:
-        return f"not told apart from {method} ({each[0]} {what} with every seed, which leaves no spread to judge by)"
-    low, high = t_interval(gains)
-    word = "better than" if low > 0 else "WORSE than" if high < 0 else "not told apart from"
-    return f"{word} {method} ({each[0]} {what}, 95% interval {each[1]} to {each[2]})"
-
-
-def figure(rows: Sequence[Row]) -> Figure:
-    """Perplexity of each method by seed, and its mean."""
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = drawn.subplots()
-    recovered = [row for row in rows if row.method not in UNTRAINED]
-    for at, row in enumerate(recovered):
-        values = [math.exp(loss) for loss in row.losses]
-        axes.plot(values, [at] * len(values), "o", color="#0072B2" if row.method == OURS else "#8C8C8C")
-        axes.plot([np.mean(values)], [at], "|", markersize=24, color="#E69F00")
-    axes.set_yticks(range(len(recovered)), [row.method for row in recovered])
-    axes.invert_yaxis()
-    axes.set_xlabel("held-out perplexity: fresh seeds, and their mean")
-    return drawn

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from rankadaptor_optuna.database import masked
-from rankadaptor_optuna.jobs.output import bar, write_json, write_text
-from rankadaptor_optuna.jobs.recipe import Recipe
+from rankadaptor_optuna.jobs.output import bar, write_json
 from rankadaptor_optuna.jobs.results import Exported
 from rankadaptor_optuna.jobs.stored import load_pruned_job, stored_study
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.evaluate import block_losses
-from rankadaptor_optuna.studies.recommendation import Recommendation, recommend
+from rankadaptor_optuna.studies.recommendation import recommend
 
 
 def export(
@@ -63,8 +60,6 @@ def export(
     say(f"Training {job.training.steps} steps with the recommended ranks: {found.evidence.statement}")
     loss, before = train_adapter(job, found.ranks, out / "adapter", base=pruned, seed=seed)
     write_json(out / "rank_pattern.json", job.space.with_fixed(found.ranks).lora_arguments(job.lora))
-    card = _card(study.study_name, masked(storage), recipe, found, loss, before)
-    write_text(out / "README.md", card)
     if merge:
         adapted = PeftModel.from_pretrained(job.model, out / "adapter")
         save_pruned(adapted.merge_and_unload(), out / "merged", job.tokenizer)
@@ -109,38 +104,3 @@ def train_adapter(
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
     return loss, float(block_losses(job.model, job.held_out).mean())
-
-
-def _card(study: str, storage: str, recipe: Recipe, found: Recommendation, loss: float, before: float) -> str:
-    rows = [f"| {module} | {rank} |" for module, rank in found.ranks.items()]
-    return "\n".join(
-        [
-            "---",
-            "library_name: peft",
-            f"base_model: {recipe.model}",
-            "tags: [lora, pruning, rankadaptor]",
-            "---",
-            "",
-            f"# LoRA recovery of {recipe.model}, with a rank per layer",
-            "",
-            f"Ranks from study `{study}` in `{storage}`: {found.evidence.n_trials} trials. {found.evidence.statement}",
-            "",
-            f"Held-out loss {loss:.4f} nats per token (perplexity {math.exp(loss):.2f}); without recovery {before:.4f} "
-            f"({math.exp(before):.2f}). This is the text that the search scored its trials on.",
-            "",
-            f"Trainable parameters: {found.cost:,.0f} (budget {recipe.space.budget}).",
-            "",
-            "| layer | rank |",
-            "| --- | --- |",
-            *rows,
-            "",
-            "`rank_pattern.json` holds the arguments of `peft.LoraConfig`.",
-            "",
-            "## Recipe",
-            "",
-            "```json",
-            json.dumps(recipe.to_dict(), indent=1),
-            "```",
-            "",
-        ]
-    )

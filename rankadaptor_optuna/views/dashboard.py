@@ -12,7 +12,7 @@ from rankadaptor_optuna.studies.recommendation import Recommendation, recommend
 from rankadaptor_optuna.views.figures import heat_map_figure, progress_figure, ranks_figure
 from rankadaptor_optuna.views.study_view import StudyView, read_study_view
 from rankadaptor_optuna.views.style import as_count, as_percent, as_score
-from rankadaptor_optuna.views.tables import as_markdown
+from rankadaptor_optuna.views.tables import from_columns, markdown_table
 
 HEAT_MAP_ID = "rankadaptor-1-ranks-over-trials"
 PROGRESS_ID = "rankadaptor-2-best-so-far"
@@ -124,7 +124,7 @@ def _ranks_table(view: StudyView, found: Recommendation) -> str:
         columns["weights pruned"] = [as_percent(share) for share in view.profile]
     if view.sensitivity is not None:
         columns["share of the sensitivity"] = [as_percent(share) for share in view.sensitivity]
-    table = as_markdown([list(columns), *([str(cell) for cell in row] for row in zip(*columns.values(), strict=True))])
+    table = markdown_table(from_columns(columns))
     fixed = [f"{module} (rank {rank})" for module, rank in found.all_ranks.items() if module not in found.ranks]
     return f"{table}\n\nNot searched: {kind}s {', '.join(fixed)}." if fixed else table
 

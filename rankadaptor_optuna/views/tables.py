@@ -1,21 +1,29 @@
-"""Tables for a terminal and in Markdown."""
+"""Tables for a terminal and in Markdown; a table is a list of rows, the header first."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-def as_text(rows: list[list[str]]) -> str:
-    """The table for a terminal."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+Table = list[list[str]]
+
+
+def from_columns(columns: Mapping[str, Sequence[Any]]) -> Table:
+    """Returns the table with these columns, by header."""
+    return [list(columns), *([str(cell) for cell in row] for row in zip(*columns.values(), strict=True))]
+
+
+def text_table(table: Table) -> str:
+    """Returns a table for a terminal: the first column aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
+        "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
+        for first, *cells in table
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def as_markdown(rows: list[list[str]]) -> str:
-    """The table in Markdown."""
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
+def markdown_table(table: Table) -> str:
+    """Returns a table in Markdown: the first column aligned left, the others right."""
+    head, *body = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([head, "| --- |" + " ---: |" * (len(table[0]) - 1), *body])

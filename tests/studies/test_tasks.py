@@ -189,7 +189,7 @@ def test_the_command_says_what_was_learned_and_how_to_use_it(many, capsys):
     assert main(["meta-train", "--storage", many, "--name", "mine", "--study", "s0", "s1", "--study", "s[23]"]) == 0
     printed = capsys.readouterr().out
     assert "Learning from 4 studies, 96 trials" in printed
-    assert "Tasks held out: 1; the rest of each predicted from its first 8 trials, rank correlation" in printed
+    assert "Rank correlation on held-out tasks (1), predicted from their first 8 trials:" in printed
     assert "Stored as db:mine@1: RankAdaptorSampler(prior='db:mine')" in printed
 
 

@@ -1,60 +1,79 @@
 from __future__ import annotations
 
-import optuna
-import pytest
+from dataclasses import replace
 
-from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+import pytest
+from optuna_dashboard import get_note
+
+from rankadaptor_optuna import recommend
+from rankadaptor_optuna.jobs.recipe import Recipe
+from rankadaptor_optuna.jobs.results import (
+    DENSE,
+    NONE,
+    OURS,
+    UNIFORM,
+    Comparison,
+    Exported,
+    QuickstartResult,
+    Row,
+    SearchResult,
+)
+from rankadaptor_optuna.views.report import report_verdict, write_report
+
+LOSSES = {DENSE: [2.0], NONE: [3.0], UNIFORM: [2.5, 2.6, 2.55], OURS: [2.4, 2.5, 2.44]}
 
 
 @pytest.fixture(params=["layer", "sublayer"])
-def outcome(request):
-    """What a quickstart found, with made-up measurements."""
+def result(request, make_study, space, by_sublayer, tmp_path):
+    """The result of a quickstart with made-up measurements."""
+    space = space if request.param == "layer" else by_sublayer
+    study, recipe = make_study(6, space), Recipe.from_dict({"preset": "quickstart", "seed": 3})
+    found = recommend(study)
+    rows = [Row(method, losses, {"continuation": [0.5]}, {}, 200, 1.0, 1000) for method, losses in LOSSES.items()]
+    comparison = Comparison(rows, {}, space.budget, (1, 2, 3), found.ranks, space.uniform(), tmp_path / "compare")
+    search = SearchResult(study, "quickstart", "sqlite://", recipe, space, found, None, tmp_path)
+    exported = Exported(found, recipe, "quickstart", "sqlite://", 2.4, 3.0, tmp_path)
+    return QuickstartResult(search, comparison, exported, 60.0)
+
+
+def with_losses(result, losses):
+    rows = [replace(row, losses=losses if row.method == OURS else row.losses) for row in result.comparison.rows]
+    return replace(result, comparison=replace(result.comparison, rows=rows))
+
+
+def test_the_report_has_measurements_ranks_and_settings(result, tmp_path):
     pytest.importorskip("matplotlib")
-    from rankadaptor_optuna.jobs.quickstart import Outcome
-
-    n = 4 if request.param == "layer" else 8
-    settings = {"costs": range(10, 10 + n), "profile": [0.1 * i for i in range(n)], "granularity": request.param}
-    space = RankSpace(6, (0, 4, 8), "uniform:4", layers=range(1, 5), fixed_ranks={0: 8, 5: 8}, **settings)
-    study = optuna.create_study(sampler=RankAdaptorSampler(space, prior=None, seed=0))
-    study.optimize(lambda trial: float(-sum(i * r for i, r in enumerate(space.suggest(trial).values()))), n_trials=6)
-    dense, pruned = ({"loss": x, "accuracy": [0.5, 0.1], "parameters": 1000} for x in (2.0, 3.0))
-    uniform, best = ({"losses": [x, x + 0.1], "accuracy": [0.5, 0.1], "parameters": 200} for x in (2.5, 2.4))
-    return Outcome(study, recommend(study), space, dense, pruned, uniform, best, 1.0, {"seed": 0})
-
-
-def test_the_report_has_a_row_of_ranks_for_each_part_that_has_its_own(outcome, tmp_path):
-    from rankadaptor_optuna.views.report import write_report
-
-    write_report(outcome, tmp_path)
-    text, ranks = (tmp_path / "report.md").read_text(), list(outcome.recommendation.ranks.values())
-    rows = ["| layer | 1 | 2 | 3 | 4 |"]
-    rows += [
-        "| " + " | ".join([name or "rank", *map(str, ranks[part])]) + " |"
-        for name, part in outcome.space.series.items()
-    ]
-    assert "\n".join([rows[0], "| --- | --- | --- | --- | --- |", *rows[1:]]) in text
-    assert "Pruning left layers 0, 5 whole" in text
+    write_report(result)
+    text, space = (tmp_path / "report.md").read_text(), result.search.space
+    ranks = list(result.search.recommendation.ranks.values())
+    rows = ["| layer | 1 | 2 | 3 | 4 | 5 | 6 |", "| --- |" + " ---: |" * 6]
+    rows += [f"| {' | '.join([name or 'rank', *map(str, ranks[part])])} |" for name, part in space.series.items()]
+    assert "\n".join(rows) in text
+    assert report_verdict(result) in text
+    assert "| dense | 7.39 |" in text
+    assert "Layers 0, 7 are not pruned and not searched." in text
+    assert '"seed": 3' in text
+    assert f'from_pretrained(model, "{tmp_path.as_posix()}/adapter")' in text
+    for picture in ("ranks.png", "progress.png"):
+        assert f"({picture})" in text
+        assert (tmp_path / picture).stat().st_size > 1000
+    assert "Recommended ranks" in get_note(result.search.study)
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_the_picture_has_a_bar_for_each_rank_and_below_it_what_is_known_of_its_layer(outcome, told):
-    from rankadaptor_optuna.views.report import ranks_figure
-    from rankadaptor_optuna.views.study_view import read_study_view
+@pytest.mark.parametrize("result", ["layer"], indirect=True)
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ([2.4, 2.5, 2.44], "The recommendation beat uniform on 3 fresh seeds"),
+        ([2.6, 2.7, 2.66], "The recommendation did NOT beat uniform, it was worse on 3 fresh seeds"),
+        ([2.4, 2.7, 2.55], "No difference from uniform was shown on 3 fresh seeds"),
+    ],
+)
+def test_the_verdict_follows_the_interval(result, losses, verdict):
+    assert report_verdict(with_losses(result, losses)).startswith(verdict)
 
-    space, found = outcome.space, outcome.recommendation
-    sensitivity = [0.5 + i for i in range(len(space.modules))]
-    if told:
-        outcome.study.set_user_attr(SENSITIVITY_ATTR, dict(zip(space.distributions(), sensitivity, strict=True)))
-    top, *middle, bottom = ranks_figure(outcome, read_study_view(outcome.study)).axes
-    assert len(middle) == told
-    for i, (name, part) in enumerate(space.series.items()):
-        bars, below = top.containers[i], bottom.containers[i]
-        assert bars.get_label() == (name or "recommended")
-        assert [bar.get_height() for bar in bars] == [found.ranks[module] for module in space.modules[part]]
-        assert [bar.get_height() for bar in below] == pytest.approx([100 * x for x in space.profile[part]])
-        for axes in middle:
-            shares = [bar.get_height() for bar in axes.containers[i]]
-            assert shares == pytest.approx([100 * x / sum(sensitivity) for x in sensitivity[part]])
-        assert [bar.get_x() for bar in bars] == [bar.get_x() for bar in below]
-        assert all(abs(bar.get_center()[0] - layer) < 0.5 for bar, layer in zip(bars, space.layers, strict=True))
+
+@pytest.mark.parametrize("result", ["layer"], indirect=True)
+def test_a_recommendation_of_uniform_itself_is_no_win(result):
+    comparison = replace(result.comparison, ranks=result.comparison.uniform)
+    assert "recommends the uniform configuration itself" in report_verdict(replace(result, comparison=comparison))

@@ -67,7 +67,7 @@ def test_a_corrupt_prior_is_listed_as_such(url, capsys):
 def test_a_priors_card_is_shown(url, capsys):
     assert said(capsys, "show", "db:mine", "--storage", url) == (
         "Made 2030-01-02T03:04:05+00:00 by version 0.1.0 from 2 tasks, 44 trials, 6 to 8 layers.\n"
-        "Tasks held out: 1; the rest of each predicted from its first 8 trials, rank correlation 0.60 with it, 0.40 "
+        "Rank correlation on held-out tasks (1), predicted from their first 8 trials: 0.60 with the prior, 0.40 "
         "without; gain +0.20.\n"
         "\n"
         "task  layers  trials  gain, held out\n"
@@ -91,7 +91,7 @@ def test_pruning_says_what_it_removed_and_spares_what_is_used(url, capsys):
 
 
 def test_collecting_removes_what_deleted_studies_leave(url, capsys):
-    assert said(capsys, "gc", "--storage", url) == "Forgot the uses of 0 deleted studies. Removed no version.\n"
+    assert said(capsys, "gc", "--storage", url) == "Forgot the uses of 0 deleted studies. Removed nothing.\n"
     optuna.delete_study(study_name="user", storage=url)
     assert said(capsys, "gc", "--storage", url) == "Forgot the uses of 1 deleted studies: user. Removed db:mine@1.\n"
 
@@ -99,7 +99,7 @@ def test_collecting_removes_what_deleted_studies_leave(url, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["list"], "list needs --storage URL"),
+        (["list"], "Missing option '--storage'"),
         (["show", "db:mine"], "name the database that holds the prior db:mine"),
         (["prune", "--keep", "0", "--storage", "URL"], "keep must be at least 1"),
         (["prune", "mine", "--storage", "URL"], "expected a prior like db:NAME"),

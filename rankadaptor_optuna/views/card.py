@@ -1,0 +1,47 @@
+"""The model card of an exported adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from rankadaptor_optuna.jobs.output import write_text
+from rankadaptor_optuna.jobs.results import Exported
+from rankadaptor_optuna.views.style import as_count
+from rankadaptor_optuna.views.tables import from_columns, markdown_table
+
+
+def model_card(exported: Exported) -> str:
+    """Returns the model card of an adapter, as the Hugging Face Hub shows it."""
+    found, recipe = exported.recommendation, exported.recipe
+    after, before = (f"{loss:.4f} (perplexity {math.exp(loss):.2f})" for loss in (exported.loss, exported.loss_before))
+    ranks = from_columns({"layer": list(found.ranks), "rank": list(found.ranks.values())})
+    return f"""---
+library_name: peft
+base_model: {recipe.model}
+tags: [lora, pruning, rankadaptor]
+---
+
+# LoRA recovery of {recipe.model}, with a rank per layer
+
+{found.evidence.statement} Source: {found.evidence.n_trials} trials of study `{exported.study_name}` in
+`{exported.storage_masked}`.
+
+Validation loss per token: {after}; without recovery {before}. The search scored its trials on this text.
+
+Trainable parameters: {as_count(found.cost)} (budget {recipe.space.budget}). `rank_pattern.json` holds the arguments of
+`peft.LoraConfig`.
+
+{markdown_table(ranks)}
+
+## Recipe
+
+```json
+{json.dumps(recipe.to_dict(), indent=1)}
+```
+"""
+
+
+def write_card(exported: Exported) -> None:
+    """Writes the model card, ``README.md``, into the export's folder."""
+    write_text(exported.out / "README.md", model_card(exported))

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from rankadaptor_optuna.cli import main
+from rankadaptor_optuna.pruning.config import PruningConfig
+
+TINY = ["--n-samples", "4", "--sample-length", "32", "--multiple-of", "8"]
+
+
+@pytest.fixture
+def dense_folder(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "removed"),
+    [
+        (["--ratio", "0.3"], "(30.00% asked)"),
+        (["--method", "shortened", "--ratio", "0.25"], "25.00% of the blocks' parameters (25.00% asked)"),
+        (["--preset", "llm-pruner"], "(12.50% asked)"),
+        (["--structure", "hidden", "--ratio", "0.25"], "25.00% of the blocks'"),
+    ],
+)
+def test_it_writes_a_checkpoint_that_opens_and_shows_the_removed_shares(
+    dense_folder, tmp_path, capsys, arguments, removed
+):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main(["prune", str(dense_folder), str(tmp_path / "out"), *arguments, *TINY]) == 0
+    out = capsys.readouterr().out
+    assert removed in out
+    assert len(re.findall(r"^\d+ ( +\d+\.\d%){4}$", out, flags=re.M)) == 4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert f"-> {sum(p.numel() for p in model.parameters()):,}." in out
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ratio", "0.99"], "largest possible ratio is 0."),
+        (["--ratio", "2"], "ratio must lie between 0 and 1, got 2.0"),
+        (["--criterion", "ppl"], "criterion 'ppl' is unknown to llm-pruner"),
+        (["--calibration", "nowhere.txt"], "nowhere.txt is neither a file"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_and_nothing_written(dense_folder, tmp_path, capsys, arguments, says):
+    assert main(["prune", str(dense_folder), str(tmp_path / "out"), *arguments, *TINY]) == 2
+    (error,) = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error" in line]
+    assert error.startswith("rankadaptor prune: error: ")
+    assert says in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_does_not_write_over_something(dense_folder, capsys):
+    assert main(["prune", str(dense_folder), str(dense_folder)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_every_option_of_pruning_is_an_option_of_the_command(capsys):
+    assert main(["prune", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for field in fields(PruningConfig):
+        assert f"  --{field.name.replace('_', '-')} <" in shown
+    assert "--structure <units|hidden>" in shown

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from rankadaptor_optuna.views.tables import from_columns, markdown_table, text_table
+
+TABLE = from_columns({"name": ["a", "bcdef"], "n": [1, 20]})
+
+
+def test_columns_become_rows_of_text():
+    assert TABLE == [["name", "n"], ["a", "1"], ["bcdef", "20"]]
+
+
+def test_a_text_table_aligns_names_left_and_numbers_right():
+    assert text_table(TABLE).splitlines() == ["name    n", "---------", "a       1", "bcdef  20"]
+
+
+def test_a_markdown_table_aligns_names_left_and_numbers_right():
+    assert markdown_table(TABLE).splitlines() == ["| name | n |", "| --- | ---: |", "| a | 1 |", "| bcdef | 20 |"]
