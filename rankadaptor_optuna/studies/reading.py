@@ -97,18 +97,3 @@ class StudyReading:
         """
         ranks = Ranks({module: params[name] for name, module in self.rank_names.items()})
         return ranks if len(ranks) == len(self.rank_names) else Ranks()
-
-
-def study_ranks(study: Study, space: RankSpace | None = None) -> dict[str, Any]:
-    """Returns the rank parameters of a study; see ``StudyReading.rank_names``."""
-    return StudyReading(study, space).rank_names
-
-
-def finished_trials(study: Study, space: RankSpace | None = None) -> list[FrozenTrial]:
-    """Returns the finished trials of a study's search; see ``StudyReading.finished_trials``."""
-    return StudyReading(study, space).finished_trials
-
-
-def uniform_trials(study: Study) -> list[FrozenTrial]:
-    """Returns the finished trials of the uniform configuration; see ``StudyReading.uniform_trials``."""
-    return StudyReading(study).uniform_trials

@@ -8,9 +8,10 @@ import numpy as np
 from optuna.study import Study
 
 from rankadaptor_optuna.priors.choice import PriorLike
-from rankadaptor_optuna.studies.recommendation import Recommendation, recommend
+from rankadaptor_optuna.studies.reading import StudyReading
+from rankadaptor_optuna.studies.recommendation import Recommendation, recommend_from
 from rankadaptor_optuna.views.figures import heat_map_figure, progress_figure, ranks_figure
-from rankadaptor_optuna.views.study_view import StudyView, read_study_view
+from rankadaptor_optuna.views.study_view import StudyView
 from rankadaptor_optuna.views.style import as_count, as_percent, as_score
 from rankadaptor_optuna.views.tables import from_columns, markdown_table
 
@@ -39,12 +40,17 @@ def publish_dashboard(study: Study, *, prior: PriorLike = "pretrained") -> None:
         ValueError: The study's finished trials have no rank parameters.
     """
     require_dashboard()
+    publish_reading(StudyReading(study), prior=prior)
+
+
+def publish_reading(reading: StudyReading, *, prior: PriorLike = "pretrained") -> None:
+    """Publishes a study that was read already; see ``publish_dashboard``."""
     from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
-    view = read_study_view(study)
+    study, view = reading.study, StudyView.of(reading)
     if view.numbers and not view.names:
         raise ValueError("the study has no rank parameters: names with a layer number and integer values.")
-    found = recommend(study, prior=prior) if view.numbers and view.scores is not None else None
+    found = recommend_from(reading, prior=prior) if view.numbers and view.scores is not None else None
     figures = {}
     if view.numbers:
         figures[HEAT_MAP_ID] = heat_map_figure(view)

@@ -7,10 +7,11 @@ import math
 
 from rankadaptor_optuna.jobs.output import write_text
 from rankadaptor_optuna.jobs.results import UNIFORM, QuickstartResult
+from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.views.comparison import comparison_table, difference_text
-from rankadaptor_optuna.views.dashboard import closest_trials, publish_dashboard
+from rankadaptor_optuna.views.dashboard import closest_trials, publish_reading
 from rankadaptor_optuna.views.pictures import draw_progress, draw_ranks
-from rankadaptor_optuna.views.study_view import read_study_view
+from rankadaptor_optuna.views.study_view import StudyView
 from rankadaptor_optuna.views.style import as_count
 from rankadaptor_optuna.views.tables import markdown_table
 
@@ -82,8 +83,9 @@ model = PeftModel.from_pretrained(model, "{(result.exported.out / "adapter").as_
 def write_report(result: QuickstartResult) -> None:
     """Writes ``report.md``, ``ranks.png`` and ``progress.png``, and publishes the study for optuna-dashboard."""
     search = result.search
-    view = read_study_view(search.study)
+    reading = StudyReading(search.study)
+    view = StudyView.of(reading)
     draw_ranks(search.space, search.recommendation, view).savefig(search.out / "ranks.png", dpi=120)
     draw_progress(view).savefig(search.out / "progress.png", dpi=120)
-    publish_dashboard(search.study)
+    publish_reading(reading)
     write_text(search.out / "report.md", report_text(result))

@@ -14,9 +14,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import optuna
 
 from rankadaptor_optuna.priors.choice import PriorChoice, PriorLike
-from rankadaptor_optuna.studies.reading import study_ranks
+from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.studies.storage import masked, open_storage
-from rankadaptor_optuna.views.dashboard import publish_dashboard, require_dashboard
+from rankadaptor_optuna.views.dashboard import publish_reading, require_dashboard
 
 
 def serve(
@@ -53,8 +53,9 @@ def serve(
         for name in optuna.get_all_study_names(storage):
             try:
                 study = optuna.load_study(study_name=name, storage=storage)
-                if study_ranks(study):
-                    publish_dashboard(study, prior=prior)
+                reading = StudyReading(study)
+                if reading.rank_names:
+                    publish_reading(reading, prior=prior)
             except Exception as error:  # one odd study must not hide the others
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 print(f"warning: study {name!r} is not published: {reason:.300}", file=sys.stderr, flush=True)

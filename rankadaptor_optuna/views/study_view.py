@@ -1,4 +1,4 @@
-"""StudyView: a study read once for figures, pictures, notes and reports."""
+"""StudyView: the numbers of a study that figures, pictures, notes and reports show."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.study import Study, StudyDirection
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from rankadaptor_optuna.attributes import CONVERGED_ATTR, SENSITIVITY_ATTR
 from rankadaptor_optuna.ranks import Ranks
-from rankadaptor_optuna.sampling.history import verification_seed
 from rankadaptor_optuna.space import RankSpace
-from rankadaptor_optuna.studies.reading import finished_trials, study_ranks, study_space, uniform_trials
+from rankadaptor_optuna.studies.reading import StudyReading
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class StudyView:
     numbers: tuple[int, ...]
     ranks: NDArray[np.int64]
     names: tuple[str, ...]
-    labels: tuple[int, ...] | tuple[str, ...]
+    labels: tuple[int | str, ...]
     series: dict[str, slice]
     is_uniform: NDArray[np.bool_]
     within_budget: NDArray[np.bool_]
@@ -63,52 +62,47 @@ class StudyView:
     n_failed: int
     converged: str | None
 
-
-def read_study_view(study: Study) -> StudyView:
-    """Reads a study for people; needs neither plotly nor optuna-dashboard.
-
-    Args:
-        study: A study in any storage, with any number of objectives and of finished trials.
-    """
-    space = study_space(study)
-    names = study_ranks(study, space)
-    trials = finished_trials(study)
-    uniform = {t.number for t in uniform_trials(study)}
-    is_uniform = np.asarray([t.number in uniform for t in trials], dtype=bool)
-    minimize = study.directions[0] is StudyDirection.MINIMIZE
-    ranks = np.asarray([[t.params[name] for name in names] for t in trials], dtype=np.int64)
-    ranks = ranks.reshape(len(trials), len(names))
-    within_budget = np.ones(len(trials), dtype=bool)
-    if space is not None and space.budget is not None:  # another sampler may exceed it
-        costs = [space.cost(Ranks(zip(space.modules, row, strict=True))) for row in ranks.tolist()]
-        within_budget = np.asarray([space.is_within_budget(cost) for cost in costs])
-    scores = best = None
-    if len(study.directions) == 1:
-        scores = np.asarray([t.value for t in trials], dtype=np.float64)
-        better = np.fmin if minimize else np.fmax  # these skip NaN
-        best = better.accumulate(np.where(within_budget, scores, np.nan))
-    measured = study.user_attrs.get(SENSITIVITY_ATTR, {})
-    sensitivity = [measured.get(name, np.nan) for name in names]
-    whole = sum(sensitivity)
-    states = [t.state for t in study.get_trials(deepcopy=False) if verification_seed(t) is None]
-    return StudyView(
-        space=space,
-        numbers=tuple(t.number for t in trials),
-        ranks=ranks,
-        names=tuple(names),
-        labels=tuple(names.values()) if len(set(names.values())) == len(names) else tuple(names),
-        series={"": slice(None)} if space is None else space.series,
-        is_uniform=is_uniform,
-        within_budget=within_budget,
-        scores=scores,
-        best=best,
-        uniform_score=float(scores[is_uniform].mean()) if scores is not None and is_uniform.any() else None,
-        uniform_ranks=None if space is None else tuple(space.uniform().values()),
-        profile=space.profile if space is not None and any(space.profile) else None,
-        sensitivity=tuple(value / whole for value in sensitivity) if whole > 0 else None,
-        objective=(study.metric_names or ["score"])[0],
-        minimize=minimize,
-        n_pruned=states.count(TrialState.PRUNED),
-        n_failed=states.count(TrialState.FAIL),
-        converged=study.user_attrs.get(CONVERGED_ATTR),
-    )
+    @classmethod
+    def of(cls, reading: StudyReading) -> StudyView:
+        """Returns the view of a study, which may have any number of objectives and of finished trials."""
+        study, space, trials = reading.study, reading.space, reading.finished_trials
+        names = reading.rank_names
+        minimize = study.directions[0] is StudyDirection.MINIMIZE
+        ranks = np.asarray([[t.params[name] for name in names] for t in trials], dtype=np.int64)
+        ranks = ranks.reshape(len(trials), len(names))
+        uniform = {t.number for t in reading.uniform_trials}
+        is_uniform = np.asarray([t.number in uniform for t in trials], dtype=bool)
+        within_budget = np.ones(len(trials), dtype=bool)
+        if space is not None and space.budget is not None:  # another sampler may exceed it
+            costs = [space.cost(Ranks(zip(space.modules, row, strict=True))) for row in ranks.tolist()]
+            within_budget = np.asarray([space.is_within_budget(cost) for cost in costs])
+        scores = best = None
+        if len(study.directions) == 1:
+            scores = np.asarray([t.value for t in trials], dtype=np.float64)
+            better = np.fmin if minimize else np.fmax  # these skip NaN
+            best = better.accumulate(np.where(within_budget, scores, np.nan))
+        attrs = study.user_attrs
+        sensitivity = [attrs.get(SENSITIVITY_ATTR, {}).get(name, np.nan) for name in names]
+        whole = sum(sensitivity)
+        states = [t.state for t in reading.trials]
+        return cls(
+            space=space,
+            numbers=tuple(t.number for t in trials),
+            ranks=ranks,
+            names=tuple(names),
+            labels=tuple(names.values()) if len(set(names.values())) == len(names) else tuple(names),
+            series={"": slice(None)} if space is None else space.series,
+            is_uniform=is_uniform,
+            within_budget=within_budget,
+            scores=scores,
+            best=best,
+            uniform_score=float(scores[is_uniform].mean()) if scores is not None and is_uniform.any() else None,
+            uniform_ranks=None if space is None else tuple(space.uniform().values()),
+            profile=space.profile if space is not None and any(space.profile) else None,
+            sensitivity=tuple(value / whole for value in sensitivity) if whole > 0 else None,
+            objective=(study.metric_names or ["score"])[0],
+            minimize=minimize,
+            n_pruned=states.count(TrialState.PRUNED),
+            n_failed=states.count(TrialState.FAIL),
+            converged=attrs.get(CONVERGED_ATTR),
+        )

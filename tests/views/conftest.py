@@ -7,6 +7,8 @@ import optuna
 import pytest
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace
+from rankadaptor_optuna.studies.reading import StudyReading
+from rankadaptor_optuna.views.study_view import StudyView
 
 SPACE = RankSpace(
     8,
@@ -55,6 +57,12 @@ def space():
 @pytest.fixture(scope="session")
 def by_sublayer():
     return SUBLAYERS
+
+
+@pytest.fixture(scope="session")
+def view_of():
+    """Reads a study for views."""
+    return lambda study: StudyView.of(StudyReading(study))
 
 
 @pytest.fixture

@@ -44,6 +44,17 @@ def test_a_study_in_a_database_gets_three_figures_and_a_note(make_study, directi
     assert recommend(study).evidence.statement in get_note(study)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["with a space", "drop-in"])
+def test_the_trials_are_read_once(make_study, drop_in, known, monkeypatch):
+    study = make_study() if known else drop_in()
+    readings, read = [], study._storage.get_all_trials
+    monkeypatch.setattr(
+        study._storage, "get_all_trials", lambda *args, **kw: readings.append(args) or read(*args, **kw)
+    )
+    publish_dashboard(study)
+    assert len(readings) == 1
+
+
 def test_one_trial_is_enough(make_study):
     study = make_study(1)
     publish_dashboard(study)

@@ -5,7 +5,6 @@ import pytest
 from rankadaptor_optuna import recommend
 from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
 from rankadaptor_optuna.views.pictures import draw_progress, draw_ranks
-from rankadaptor_optuna.views.study_view import read_study_view
 
 pytest.importorskip("matplotlib")
 
@@ -13,7 +12,7 @@ pytest.importorskip("matplotlib")
 @pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("granularity", ["layer", "sublayer"])
 def test_ranks_stand_above_their_layers_sensitivity_and_pruned_share(
-    make_study, space, by_sublayer, granularity, measured
+    view_of, make_study, space, by_sublayer, granularity, measured
 ):
     space = space if granularity == "layer" else by_sublayer
     study = make_study(4, space)
@@ -21,7 +20,7 @@ def test_ranks_stand_above_their_layers_sensitivity_and_pruned_share(
     if measured:
         study.set_user_attr(SENSITIVITY_ATTR, dict(zip(space.distributions(), sensitivity, strict=True)))
     found = recommend(study)
-    top, *middle, bottom = draw_ranks(space, found, read_study_view(study)).axes
+    top, *middle, bottom = draw_ranks(space, found, view_of(study)).axes
     assert len(middle) == measured
     for i, (name, part) in enumerate(space.series.items()):
         bars, below = top.containers[i], bottom.containers[i]
@@ -36,8 +35,8 @@ def test_ranks_stand_above_their_layers_sensitivity_and_pruned_share(
     assert [bar.get_height() for bar in top.containers[-1]] == list(space.fixed_ranks.values())
 
 
-def test_progress_shows_trials_the_best_so_far_and_uniform(make_study):
-    view = read_study_view(make_study(5))
+def test_progress_shows_trials_the_best_so_far_and_uniform(view_of, make_study):
+    view = view_of(make_study(5))
     trials, best, uniform = draw_progress(view).axes[0].lines
     assert trials.get_ydata().tolist() == view.scores.tolist()
     assert best.get_ydata().tolist() == view.best.tolist()
