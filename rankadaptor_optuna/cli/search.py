@@ -51,7 +51,7 @@ def search(
         found, settings = stored_study(storage, study)
         study = found.study_name
     else:
-        raise ValueError("give a RECIPE, or the --storage of a study that has one.")
+        raise ValueError("give a recipe, or the --storage of a study that has one.")
     result = run_search(
         settings,
         out,
