@@ -44,23 +44,23 @@ def _accuracy(shares: Sequence[float]) -> str:
 
 
 def comparison_verdict(comparison: Comparison) -> str:
-    """Returns a sentence on the recommended ranks against each reference, by perplexity and by the searched metric."""
-    sentences = [f"On the same {len(comparison.seeds)} fresh seeds, {OURS} is"]
+    """Returns how the recommended ranks compare with each reference, by perplexity and by the searched metric."""
+    lines = []
     for measure in ("loss", *comparison.row(OURS).scores):
-        paired = [(method, comparison.paired(method, measure)) for method in comparison.references]
-        verdicts = [f"{_VERDICTS[each.verdict]} {method} ({difference_text(each)})" for method, each in paired]
-        sentences.append("; ".join(verdicts) + ".")
-    return f" By the searched metric, {OURS} is ".join([" ".join(sentences[:2]), *sentences[2:]])
+        name = "perplexity" if measure == "loss" else measure
+        lines.append(f"{OURS} by {name}, paired differences on {len(comparison.seeds)} fresh seeds:\n")
+        for method in comparison.references:
+            paired = comparison.paired(method, measure)
+            lines.append(f"* {_VERDICTS[paired.verdict]} {method}: {difference_text(paired)}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def difference_text(paired: PairedDifference) -> str:
-    """Returns a paired difference and its 95% interval: ``perplexity -2.10%, 95% interval -2.40% to -1.80%``."""
-    if paired.measure == "loss":
-        name, mean, low, high = "perplexity", *(f"{math.expm1(x):+.2%}" for x in (paired.mean, *paired.interval))
-    else:
-        name, mean, low, high = paired.measure, *(f"{x:+.4f}" for x in (paired.mean, *paired.interval))
-    interval = " on every seed: no spread to judge by" if paired.alike else f", 95% interval {low} to {high}"
-    return f"{name} {mean}{interval}"
+    """Returns a paired difference of perplexity or another measure: ``-2.10% (95% interval -2.40% to -1.80%)``."""
+    values = (paired.mean, *paired.interval)
+    mean, low, high = (f"{math.expm1(x):+.2%}" if paired.measure == "loss" else f"{x:+.4f}" for x in values)
+    return f"{mean} on every seed, no spread to judge by" if paired.alike else f"{mean} (95% interval {low} to {high})"
 
 
 def write_comparison(comparison: Comparison) -> None:

@@ -92,7 +92,9 @@ def study_note(view: StudyView, found: Recommendation | None) -> str:
     lines = [_TITLE, "", f"**{found.evidence.statement}**", ""]
     lines += [f"* Predicted {view.objective}: {as_score(found.predicted)} ± {found.std:.2g} (one standard deviation)."]
     if view.uniform_score is not None:
-        lines += [f"* Uniform configuration: {as_score(view.uniform_score)} (trials: {view.is_uniform.sum()})."]
+        n = int(view.is_uniform.sum())
+        mean = f" (mean of {n} trials)" if n > 1 else ""
+        lines += [f"* Uniform configuration: {as_score(view.uniform_score)}{mean}."]
     if view.best is not None and np.isfinite(view.best[-1]):
         number = view.numbers[np.flatnonzero(view.within_budget & (view.scores == view.best[-1]))[0]]
         lines += [f"* Best single trial, noise included: {as_score(view.best[-1])} (trial {number})."]

@@ -96,7 +96,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
         perplexities = [math.exp(loss) for loss in row.losses]
         color = RECOMMENDED if row.method == OURS else GREY
         axes.plot(perplexities, [at] * len(perplexities), "o", color=color, label="_" if at else "seed")
-        axes.plot([np.mean(perplexities)], [at], "|", markersize=24, color=BLACK, label="_" if at else "mean")
+        axes.plot([np.mean(perplexities)], [at], "|", markersize=14, color=BLACK, label="_" if at else "mean")
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(f"perplexity on the report data, {len(comparison.seeds)} fresh seeds (lower is better)")

@@ -28,7 +28,7 @@ def report_verdict(result: QuickstartResult) -> str:
         "tie": "No difference from uniform was shown",
     }[paired.verdict]
     where = f"on {len(comparison.seeds)} fresh seeds and text that the search did not use"
-    return f"{sentence} {where}: {difference_text(paired)}."
+    return f"{sentence} {where}: perplexity {difference_text(paired)}."
 
 
 def report_text(result: QuickstartResult) -> str:

@@ -30,26 +30,30 @@ def row(method, losses=None, accuracies=(), scores=(), parameters=10, **more):
 
 def test_the_verdict_says_wins_and_losses_alike():
     text = comparison_verdict(comparison([row(method) for method in METHODS]))
-    assert text.startswith("On the same 3 fresh seeds, RankAdaptor is better than LoRA, uniform (perplexity -26")
-    assert "WORSE than AdaLoRA (perplexity +" in text
-    assert "better than EVA" in text
-    assert "not distinguishable from Fisher-proportional" in text
-    assert "searched metric" not in text
+    head, _, *verdicts = text.splitlines()
+    assert head == "RankAdaptor by perplexity, paired differences on 3 fresh seeds:"
+    assert [line.partition(":")[0] for line in verdicts] == [
+        "* better than LoRA, uniform",
+        "* WORSE than AdaLoRA",
+        "* better than EVA",
+        "* not distinguishable from Fisher-proportional",
+    ]
+    assert verdicts[0].endswith(": -26.16% (95% interval -27.22% to -25.10%)")
 
 
 def test_the_verdict_is_also_about_the_searched_metric():
     scores = {method: {"margin": [-loss for loss in losses]} for method, losses in LOSSES.items()}
     text = comparison_verdict(comparison([row(method, scores=scores[method]) for method in METHODS]))
-    by_metric = text.split("By the searched metric, RankAdaptor is ")[1]
+    by_metric = text.split("RankAdaptor by margin")[1]
     assert by_metric.count("better than") == 2
-    assert "WORSE than AdaLoRA (margin -0.4967, 95% interval -0.5110 to -0.4823)" in by_metric
+    assert "WORSE than AdaLoRA: -0.4967 (95% interval -0.5110 to -0.4823)" in by_metric
 
 
 def test_a_score_that_differs_by_the_same_on_every_seed_is_not_called_better():
     accuracy = {method: [0.5, 0.52, 0.54] for method in METHODS} | {OURS: [0.52, 0.54, 0.56]}
     rows = [row(method, [2.0, 2.1, 2.3], scores={"accuracy": accuracy[method]}) for method in METHODS]
     text = comparison_verdict(comparison(rows))
-    assert "not distinguishable from EVA (accuracy +0.0200 on every seed: no spread to judge by)" in text
+    assert "not distinguishable from EVA: +0.0200 on every seed, no spread to judge by" in text
     assert "better" not in text
 
 
