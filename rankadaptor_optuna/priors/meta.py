@@ -90,7 +90,7 @@ def meta_train(
     """Learns a prior from tasks, and stops early on held-out tasks.
 
     The tasks' sensitivities are ignored: where they are known there is little left to learn, and a prior learned beside
-    them does not hold where they are unknown (``python -m benchmarks.prior.pretrain`` measures both).
+    them does not hold where they are unknown (``python -m benchmarks.pretrain_prior`` measures both).
 
     The prior's card holds the names of the tasks, the time, and the transfer to the held-out tasks (which stop the
     training, but are not trained on): see ``transfer``.

@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from rankadaptor_optuna.space import RankSpace
 
 # Variance that a seed's recoveries do not share with other seeds', as a share of the variance that they do share.
-# Chosen by benchmarks/calibration.py: the 95% interval of the gain predicted after 25 trials of the race's searches
-# held 98% of the gains measured on fresh seeds, without it 32%.
+# Chosen by `python -m benchmarks.calibration`: the 95% interval of the gain predicted after 25 trials of the race's
+# searches held 98% of the gains measured on fresh seeds, without it 32%.
 _APART = 1 / 3
-# Standard deviation of the misfit of a bad score, as a share of its distance below the median. Chosen on families that
-# are not among those of benchmarks/transfer.py.
+# Standard deviation of the misfit of a bad score, as a share of its distance below the median. Chosen on families of
+# recoveries that are not in the tables of `python -m benchmarks.transfer`.
 _MISFIT = 0.3
 # Standard deviations taken off a gain before configurations are compared: the best of many predictions errs upwards.
-# On five families of real recoveries and 18 simulated tasks, none of them among those of benchmarks/race.py, the regret
-# of recommendations fell or stayed.
+# On five families of recoveries and 18 simulated tasks, none of them in the tables of `python -m benchmarks.race`, the
+# regret of recommendations fell or stayed.
 _CAUTION = 0.5
 
 

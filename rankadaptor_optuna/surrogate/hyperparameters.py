@@ -29,7 +29,9 @@ _SIGNAL, _RESIDUAL, _NOISE = 0.5, 0.2, 0.3
 
 # Prior standard deviations in units of the signal.
 _INTERCEPT = 3.0  # in score units: wide beside scores of standard deviation 1; set by hand
-_CURVATURE = 0.5  # set by hand; with it, the 95% intervals on two development tasks held 94% instead of 85%
+# Curvature in a layer's rank. With it and the squared total, the 95% intervals on two development tasks held 94%
+# instead of 85%; the value was set by hand.
+_CURVATURE = 0.5
 _PROFILE = 0.7  # set by hand
 _SENSITIVITY = 0.7  # how far the worth of rank strays from being proportional to sensitivity; set by hand
 # How far the first and the last layers stand out. In searches of functions fitted to 45 collected tasks, without a
@@ -38,10 +40,10 @@ _SENSITIVITY = 0.7  # how far the worth of rank strays from being proportional t
 _ENDS = 4.0
 _DIFFERENCE = 0.7  # how far the functions of several series differ, as a share of what they have in common; by hand
 
-# Odds, before any trial, that a prior learned from other tasks holds for this one. On functions fitted to the
-# recoveries of ten development families (as benchmarks/transfer_simulated.py does for those of its table), after 2, 5,
-# 10 and 25 trials, a prior with these odds had 0.02, 0.02, 0.03 and 0.00 less regret than none, and one learned from
-# negated scores 0.04, 0.00, -0.01 and 0.00 more (sensitivities unknown).
+# Odds, before any trial, that a prior learned from other tasks holds for this one. In searches of functions fitted to
+# the recoveries of ten development families, sensitivities unknown, after 2, 5, 10 and 25 trials, a prior with these
+# odds had 0.02, 0.02, 0.03 and 0.00 less regret than none, and a prior learned from negated scores 0.04, 0.00, -0.01
+# and 0.00 more. `python -m benchmarks.transfer` measures the same on recoveries.
 _BELIEF = 0.2
 
 
