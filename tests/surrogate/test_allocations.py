@@ -7,6 +7,7 @@ import pytest
 
 from rankadaptor_optuna.surrogate.allocations import Allocations, keeps, within_constraints
 from rankadaptor_optuna.surrogate.belief import Belief
+from rankadaptor_optuna.surrogate.grid import RankGrid
 
 
 def feasible_totals(values, costs, budget):
@@ -29,6 +30,40 @@ def table(seed):
 
 def allocations_of(values, costs, budget):
     return Allocations(costs, costs, np.isfinite(values), budget)
+
+
+def uneven_grid():
+    """Returns a grid whose layers have different candidates and costs."""
+    values = [np.asarray([1.0, 2, 3]), np.asarray([4.0]), np.asarray([2.0, 8])]
+    return RankGrid(np.asarray([0, 0.5, 1]), values, np.zeros(3), np.asarray([1.0, 10, 2]), np.ones(3))
+
+
+def test_a_layer_takes_only_its_own_candidates():
+    allocations, table = Allocations.of(uneven_grid()), np.arange(9.0).reshape(3, 3)
+    possible = set(itertools.product((1, 2, 3), (4,), (2, 8)))
+    assert allocations.ranks_of(allocations.best(table)) == (3, 4, 8)
+    seen, rng = set(), np.random.default_rng(0)
+    for _ in possible:
+        choice = allocations.best_unseen(table, seen.__contains__, rng)
+        assert (choice < [3, 1, 2]).all()  # no padding of short rows
+        seen.add(allocations.ranks_of(choice))
+    assert seen == possible
+    assert {allocations.ranks_of(choice) for choice in allocations.best_few(table, 9)} == possible
+
+
+def test_layers_of_given_rank_take_their_cost_from_the_budget():
+    table = np.ones((3, 1)) * np.arange(3)
+    # the given rank, no candidate, costs 5, and the only candidate of the next layer 40: 12 of 57 are left
+    allocations = Allocations.of(uneven_grid(), 57, given={0: 5})
+    assert allocations.ranks_of(allocations.best(table)) == (5, 4, 2)
+    allocations = Allocations.of(uneven_grid(), 61, given={0: 5})
+    assert allocations.ranks_of(allocations.best(table)) == (5, 4, 8)
+
+
+def test_a_budget_below_the_cheapest_configuration_is_raised_to_its_cost():
+    allocations = Allocations.of(uneven_grid(), 3)
+    assert allocations.budget == 1 + 40 + 4
+    assert allocations.ranks_of(allocations.best(np.ones((3, 1)) * np.arange(3))) == (1, 4, 2)
 
 
 @pytest.mark.parametrize("seed", range(20))

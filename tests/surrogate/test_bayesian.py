@@ -158,6 +158,25 @@ def test_the_lasting_gain_is_smaller_and_stays_uncertain_after_many_trials(direc
     assert np.ravel(model.predict_lasting_gain([8.0] * 10)).tolist() == [0, 0]
 
 
+def test_a_quarter_of_what_was_learned_of_a_gain_is_not_expected_to_last():
+    model = fitted(20)
+    test = np.stack([np.random.default_rng(seed).permutation([4.0] * 5 + [12.0] * 5) for seed in range(10)])
+    gain, lasting = model.predict_gain(test)[0], model.predict_lasting_gain(test)[0]
+    # between configurations of equal total rank, of which nothing was expected before any trial
+    assert np.ptp(gain) > 0.5
+    assert lasting - lasting[0] == pytest.approx(0.75 * (gain - gain[0]))
+
+
+def test_without_ranks_the_belief_agrees_with_predict():
+    nothing, points = np.zeros(0), np.linspace(0, 1, 12)[:, None]
+    model = BayesianModel(RankGrid(nothing, [], nothing, nothing, nothing), prior=None, n_ordinary=1)
+    scores = 5 - (points[:, 0] - 0.3) ** 2
+    model.update(np.zeros((12, 0)), scores, points)
+    belief = model.mean()
+    values = scores.mean() + model.spread * (belief.offset + belief.of_ordinary(points))
+    assert values == pytest.approx(model.predict(np.zeros((12, 0)), points)[0])
+
+
 def test_the_beliefs_table_agrees_with_predict_at_the_total_rank_of_the_best_trial():
     model, tried = fitted(), configurations(40)
     best = tried[score(tried).argmax()]

@@ -19,6 +19,10 @@ def test_the_grid_of_a_space_has_its_layers_by_relative_depth():
     assert GRID.reference.tolist() == [4, 4, 4]
 
 
+def test_two_layers_lie_at_the_ends_of_the_depth():
+    assert RankGrid.from_space(RankSpace(2)).depth.tolist() == [0, 1]
+
+
 def test_the_grid_of_sublayers_has_two_series_along_the_same_depth():
     space = RankSpace(
         9,
@@ -36,6 +40,11 @@ def test_the_grid_of_sublayers_has_two_series_along_the_same_depth():
     assert grid.costs.tolist() == [1, 2, 3, 4]
     assert grid.profile.tolist() == [0.1, 0.2, 0.3, 0.4]
     assert grid.reference.tolist() == [4] * 4
+
+
+def test_layers_belong_to_one_series_of_unknown_sensitivity_by_default():
+    grid = RankGrid(np.zeros(2), [np.ones(1)] * 2, np.zeros(2), np.ones(2), np.ones(2))
+    assert (grid.series.tolist(), grid.n_series, grid.sensitivity.tolist()) == ([0, 0], 1, [0, 0])
 
 
 def test_short_rows_of_candidates_are_padded_with_their_last():
