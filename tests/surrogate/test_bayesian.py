@@ -295,6 +295,14 @@ def test_a_lower_bound_is_half_a_standard_deviation_below_the_gain_and_its_belie
         assert (over_first > np.asarray([b for b, _ in bounds]) - 1e-9).all()
 
 
+def test_a_constraints_mean_does_not_depend_on_its_unit():
+    model, ranks = fitted(), configurations(20)
+    limit = ranks.sum(1) - 70
+    a, b = (model.constraint(model.encode(ranks), unit * limit) for unit in (1, 1000))
+    assert a.table == pytest.approx(b.table)
+    assert a.offset == pytest.approx(b.offset)
+
+
 def test_a_constraints_mean_has_its_sign():
     model, ranks, test = fitted(), configurations(60), configurations(50, seed=1)
     limit = ranks.sum(1) - 70
