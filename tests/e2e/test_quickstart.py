@@ -10,6 +10,8 @@ from pathlib import Path
 import optuna
 import pytest
 
+from rankadaptor_optuna.jobs.results import DENSE, NONE, OURS, UNIFORM
+
 pytestmark = pytest.mark.e2e
 
 
@@ -32,8 +34,9 @@ def trials(out: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_prints_the_table_and_a_verdict(first: tuple[Path, str]) -> None:
-    for row in ("dense", "pruned, no recovery", "uniform LoRA, rank 8", "recommended ranks"):
-        assert row in first[1]
+    for row in (DENSE, NONE, UNIFORM, OURS):
+        assert f"\n{row} " in first[1]
+    assert "continuation" in first[1]
     verdicts = ("beat uniform", "did NOT beat", "No difference", "recommends the uniform")
     assert any(verdict in first[1] for verdict in verdicts)
 
@@ -49,9 +52,9 @@ def test_writes_study_adapter_report_and_pictures(first: tuple[Path, str]) -> No
 
 
 def test_pruning_hurt_and_recovery_helped(first: tuple[Path, str]) -> None:
-    results = json.loads((first[0] / "results.json").read_text())
-    recovered = [value["loss"] for key, value in results.items() if key.startswith("ranks")]
-    assert results["dense"]["loss"] < max(recovered) < results["pruned"]["loss"]
+    rows = json.loads((first[0] / "compare" / "compare.json").read_text())["rows"]
+    losses = {row["method"]: row["losses"] for row in rows}
+    assert losses[DENSE][0] < max(losses[UNIFORM] + losses[OURS]) < losses[NONE][0]
 
 
 def test_the_adapter_loads_on_the_pruned_model_in_a_new_process(first: tuple[Path, str]) -> None:
@@ -83,14 +86,14 @@ print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=8, do_sample
 
 def test_running_again_recomputes_nothing(first: tuple[Path, str]) -> None:
     out, stdout = first
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    results, finished = (out / "results.json").read_text(), [t.datetime_complete for t in trials(out)]
+    before = {path: path.stat().st_mtime_ns for path in (*out.rglob("*.safetensors"), *out.rglob("results.json"))}
+    finished = [t.datetime_complete for t in trials(out)]
     again = quickstart("--out", str(out), "--trials", "3", "--steps", "2")
     assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
-    assert (out / "results.json").read_text() == results
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     assert [t.datetime_complete for t in trials(out)] == finished
-    assert again.stdout.split("Done in")[0] == stdout.split("Done in")[0]
+    table = [text.split("\n\n", 1)[1].split("Done in")[0] for text in (stdout, again.stdout)]
+    assert table[0] == table[1]
 
 
 def test_other_settings_are_refused_in_one_line(first: tuple[Path, str]) -> None:
