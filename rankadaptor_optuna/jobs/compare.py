@@ -174,7 +174,7 @@ def _recover_and_measure(
 ) -> dict[str, Any]:
     if method == NONE:
         return {**measure(job.model), "seconds": 0.0}
-    budget = (job.space.budget or math.inf) * BUDGET_TOLERANCE
+    limit = (job.space.budget or math.inf) * BUDGET_TOLERANCE
     rank = next(iter(job.space.uniform().values()))
     while True:
         with bar(method, job.training.steps) as shown:
@@ -182,9 +182,9 @@ def _recover_and_measure(
             with _recovered(method, job, ranks, rank, seed, lambda step, loss: shown.update(1)) as adapted:
                 seconds = time.perf_counter() - start
                 shown.close()
-                if rank == 1 or adapter_parameters(adapted) <= budget or method not in ("AdaLoRA", "EVA"):
+                if rank == 1 or adapter_parameters(adapted) <= limit or method not in _ADAPTIVE:
                     return {**measure(adapted), "seconds": seconds}
-        rank -= 1  # AdaLoRA and EVA move rank to modules that cost more: start from less
+        rank -= 1  # adaptive methods move rank to modules that cost more: start from less
 
 
 @contextmanager
@@ -196,18 +196,17 @@ def _recovered(
     seed: int,
     on_step: Callable[[int, float], None],
 ) -> Iterator[Any]:
-    if method in ("AdaLoRA", "EVA"):
-        recovery = adalora if method == "AdaLoRA" else eva
-        with recovery(
+    """The recovered model as a context; `ranks` are the recommended ones, `rank` is where adaptive methods start."""
+    if adaptive := _ADAPTIVE.get(method):
+        with adaptive(
             job.model, job.train, job.training, rank=rank, seed=seed, on_step=on_step, lora=job.lora
-        ) as adapted:
-            yield adapted
+        ) as model:
+            yield model
         return
-    chosen = {UNIFORM: job.space.uniform(), OURS: ranks}.get(method) or fisher_ranks(job)
     job.on_step = on_step
     try:
-        with job.recovered(chosen, seed=seed) as adapted:
-            yield adapted
+        with job.recovered(_ALLOCATIONS[method](job, ranks), seed=seed) as model:
+            yield model
     finally:
         job.on_step = None
 
@@ -223,6 +222,14 @@ def fisher_ranks(job: RecoveryObjective) -> Ranks:
         {layer: shares[layer] for layer in layers}, layers, space.candidates, space.searched_budget
     )
     return Ranks({module: found[int(str(module).split(".")[0])] for module in space.modules})
+
+
+_ADAPTIVE: dict[str, Any] = {"AdaLoRA": adalora, "EVA": eva}  # methods that choose ranks by themselves
+_ALLOCATIONS: dict[str, Callable[[RecoveryObjective, Ranks], Ranks]] = {
+    UNIFORM: lambda job, recommended: job.space.uniform(),
+    "Fisher-proportional": lambda job, recommended: fisher_ranks(job),
+    OURS: lambda job, recommended: recommended,
+}
 
 
 def _row(method: str, measured: list[dict[str, Any]]) -> Row:

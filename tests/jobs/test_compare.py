@@ -144,7 +144,8 @@ def test_a_method_over_the_budget_tries_again_with_less(job, monkeypatch):
     tried = []
     monkeypatch.setattr(module, "adapter_parameters", lambda adapted: 10**9 if len(tried) < 3 else 1)
     real = module.eva
-    monkeypatch.setattr(module, "eva", lambda *a, rank, **kw: tried.append(rank) or real(*a, rank=rank, **kw))
+    eva = lambda *a, rank, **kw: tried.append(rank) or real(*a, rank=rank, **kw)  # noqa: E731
+    monkeypatch.setitem(module._ADAPTIVE, "EVA", eva)
     module._recover_and_measure("EVA", job, {}, 0, lambda adapted: {})
     assert tried == [4, 3, 2]
 
