@@ -7,7 +7,7 @@ import pytest
 
 import rankadaptor_optuna
 
-HEAVY = ("torch", "transformers", "peft", "lm_eval", "datasets")
+HEAVY = ("torch", "transformers", "peft", "lm_eval", "datasets", "pydantic")
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def compare(
             for seed in fresh[: 1 if method in UNTRAINED else None]
         ]
         rows.append(_row(method, measured))
-    settings |= {"ranks": found.ranks.to_json()}
+    settings = {**settings, "ranks": found.ranks.to_json()}
     write_json(out / "compare.json", {"settings": settings, "rows": [vars(row) for row in rows]})
     comparison = Comparison(rows, settings, space.budget, fresh, found.ranks, uniform, out)
     if comparison.over_budget:

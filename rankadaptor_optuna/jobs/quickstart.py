@@ -17,8 +17,6 @@ from rankadaptor_optuna.jobs.search import search
 from rankadaptor_optuna.jobs.stored import load_pruned_job
 from rankadaptor_optuna.priors.choice import OnBadPrior
 
-N_REPORT_SEEDS = 3
-
 
 def quickstart(
     recipe: Recipe,

@@ -191,7 +191,7 @@ def validated(kind: type[T], values: Mapping[str, Any]) -> T:
     try:
         from pydantic import TypeAdapter, ValidationError
     except ImportError as error:
-        raise ImportError("recipes need pydantic: install rankadaptor-optuna with its extra [llm].") from error
+        raise ImportError("recipes need the extra 'llm': pip install pydantic") from error
     try:
         return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
     except ValidationError as error:

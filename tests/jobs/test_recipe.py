@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -200,3 +201,9 @@ def test_the_model_is_on_the_recipes_device_or_refused(model, tokenizer, tmp_pat
 def test_the_example_is_the_default_in_full():
     example = Path(__file__).parents[2] / "examples" / "recipe.toml"
     assert Recipe.load(example) == Recipe()
+
+
+def test_without_pydantic_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    with pytest.raises(ImportError, match="recipes need the extra 'llm': pip install pydantic"):
+        Recipe.from_dict({})
