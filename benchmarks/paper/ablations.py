@@ -30,7 +30,7 @@ from benchmarks.tasks.losses import Losses
 from benchmarks.tasks.models import dense_model, taylor_pruned
 from benchmarks.tasks.ranks import random_ranks, weighted_ranks
 from benchmarks.tasks.recovery import RecoveryTask, load_task
-from benchmarks.tasks.specs import DEVELOPMENT, TaskSpec
+from benchmarks.tasks.specs import DEVELOPMENT, TINY, TaskSpec
 from benchmarks.tasks.texts import LENGTH
 from rankadaptor_optuna import PerformanceModel, RankAdaptorSampler, RankSpace, recommend
 from rankadaptor_optuna.ranks import Ranks
@@ -190,20 +190,20 @@ def model_rows(task: str, found: Mapping[tuple[str, int], Mapping[str, Sequence[
 
 def main() -> None:
     """Runs the ablations, prints a table each and writes results/paper_ablations.json."""
-    parser = command_parser(__doc__, "two seeds, few trials, one task")
+    parser = command_parser(__doc__, "two seeds, few trials, a tiny task")
     parser.add_argument("--folder", type=Path, default=cache_dir() / "paper_ablations", help="losses")
     args = parser.parse_args()
     set_up()
     folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     seeds, n_trials, numbers = (2, 4, (5, 8)) if args.quick else (10, 25, (10, 50))
-    specs = DEVELOPMENT[:1] if args.quick else DEVELOPMENT
+    specs = (TINY,) if args.quick else DEVELOPMENT
     recoveries = len(PRUNINGS) * seeds * (n_trials + 6)
     recoveries += len(specs) * (N_RANKED + seeds * (max(numbers) + 3 * len(MODELS) * len(numbers)))
     print(f"At most {recoveries} recoveries, about a CPU second each: {recoveries / 3600:.1f} CPU hours.", flush=True)
     parts: dict[str, list[Row]] = {}
-    parts["pruning"] = prunings(DEVELOPMENT[0], folder, seeds, n_trials)
-    parts["micro batch"], widest = micro_batches(DEVELOPMENT[0])
+    parts["pruning"] = prunings(specs[0], folder, seeds, n_trials)
+    parts["micro batch"], widest = micro_batches(specs[0])
     checks: Checks = {"micro batches of 4, 8 and 16, widest difference in loss": check(widest, "<= 0.0001")}
     parts["performance model"] = []
     for spec in specs:

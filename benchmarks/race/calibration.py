@@ -31,7 +31,7 @@ from benchmarks.report import FRESH, cell, check, command_parser, selected, set_
 from benchmarks.tasks.collect import Collected, collected
 from benchmarks.tasks.losses import Losses
 from benchmarks.tasks.recovery import load_task
-from benchmarks.tasks.specs import TEST
+from benchmarks.tasks.specs import TEST, TINY
 from rankadaptor_optuna import PerformanceModel, RankSpace
 from rankadaptor_optuna.recovery.embedded import cache_dir
 from rankadaptor_optuna.surrogate.grid import Array, RankGrid
@@ -138,16 +138,16 @@ def checks_of(what: str, found: Judged) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints a table and writes results/calibration.json."""
-    specs = {spec.name: spec for spec in TEST}
-    parser = command_parser(__doc__, "two seeds, two collected tasks")
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"default: all of {', '.join([*specs, COLLECTED])}")
+    specs = {spec.name: spec for spec in (*TEST, TINY)}
+    parser = command_parser(__doc__, "two seeds, a tiny task, two collected tasks")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="tasks of the race, and collected; default: all")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--folder", type=Path, default=cache_dir() / "race", help="trials and losses of the race")
     args = parser.parse_args()
     set_up()
-    names = selected(parser, "task", args.tasks, [*specs, COLLECTED]) or [*specs, COLLECTED]
+    names = selected(parser, "task", args.tasks, [*specs, COLLECTED]) or [*(spec.name for spec in TEST), COLLECTED]
     if args.quick:
-        args.seeds, names = 2, args.tasks or [COLLECTED]
+        args.seeds, names = 2, args.tasks or [TINY.name, COLLECTED]
     rows: list[dict[str, Any]] = []
     checks: dict[str, Any] = {}
     raced: Judged = {}

@@ -37,6 +37,7 @@ from benchmarks.tasks.collect import Collected, collected, specs
 from benchmarks.tasks.losses import SensitiveTask, Trials
 from benchmarks.tasks.recovery import load_task
 from benchmarks.tasks.smollm2 import SMOLLM2, SMOLLM2_WIDE, load_smollm2
+from benchmarks.tasks.specs import TINY
 from rankadaptor_optuna import RankSpace
 from rankadaptor_optuna.priors.meta import meta_train
 from rankadaptor_optuna.ranks import Ranks
@@ -249,23 +250,25 @@ def open_target(family: str) -> Target:
     """Opens the task of a family that is searched."""
     if family == SMOLLM2.family:
         return load_smollm2(SMOLLM2_WIDE)
+    if family == TINY.family:
+        return load_task(TINY)
     return load_task(next(s for s in specs() if s.family == family and s.damage.kind == "taylor"))
 
 
 def main() -> None:
     """Runs what is missing and writes results/transfer.json."""
-    parser = command_parser(__doc__, "two seeds, 10 trials, the first family")
+    parser = command_parser(__doc__, "two seeds, 10 trials, a tiny task, few tasks to learn from")
     parser.add_argument("--families", nargs="+", default=[], metavar="NAME", help="default: the README's seven")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--trials", type=int, default=CHECKPOINTS[-1])
     parser.add_argument("--folder", type=Path, default=cache_dir() / "transfer", help="priors, trials and losses")
     args = parser.parse_args()
     set_up()
-    known = [*dict.fromkeys(spec.family for spec in specs()), SMOLLM2.family]
+    known = [*dict.fromkeys(spec.family for spec in specs()), SMOLLM2.family, TINY.family]
     families = selected(parser, "family", args.families, known) or [*FAMILIES, SMOLLM2.family]
     if args.quick:
-        args.seeds, args.trials, families = 2, 10, args.families or [FAMILIES[0]]
-    sources = [source for source in collected() if source.task.family != SMOLLM2.family]
+        args.seeds, args.trials, families = 2, 10, args.families or [TINY.family]
+    sources = [source for source in collected() if source.task.family != SMOLLM2.family][: 4 if args.quick else None]
     found = []
     for family in families:
         seeds = min(args.seeds, SMOLLM2_SEEDS) if family == SMOLLM2.family else args.seeds

@@ -27,11 +27,10 @@ from benchmarks.report import FRESH, cell, check, command_parser, interval, set_
 from benchmarks.tasks.models import pruned_model
 from benchmarks.tasks.ranks import random_ranks
 from benchmarks.tasks.recovery import RecoveryTask, load_task
-from benchmarks.tasks.specs import DEVELOPMENT
+from benchmarks.tasks.specs import DEVELOPMENT, TINY
 from benchmarks.tasks.texts import LENGTH, ByteTokenizer, read_parts
 from rankadaptor_optuna import RankAdaptorSampler, RecoveryObjective, create_study, recommend
 
-SPEC = DEVELOPMENT[0]
 N_RANDOM = 20
 HELD_OUT = 32  # blocks that a trial is scored on
 REPORT_EVERY, REPORT_BLOCKS = 3, 8
@@ -92,7 +91,7 @@ def run(task: RecoveryTask, model: Any, who: str, seed: int, n_trials: int) -> d
 
 def main() -> None:
     """Runs all studies and writes results/pruner_savings.json."""
-    parser = command_parser(__doc__, "two seeds, 8 trials")
+    parser = command_parser(__doc__, "two seeds, 8 trials, a tiny task")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
@@ -100,8 +99,9 @@ def main() -> None:
         args.trials, args.seeds = 8, 2
     set_up()
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    start, task, model = time.process_time(), load_task(SPEC), pruned_model(SPEC)[0]
-    names = list(pruners(SPEC.recovery.steps))
+    spec = TINY if args.quick else DEVELOPMENT[0]
+    start, task, model = time.process_time(), load_task(spec), pruned_model(spec)[0]
+    names = list(pruners(spec.recovery.steps))
     studies: dict[str, list[dict[str, Any]]] = {who: [] for who in names}
     for seed in range(args.seeds):
         for who in names:
@@ -141,5 +141,5 @@ def main() -> None:
     }
     seeds = {"studies": args.seeds, "fresh": FRESH}
     losses_by = {who: values.tolist() for who, values in by.items()}
-    more = {"task": SPEC.name, "trials": args.trials, "spread": spread, "losses": losses_by}
+    more = {"task": spec.name, "trials": args.trials, "spread": spread, "losses": losses_by}
     write("pruner_savings", rows, checks, seeds=seeds, part=args.quick, **more)

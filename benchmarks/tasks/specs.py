@@ -106,6 +106,9 @@ _COARSE = (0, 4, 8, 16, 32)
 _RECOVERY = TrainingConfig(steps=24, batch_size=8, learning_rate=1.5e-3)
 _GENTLE = replace(_RECOVERY, learning_rate=1e-3)
 
+# for --quick and tests: made in seconds, from the text that every CPython ships
+_DOCS_4 = Dense("docs", 4, 32, heads=4, kv_heads=2, intermediate=48, training=TrainingConfig(100, 8, 3e-3))
+TINY = TaskSpec("tiny", _DOCS_4, Damage("taylor", 0.4), TrainingConfig(5, 2, 1e-2))
 DEVELOPMENT: tuple[TaskSpec, ...] = (
     TaskSpec("dev-wikitext-taylor", _WIKI_10, Damage("taylor", 0.65, seed=1), _GENTLE),
     TaskSpec("dev-wikitext-rough", _WIKI_10, Damage("rough", 0.8, seed=1), TrainingConfig(24, 8, 2e-3)),

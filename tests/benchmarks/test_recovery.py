@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.tasks import models, recovery, texts
 from benchmarks.tasks.ranks import random_ranks, weighted_ranks
-from benchmarks.tasks.specs import DEVELOPMENT, IMPLEMENTED, TEST, Damage, Dense, TaskSpec
+from benchmarks.tasks.specs import DEVELOPMENT, IMPLEMENTED, TEST, TINY, Damage
 from rankadaptor_optuna.pruning import load_pruned
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.evaluate import block_losses
@@ -17,14 +17,7 @@ from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
 
 TRAINING = TrainingConfig(5, 2, 1e-2, max_grad_norm=0.1)  # so low that it always clips
-SPEC = TaskSpec(
-    "tiny",
-    Dense("docs", 4, 32, heads=4, kv_heads=2, intermediate=48, training=TrainingConfig(6, 4, 3e-3)),
-    Damage("taylor", 0.4),
-    TRAINING,
-    candidates=(0, 2, 4, 6),
-    budget="uniform:4",
-)
+SPEC = dataclasses.replace(TINY, recovery=TRAINING, candidates=(0, 2, 4, 6), budget="uniform:4")
 CONFIGURATIONS = [{0: 2, 1: 6, 2: 0, 3: 4}, {0: 4, 1: 4, 2: 4, 3: 4}, {0: 0, 1: 0, 2: 6, 3: 2}]
 
 

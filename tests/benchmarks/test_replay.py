@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,21 +20,13 @@ from benchmarks.race.peers import samplers
 from benchmarks.report import FRESH, set_up
 from benchmarks.tasks.losses import Losses
 from benchmarks.tasks.recovery import load_task
-from benchmarks.tasks.specs import Damage, Dense, TaskSpec
+from benchmarks.tasks.specs import TINY
 from rankadaptor_optuna import RankSpace
 from rankadaptor_optuna.ranks import Ranks
-from rankadaptor_optuna.recovery.train import TrainingConfig
 
 REPLAY = Path(__file__).parent / "replay"
 SEEDS = 2
-SPEC = TaskSpec(
-    "tiny",
-    Dense("docs", 4, 32, heads=4, kv_heads=2, intermediate=48, training=TrainingConfig(100, 8, 3e-3)),
-    Damage("taylor", 0.4),
-    TrainingConfig(5, 2, 1e-2),
-    candidates=(2, 4, 8),
-    budget="uniform:4",
-)
+SPEC = replace(TINY, candidates=(2, 4, 8), budget="uniform:4")
 
 pytestmark = pytest.mark.filterwarnings("ignore:AutoSampler is left out")
 
