@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import chdir
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.report import FOLDER, cell, check, command_parser, interval, show, write
+from benchmarks.report import FOLDER, cell, chdir, check, command_parser, interval, show, write
 from benchmarks.tasks.texts import data_folder
 from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.recipe import PRESETS, Recipe

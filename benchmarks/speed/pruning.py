@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import chdir
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -28,7 +27,7 @@ import torch
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.report import check, command_parser, show, write
+from benchmarks.report import chdir, check, command_parser, show, write
 from benchmarks.tasks.texts import data_file, data_folder
 from rankadaptor_optuna.jobs.output import OutputFolder
 from rankadaptor_optuna.pruning import prune

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, chdir, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -25,7 +25,7 @@ import psutil
 import torch
 from peft import get_peft_model
 
-from benchmarks.report import check, command_parser, set_up, show, write
+from benchmarks.report import chdir, check, command_parser, set_up, show, write
 from benchmarks.tasks.texts import data_folder
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective
 from rankadaptor_optuna.pruning import prune
