@@ -1,7 +1,4 @@
-"""An objective of your own, with plain PEFT and a plain PyTorch loop, on the embedded model: about two minutes.
-
-pip install 'rankadaptor-optuna[demo]' && python examples/plain_peft.py
-"""
+"""An objective of your own, with plain PEFT and a plain PyTorch loop, on the embedded model: about two minutes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The quickstart in Python: prune a real model, search a LoRA rank per layer, recommend.
-
-pip install 'rankadaptor-optuna[demo]' && python examples/quickstart.py
-"""
+"""The quickstart in Python: prune a real model, search a LoRA rank per layer, recommend."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Hugging Face's Trainer.hyperparameter_search with RankAdaptorSampler, on the embedded model: about two minutes.
-
-pip install 'rankadaptor-optuna[demo]' && python examples/trainer.py
-"""
+"""Hugging Face's Trainer.hyperparameter_search with RankAdaptorSampler, on the embedded model: about two minutes."""
 
 from __future__ import annotations
 
