@@ -13,12 +13,15 @@ from rankadaptor_optuna.surrogate.knapsack import solve
 def random_ranks(space: RankSpace, rng: np.random.Generator) -> Ranks:
     """Draws independent ranks, then moves single layers by one candidate until the budget is met and used."""
     candidates, ranks = list(space.candidates), {i: int(rng.choice(space.candidates)) for i in space.layers}
+    costs = dict(zip(space.layers, space.costs, strict=True))
+    total = sum(costs[layer] * rank for layer, rank in ranks.items())
     for step in (-1, 1):
         for layer in [i for _ in candidates for i in rng.permutation(space.layers).tolist()]:
             place = candidates.index(ranks[layer]) + step
-            if 0 <= place < len(candidates) and (step > 0 or not space.is_feasible(ranks)):
-                moved = {**ranks, layer: candidates[place]}
-                ranks = moved if step < 0 or space.is_feasible(moved) else ranks
+            if 0 <= place < len(candidates):
+                moved = total + costs[layer] * (candidates[place] - ranks[layer])
+                if total > space.searched_budget if step < 0 else moved <= space.searched_budget:
+                    ranks[layer], total = candidates[place], moved
     return Ranks(ranks)
 
 

@@ -17,7 +17,8 @@ from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
 
 TRAINING = TrainingConfig(5, 2, 1e-2, max_grad_norm=0.1)  # so low that it always clips
-SPEC = dataclasses.replace(TINY, recovery=TRAINING, candidates=(0, 2, 4, 6), budget="uniform:4")
+DENSE = dataclasses.replace(TINY.dense, training=TrainingConfig(6, 4, 3e-3))
+SPEC = dataclasses.replace(TINY, dense=DENSE, recovery=TRAINING, candidates=(0, 2, 4, 6), budget="uniform:4")
 CONFIGURATIONS = [{0: 2, 1: 6, 2: 0, 3: 4}, {0: 4, 1: 4, 2: 4, 3: 4}, {0: 0, 1: 0, 2: 6, 3: 2}]
 
 
