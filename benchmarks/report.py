@@ -26,10 +26,10 @@ def command_parser(description: str | None, quick: str) -> argparse.ArgumentPars
     return parser
 
 
-def selected(parser: argparse.ArgumentParser, what: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
+def selected(parser: argparse.ArgumentParser, kind: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
     """Returns the names that were asked for; ends the command where one is unknown."""
     if unknown := sorted(set(names) - {*(known := list(known))}):
-        parser.error(f"no {what} named {', '.join(unknown)}; there are {', '.join(known)}")
+        parser.error(f"no {kind} named {', '.join(unknown)}; there are {', '.join(known)}")
     return list(names)
 
 
@@ -94,8 +94,8 @@ def write(
     **more: object,
 ) -> None:
     """Prints the checks and writes results/NAME.json, or NAME_part.json for a part of the measurement."""
-    for what, found in checks.items():
-        print(f"{'met   ' if found['ok'] else 'MISSED'}  {what}: {found['value']:g}, goal {found['goal']}")
+    for goal, found in checks.items():
+        print(f"{'met   ' if found['ok'] else 'MISSED'}  {goal}: {found['value']:g}, goal {found['goal']}")
     packages = {package: version(package) for package in ("optuna", "torch", "numpy")}
     environment = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
     report = {

@@ -124,15 +124,15 @@ def model_rows(task: str, found: Judged) -> list[dict[str, Any]]:
     return rows
 
 
-def checks_of(what: str, found: Judged) -> dict[str, Any]:
+def checks_of(tasks: str, found: Judged) -> dict[str, Any]:
     """Goals: intervals off by at most 10 points, an order no worse than the paper's model's."""
     checks = {}
     for n in LEARNED_FROM:
         ours, paper = (np.mean(found[mode, n], axis=0) for mode in MODES)
         for level, share in zip(LEVELS, ours, strict=False):
-            checks[f"{what}: {level:.0%} interval after {n} trials, off by"] = check(abs(share - level), "<= 0.1")
+            checks[f"{tasks}: {level:.0%} interval after {n} trials, off by"] = check(abs(share - level), "<= 0.1")
         gain = ours[-1] - paper[-1]
-        checks[f"{what}: rank correlation after {n} trials, above the paper mode's by"] = check(gain, ">= 0")
+        checks[f"{tasks}: rank correlation after {n} trials, above the paper mode's by"] = check(gain, ">= 0")
     return checks
 
 
@@ -172,10 +172,10 @@ def main() -> None:
         for key, values in found.items():
             raced.setdefault(key, []).extend(values)
     some = collected()[: 2 if args.quick else None] if COLLECTED in names else []
-    for what, pooled in {"raced": raced, COLLECTED: on_collected(some, args.seeds)}.items():
+    for tasks, pooled in {"raced": raced, COLLECTED: on_collected(some, args.seeds)}.items():
         if pooled:
-            rows += model_rows(f"all {what}", pooled)
-            checks |= checks_of(what, pooled)
+            rows += model_rows(f"all {tasks}", pooled)
+            checks |= checks_of(tasks, pooled)
     for n in LEARNED_FROM:
         if gains := promised.get(("all raced", n)):
             off = abs(inside(gains) - 0.95)

@@ -67,7 +67,7 @@ class _RankSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:  # noqa: ANN401
-        """Raises: the search space holds ranks only."""
+        """Not used: the search space holds ranks only."""
         raise NotImplementedError
 
 

@@ -105,7 +105,12 @@ def training(job: RecoveryObjective, rounds: int) -> tuple[dict[str, Any], float
     tokens = job.training.steps * job.training.batch_size * len(job.train.ids[0])
     ours, plain = [tokens / seconds for seconds in spent["train"]][1:], plain[1:]  # the first round warms up
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
-    row = {"what": "training, tokens per CPU s", "ours": spread(ours), "peer": spread(plain), "ratio": spread(ratios)}
+    row = {
+        "quantity": "training, tokens per CPU s",
+        "ours": spread(ours),
+        "peer": spread(plain),
+        "ratio": spread(ratios),
+    }
     return row, float(np.median(ratios))
 
 
@@ -119,9 +124,9 @@ def overhead(model: Any, tokenizer: Any, space: RankSpace, texts: Any, rounds: i
     trained, blocks = (np.asarray(spent[name])[2:] for name in ("train", "block_losses"))
     untrained = np.diff(ends)[1:] - trained
     rows = [
-        {"what": "a trial without its training, CPU s", "ours": spread(untrained.tolist())},
-        {"what": "its block of 256 held-out tokens, CPU s", "ours": spread(blocks.tolist())},
-        {"what": "a trial without either, CPU s", "ours": spread((untrained - blocks).tolist())},
+        {"quantity": "a trial without its training, CPU s", "ours": spread(untrained.tolist())},
+        {"quantity": "its block of 256 held-out tokens, CPU s", "ours": spread(blocks.tolist())},
+        {"quantity": "a trial without either, CPU s", "ours": spread((untrained - blocks).tolist())},
     ]
     return rows, float(np.median(untrained - blocks))
 
@@ -163,7 +168,7 @@ def evaluation(model: Any, tokenizer: Any, limit: int, rounds: int) -> tuple[dic
     )
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     row = {
-        "what": "evaluation, requests per CPU s",
+        "quantity": "evaluation, requests per CPU s",
         "ours": spread(ours),
         "peer": spread(theirs),
         "ratio": spread(ratios),
@@ -181,7 +186,10 @@ def memory(model: Any, tokenizer: Any, space: RankSpace, texts: Any, trials: int
         job, n_trials=trials, callbacks=[lambda study, trial: resident.append(process.memory_info().rss / 2**20)]
     )
     first, last = resident[max(0, trials // 10 - 1)], resident[-1]
-    row = {"what": f"resident MiB after {max(1, trials // 10)} and {trials} trials", "ours": f"{first:.0f}, {last:.0f}"}
+    row = {
+        "quantity": f"resident MiB after {max(1, trials // 10)} and {trials} trials",
+        "ours": f"{first:.0f}, {last:.0f}",
+    }
     return row, last / first
 
 
@@ -223,7 +231,7 @@ def main() -> None:
     model = prune(dense, tokenizer, ratio=0.25, calibration=texts.train).model
     space = RankSpace.from_model(model, candidates=(2, 4, 6, 8, 10, 12), budget="uniform:8")
     job = objective(model, tokenizer, space, texts, TrainingConfig(steps=2, batch_size=2), blocks=1)
-    rows: list[dict[str, Any]] = [{"what": "loading the model, once, s", "ours": f"{loading:.2g}"}]
+    rows: list[dict[str, Any]] = [{"quantity": "loading the model, once, s", "ours": f"{loading:.2g}"}]
     trained, ratio = training(job, rounds)
     left, seconds = overhead(model, tokenizer, space, texts, rounds)
     evaluated, of_requests, same = evaluation(model, tokenizer, limit, rounds)

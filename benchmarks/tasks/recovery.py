@@ -24,7 +24,7 @@ from rankadaptor_optuna.pruning.structure import transformer_layers
 from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.sensitivity import SCALE
-from rankadaptor_optuna.recovery.train import _learning_rate, batches
+from rankadaptor_optuna.recovery.train import batches, learning_rate_factor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOGETHER = 8 if DEVICE == "cpu" else 64  # configurations recovered at once
@@ -140,7 +140,7 @@ class RecoveryTask:
         config = self.spec.recovery
         flat, shapes = self._initial(chunk)
         optimizer = torch.optim.AdamW([flat], config.learning_rate, weight_decay=config.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
         try:
             for rows in zip(*(batches(len(self._train), config, seed) for _, seed in chunk), strict=True):
                 self._attach(flat, shapes)

@@ -95,7 +95,7 @@ def batches(n_blocks: int, config: TrainingConfig, seed: int) -> list[list[int]]
     return rows
 
 
-def _learning_rate(step: int, config: TrainingConfig) -> float:
+def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     """Returns the learning rate of a step as a share of its peak."""
     warmup = max(1, round(config.warmup if config.warmup >= 1 else config.warmup * config.steps))
     if step < warmup:
@@ -135,7 +135,7 @@ def train(
     config = config.for_examples(len(examples))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
     first = next(model.parameters())  # of the base model; the adapter is float32
     device, dtype = first.device, first.dtype
     index, n_shares = process_index(), n_processes()

@@ -12,7 +12,7 @@ import torch
 from rankadaptor_optuna.jobs.recipe import PRESETS, Evaluation, Recipe
 from rankadaptor_optuna.pruning import llm_pruner_preset
 from rankadaptor_optuna.recovery.lora import lora_config
-from rankadaptor_optuna.recovery.train import _learning_rate
+from rankadaptor_optuna.recovery.train import learning_rate_factor
 
 FULL = """
 model = "some/model"
@@ -77,7 +77,7 @@ def test_the_papers_preset_is_llm_pruners_published_recovery(tokenizer):
     training = paper.training.for_examples(49_760)  # alpaca-cleaned less its 2,000 validation records
     assert training.steps == 1555
     assert (training.batch_size, training.micro_batch_size, training.learning_rate) == (64, 4, 1e-4)
-    rates = [_learning_rate(step, training) for step in (0, 99, 100, 1554)]
+    rates = [learning_rate_factor(step, training) for step in (0, 99, 100, 1554)]
     assert rates == pytest.approx([1 / 100, 1, 1, 1 / 1455])  # as transformers' linear schedule with 100 warm-up steps
     assert (paper.data.train, paper.data.block_length, paper.data.mask_prompt) == ("yahma/alpaca-cleaned", 256, True)
     config = lora_config({0: 8, 1: 2}, paper.lora)

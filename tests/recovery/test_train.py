@@ -9,7 +9,7 @@ import torch
 from rankadaptor_optuna.ranks import LoraSettings
 from rankadaptor_optuna.recovery.data import IGNORED, Examples
 from rankadaptor_optuna.recovery.lora import attached, lora_config
-from rankadaptor_optuna.recovery.train import TrainingConfig, _learning_rate, batches, train
+from rankadaptor_optuna.recovery.train import TrainingConfig, batches, learning_rate_factor, train
 
 CONFIG = TrainingConfig(steps=6, batch_size=2, learning_rate=0.02)
 
@@ -140,14 +140,14 @@ def test_the_learning_rate_may_fall_along_a_line_after_a_number_of_warm_up_steps
         theirs.step()
         expected.append(theirs.get_last_lr()[0])
     config = TrainingConfig(steps=10, warmup=3, linear_decay=True)
-    ours = [_learning_rate(step, config) for step in range(10)]
+    ours = [learning_rate_factor(step, config) for step in range(10)]
     assert ours[:3] == pytest.approx(expected[:3])  # ours starts with a step that learns, theirs with one at 0
     assert ours[3:] == pytest.approx(expected[2:9])
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(40, 0.1), (10, 0.1), (100, 0.25), (8, 0.0)])
 def test_the_learning_rate_warms_up_to_its_peak_and_ends_near_zero(steps, warmup):
-    rates = [_learning_rate(step, TrainingConfig(steps, warmup=warmup)) for step in range(steps)]
+    rates = [learning_rate_factor(step, TrainingConfig(steps, warmup=warmup)) for step in range(steps)]
     peak = max(1, round(warmup * steps)) - 1
     assert rates[: peak + 1] == pytest.approx([(i + 1) / (peak + 1) for i in range(peak + 1)])
     assert max(rates) == rates[peak] == 1
