@@ -36,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.mysql import LONGBLOB, VARCHAR
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
-from rankadaptor_optuna.database import exclusively, masked, patiently, reason
+from rankadaptor_optuna.database import create_with_retries, error_line, exclusive_connection, masked
 from rankadaptor_optuna.surrogate.prior import Prior
 
 T = TypeVar("T")
@@ -143,14 +143,14 @@ class PriorStore:
         try:
             self._engine = sqlalchemy.create_engine(database, poolclass=sqlalchemy.NullPool)
         except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise ValueError(f"the priors in {self.url} cannot be reached: {reason(error)}") from None
+            raise ValueError(f"the priors in {self.url} cannot be reached: {error_line(error)}") from None
 
     @contextmanager
     def _named(self) -> Iterator[None]:
         try:
             yield
         except (SQLAlchemyError, ImportError, RuntimeError) as error:
-            raise ValueError(f"the priors in {self.url} cannot be reached: {reason(error)}") from None
+            raise ValueError(f"the priors in {self.url} cannot be reached: {error_line(error)}") from None
 
     @property
     def _has_tables(self) -> bool:
@@ -160,8 +160,8 @@ class PriorStore:
     def _make_tables(self) -> None:
         if self._has_tables:
             return
-        with exclusively(self._engine):
-            patiently(lambda: _metadata.create_all(self._engine), self._engine)
+        with exclusive_connection(self._engine):
+            create_with_retries(lambda: _metadata.create_all(self._engine), self._engine)
 
     def add(self, name: str, prior: Prior) -> Version:
         """Adds a prior as the next version of a name.

@@ -1,4 +1,4 @@
-"""Create or resume a study in a shared database, and read what it is about."""
+"""Creates, opens and resumes studies in a shared database, and checks that their trials are comparable."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 
 from rankadaptor_optuna.attributes import RECIPE_ATTR
-from rankadaptor_optuna.database import exclusively, patiently, reason
+from rankadaptor_optuna.database import create_with_retries, error_line, exclusive_connection
 from rankadaptor_optuna.database import masked as masked
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace
 
-_HEARTBEAT_S = 60
-_MOST_NAMED = 5
+_HEARTBEAT_S = 60  # interval; a killed worker is noticed after two; set by hand
+_MOST_NAMED = 5  # differing settings in a message
 
 
 def create_study(
@@ -38,18 +38,18 @@ def create_study(
 ) -> Study:
     """Creates or resumes a study, safely for workers that start at the same moment on a fresh database.
 
-    A database given by its URL gets Optuna's heartbeat, which queues the trial of a killed worker again.
+    With a database URL, Optuna's heartbeat is on: the trial of a killed worker is run again.
 
     Args:
         storage: Any Optuna storage or its URL. Default: in memory.
-        study_name: Name of the study. Default: made up by Optuna.
-        space: What to search; used for the default sampler.
-        sampler: Default: ``RankAdaptorSampler(space)``.
+        study_name: Name of the study. Default: chosen by Optuna.
+        space: The rank space of the default sampler.
+        sampler: The sampler. Default: ``RankAdaptorSampler(space)``.
         direction: ``"maximize"`` or ``"minimize"``.
-        load_if_exists: Whether to go on with a study of that name.
-        recipe: What a trial is (model, pruning, data, training, ...), JSON-able. Stored with the study; a study with
-            another recipe is refused, for its trials would not be comparable.
-        pruner: Which trials are stopped by their reports. Default: Optuna's, ``MedianPruner``.
+        load_if_exists: Whether to resume a study of that name.
+        recipe: Settings of a trial (model, pruning, data, training, ...), JSON-able. They are stored with the study; a
+            study with another recipe is refused, as its trials are not comparable.
+        pruner: Optuna pruner, which stops trials by their reports. Default: Optuna's ``MedianPruner``.
 
     Raises:
         ValueError: The storage cannot be opened, or the study belongs to another recipe.
@@ -73,7 +73,7 @@ def check_recipe(study: Study, recipe: Mapping[str, Any]) -> None:
     """Checks that the study's trials are comparable with trials of ``recipe``.
 
     Raises:
-        ValueError: The study belongs to another recipe; the message names what differs.
+        ValueError: The study belongs to another recipe; the message names the differences.
     """
     stored = study.user_attrs.get(RECIPE_ATTR)
     if stored is not None:
@@ -87,7 +87,7 @@ def check_same_settings(owner: str, stored: Mapping[str, Any], given: Mapping[st
         owner: The study or folder, for the message.
         stored: Its settings.
         given: Settings of this run, JSON-able.
-        other: What to choose instead, for the message.
+        other: The alternative that the message offers.
 
     Raises:
         ValueError: Settings differ; the message names the first of them with both values.
@@ -112,30 +112,30 @@ def _leaves(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def open_storage(url: str, *, create: bool = True) -> RDBStorage:
-    """Opens a database, creating Optuna's tables at most once however many workers start together.
+    """Opens a database and creates Optuna's tables, once even where many workers start together.
 
     Args:
         url: Database URL.
         create: Whether to create an SQLite file that is missing.
 
     Raises:
-        ValueError: It cannot be opened; the message carries no password.
+        ValueError: The database cannot be opened; the message has no password.
     """
     try:
         engine = sqlalchemy.create_engine(url)
         file = engine.url.database or ""
         if not create and engine.dialect.name == "sqlite" and not file.startswith("file:") and not Path(file).exists():
             raise ValueError(f"there is no file {file}")
-        with exclusively(engine):
-            storage = patiently(lambda: _storage(url), engine)
+        with exclusive_connection(engine):
+            storage = create_with_retries(lambda: _storage(url), engine)
         engine.dispose()
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot open the storage {masked(url)}: {reason(error)}") from None
+        raise ValueError(f"cannot open the storage {masked(url)}: {error_line(error)}") from None
     return storage
 
 
 def _storage(url: str) -> RDBStorage:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat is one
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
         retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
         return RDBStorage(url, heartbeat_interval=_HEARTBEAT_S, heartbeat_stale_trial_callback=retry)

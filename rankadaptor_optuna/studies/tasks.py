@@ -1,4 +1,4 @@
-"""Studies as tasks to meta-learn from, and a prior learned from those of a shared database."""
+"""Studies as tasks to meta-learn from."""
 
 from __future__ import annotations
 
