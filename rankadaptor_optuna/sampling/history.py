@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
 from rankadaptor_optuna.sampling.encoding import Encoding
 from rankadaptor_optuna.sampling.observations import EncodedTrials
-from rankadaptor_optuna.sampling.trials import verification_seed as verification_seed
+from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.surrogate.bayesian import BayesianModel
 
 

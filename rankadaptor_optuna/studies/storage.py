@@ -16,8 +16,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 
 from rankadaptor_optuna.attributes import RECIPE_ATTR
-from rankadaptor_optuna.database import create_with_retries, error_line, exclusive_connection
-from rankadaptor_optuna.database import masked as masked
+from rankadaptor_optuna.database import create_with_retries, error_line, exclusive_connection, masked
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace
 

@@ -13,9 +13,10 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import optuna
 
+from rankadaptor_optuna.database import masked
 from rankadaptor_optuna.priors.choice import PriorChoice, PriorLike
 from rankadaptor_optuna.studies.reading import StudyReading
-from rankadaptor_optuna.studies.storage import masked, open_storage
+from rankadaptor_optuna.studies.storage import open_storage
 from rankadaptor_optuna.views.dashboard import publish_reading, require_dashboard
 
 

@@ -6,7 +6,8 @@ from optuna.samplers import RandomSampler
 
 from rankadaptor_optuna import RankSpace, create_study
 from rankadaptor_optuna.attributes import RECIPE_ATTR
-from rankadaptor_optuna.studies.storage import check_same_settings, masked, open_storage
+from rankadaptor_optuna.database import masked
+from rankadaptor_optuna.studies.storage import check_same_settings, open_storage
 
 SPACE = RankSpace(
     10, budget="uniform:8", layers=range(1, 9), costs=[100] * 4 + [120] * 4, fixed_ranks={0: 8, 9: 8}, fixed_cost=1600
