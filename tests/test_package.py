@@ -51,19 +51,17 @@ def test_an_unknown_name_is_an_attribute_error():
         rankadaptor_optuna.Nonsense  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import rankadaptor_optuna\nfrom transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM\nimport rankadaptor_optuna",
-    ],
-)
-def test_after_the_import_pruned_checkpoints_open_in_either_order(model, tokenizer, texts, tmp_path, imports):
+def test_after_the_import_pruned_checkpoints_open_in_either_order(model, tokenizer, texts, tmp_path):
     from rankadaptor_optuna.pruning import prune
 
     prune(model, tokenizer, ratio=0.15, calibration=texts, multiple_of=8, n_samples=4, sample_length=32).save(
         tmp_path / "model"
     )
-    code = f"{imports}\nprint(type(AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.split()[-1] == "PrunedLlamaForCausalLM"
+    imports = ["import rankadaptor_optuna", "from transformers import AutoModelForCausalLM"]
+    code = f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})).__name__)"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", "\n".join([*order, code])], stdout=subprocess.PIPE, text=True)
+        for order in (imports, imports[::-1])
+    ]
+    opened = [process.communicate()[0].split()[-1] for process in processes]
+    assert opened == ["PrunedLlamaForCausalLM"] * 2

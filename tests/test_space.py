@@ -184,7 +184,7 @@ def test_the_ranks_of_all_adapted_layers_are_in_depth_order():
     assert [*space.with_fixed({2: 4, 1: 6}).items()] == [(0, 8), (1, 6), (2, 4), (3, 8)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pruned(make_model, tokenizer, texts):
     from rankadaptor_optuna.pruning import prune
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import optuna
 import pytest
@@ -9,11 +7,7 @@ from optuna.samplers import RandomSampler
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study, recommend
 from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
-from rankadaptor_optuna.cli import main
-from rankadaptor_optuna.jobs.meta_train import train_prior
-from rankadaptor_optuna.priors.store import PriorStore
 from rankadaptor_optuna.studies.tasks import meta_task, read_tasks
-from rankadaptor_optuna.views.priors import card_text
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -143,69 +137,6 @@ def test_all_studies_of_a_pattern_are_read_and_the_reasons_of_the_others():
     assert [task.name for task in read_tasks(url, ["b-?", "a-1"])[0]] == ["a-1", "b-1"]
     with pytest.raises(ValueError, match=r"no study is named 'c\*'; there are 4: a-1, a-2, a-empty, b-1"):
         read_tasks(url, ["c*"])
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Random trials of studies of several depths, scales and directions, and one study without any."""
-    file = tmp_path_factory.mktemp("many") / "studies.db"
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        n_layers, direction = 6 + 2 * i, ("maximize", "minimize")[i % 2]
-        space = RankSpace(n_layers, (2, 4, 8), "uniform:4")
-        study = new_study(f"sqlite:///{file}", f"s{i}", direction)
-        study.set_user_attr("rankadaptor:space", space.to_dict())
-        for _ in range(24):
-            ranks = rng.choice([2, 4, 8], n_layers)
-            score = 10.0 ** (i - 4) * (ranks * np.exp(-((np.arange(n_layers) / n_layers - 0.3) ** 2) / 0.01)).sum()
-            params = {space.name(layer): int(rank) for layer, rank in enumerate(ranks)}
-            value = score if direction == "maximize" else -score
-            study.add_trial(optuna.create_trial(params=params, distributions=space.distributions(), value=value))
-    new_study(f"sqlite:///{file}", "empty")
-    return file
-
-
-@pytest.fixture
-def many(made, tmp_path):
-    return f"sqlite:///{shutil.copy(made, tmp_path / 'many.db')}"
-
-
-def test_a_prior_learned_from_a_database_is_stored_there_and_helps_on_held_out_studies(many):
-    said = []
-    found = train_prior(many, "mine", say=said.append)
-    version, prior = found.version, found.prior
-    assert str(version) == "db:mine@1"
-    assert "Not learned from: study 'empty': no trial" in said[0]
-    stored = PriorStore(many).load("mine")
-    assert stored.checksum == prior.checksum
-    assert [task["name"] for task in stored.card["tasks"]] == [f"s{i}" for i in range(8)]
-    assert stored.card["held_out"]["gain"] > 0.05
-    assert "from 8 tasks, 192 trials, 6 to 20 layers" in card_text(stored)
-    assert "gain +" in card_text(stored)
-    assert str(train_prior(many, "mine", ["s[0-3]"], say=said.append).version) == "db:mine@2"
-
-
-def test_the_command_says_what_was_learned_and_how_to_use_it(many, capsys):
-    assert main(["meta-train", "--storage", many, "--name", "mine", "--study", "s0", "s1", "--study", "s[23]"]) == 0
-    printed = capsys.readouterr().out
-    assert "Learning from 4 studies, 96 trials" in printed
-    assert "Rank correlation on held-out tasks (1), predicted from their first 8 trials:" in printed
-    assert "Stored as db:mine@1: RankAdaptorSampler(prior='db:mine')" in printed
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["--name", "a b"], "expected a prior like db:NAME"),
-        (["--name", "a@1"], "without a version"),
-        (["--study", "nothing"], "no study is named 'nothing'"),
-        ([], "has 0 studies to learn from; meta-learning needs two"),
-    ],
-)
-def test_what_cannot_be_learned_is_an_error_in_one_line(url, capsys, arguments, error):
-    new_study(url, "empty")
-    assert main(["meta-train", "--storage", url, *arguments]) == 2
-    assert error in capsys.readouterr().err
 
 
 def test_a_study_that_knows_its_layers_sensitivities_teaches_them(url):

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+
+from rankadaptor_optuna.attributes import PROPOSAL_ATTR
+from rankadaptor_optuna.sampling.observations import Observations
+from tests.sampling.common import RANK, X, add, encoded, history_of
+
+
+def test_each_trial_is_encoded_once(monkeypatch):
+    study = optuna.create_study()
+    history = history_of(study)
+    encode, n_encoded = encoded(study, history).model.encode, []
+    monkeypatch.setattr(encoded(study, history).model, "encode", lambda *a: n_encoded.append(len(a[0])) or encode(*a))
+    for n in range(4):
+        add(study, value=n)
+        history.refresh()
+        assert len(encoded(study, history).observations().features) == n + 1
+    assert n_encoded == [1] * 4
+
+
+def test_another_search_space_is_encoded_anew():
+    study = optuna.create_study()
+    add(study, {"x": 0.2, "y": 0.3}, 1)
+    history = history_of(study)
+    assert encoded(study, history) is encoded(study, history)
+    wider = encoded(study, history, {"x": X, "y": X})
+    assert len(wider.observations().trials) == 1
+    assert wider.observations().features.shape[1] > encoded(study, history).observations().features.shape[1]
+
+
+def test_trials_from_before_a_range_changed_are_learned_from():
+    study = optuna.create_study()
+    for high in (1, 2):
+        add(study, {"x": 0.5}, high, distributions={"x": FloatDistribution(0, high)})
+    assert len(encoded(study, space=history_of(study).searched).observations().trials) == 2
+
+
+def test_failed_and_infinite_trials_and_those_that_lack_a_parameter_are_left_out_of_the_data():
+    study = optuna.create_study()
+    add(study, value=1)
+    add(study, value=math.inf)
+    add(study, state=TrialState.FAIL)
+    add(study, {"y": 0.5}, 2)
+    assert [t.number for t in encoded(study).observations().trials] == [0]
+
+
+def test_the_ranks_of_every_ended_trial_count_as_tried():
+    names = ["r_0", "r_1", "r_2"]
+    study = optuna.create_study()
+    add(study, dict.fromkeys(names, 2), 1)
+    add(study, dict.fromkeys(names, 4), state=TrialState.FAIL)
+    add(study, {"r_0": 6}, state=TrialState.FAIL, attrs={PROPOSAL_ATTR: [6, 8, 6]})
+    add(study, {"r_0": 6}, state=TrialState.FAIL)
+    tried = encoded(study, space=dict.fromkeys(names, RANK)).tried
+    assert tried == {
+        (2, 2, 2): [TrialState.COMPLETE],
+        (4, 4, 4): [TrialState.FAIL],
+        (6, 8, 6): [TrialState.FAIL],
+    }
+
+
+def constraint(*given):
+    """Values of the constraint as the model gets them, where trials were given these (None for none)."""
+    study = optuna.create_study()
+    for value in given:
+        add(study, value=1, attrs=None if value is None else {"constraints": [value]})
+    (found,) = encoded(study).constraints().values()
+    return found[1].tolist()
+
+
+def test_constraints_are_known_by_their_number_where_a_sampler_set_them():
+    study = optuna.create_study()
+    for second in (2.0, -2.0):
+        add(study, value=1, attrs={"constraints": [-1.0, second]})
+    found = {name: values.tolist() for name, (_, values) in encoded(study).constraints().items()}
+    assert found == {"0": [-1, -1], "1": [2, -2]}
+    assert encoded(study).observations().feasible.tolist() == [False, True]
+
+
+@pytest.mark.skipif(not hasattr(optuna.trial.Trial, "set_constraint"), reason="Optuna 4 has no set_constraint")
+def test_constraints_are_known_by_their_name_where_the_objective_set_them():
+    study = optuna.create_study()
+    for value in (3.0, -1.0):
+        trial = study.ask({"x": X})
+        trial.set_constraint("memory", value)
+        study.tell(trial, 1)
+    add(study, value=1)
+    ((name, (_, values)),) = encoded(study).constraints().items()
+    assert (name, values.tolist()) == ("memory", [3, -1])
+    assert encoded(study).observations().feasible.tolist() == [False, True, True]
+
+
+def test_where_only_violations_are_given_the_other_trials_count_as_keeping_the_constraint():
+    assert constraint(None, 1, 3) == [-2, 1, 3]
+    assert constraint(0, 1, 3) == [-2, 1, 3]
+
+
+def test_where_kept_constraints_are_given_too_a_trial_without_one_says_nothing():
+    assert constraint(None, 1, -3) == [1, -3]
+
+
+def test_a_trial_that_was_pruned_before_its_constraint_was_known_says_nothing():
+    study = optuna.create_study()
+    add(study, attrs={"constraints": [2.0]})
+    add(study)
+    add(study, value=1)
+    ((_, values),) = encoded(study).constraints().values()
+    assert values.tolist() == [2, -2]
+
+
+def test_a_constraint_far_out_does_not_set_the_scale():
+    assert constraint(-1, 2, -1, math.inf) == [-1, 2, -1, 2]
+    assert constraint(math.inf, None) == [1, -1]
+    assert constraint(-1, 1, -1, 1e9) == [-1, 1, -1, 5]
+
+
+def test_a_constraint_that_is_always_just_kept_is_none():
+    study = optuna.create_study()
+    add(study, value=1, attrs={"constraints": [0.0]})
+    assert encoded(study).constraints() == {}
+
+
+def test_constraints_are_learned_from_trials_that_have_no_value():
+    study = optuna.create_study()
+    add(study, {"x": 0.1}, math.inf, attrs={"constraints": [1.0]})
+    add(study, {"x": 0.2}, attrs={"constraints": [2.0]})
+    add(study, {"x": 0.3}, 1, attrs={"constraints": [-1.0]})
+    add(study, {"x": 0.4}, state=TrialState.FAIL, attrs={"constraints": [3.0]})
+    ((rows, values),) = encoded(study).constraints().values()
+    assert values.tolist() == [1, 2, -1]
+    assert len({tuple(row) for row in rows.tolist()}) == 3
+    assert len(encoded(study).observations().trials) == 1
+
+
+def test_the_margin_is_the_share_of_the_latest_trials_that_broke_a_constraint():
+    def margin(*kept):
+        return Observations(np.zeros((0, 0)), np.zeros((0, 1)), np.zeros(0), [], np.asarray(kept, dtype=bool)).margin
+
+    assert margin() == 0
+    assert margin(False, True) == 0.5
+    assert margin(*[False] * 8, *[True] * 7) == 0.3
