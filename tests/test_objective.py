@@ -218,12 +218,6 @@ def test_a_mistake_in_the_program_is_not_hidden_as_a_failed_trial(job, monkeypat
         run(job, 1)
 
 
-def test_a_configuration_without_any_adapter_does_not_stop_the_study(make_job, tokenizer):
-    job = make_job(tokenizer, candidates=(0, 4), budget=1)  # nothing but rank 0 fits
-    study = run(job, 1)
-    assert study.trials[0].state in (TrialState.COMPLETE, TrialState.FAIL)
-
-
 def test_reports_are_the_loss_on_the_first_held_out_blocks_at_each_interval(make_job, tokenizer, model, texts):
     job = make_job(tokenizer, report_every=1, report_blocks=2)
     trial = run(job, 1).trials[0]
@@ -379,9 +373,10 @@ def test_no_other_trial_tells_of_sensitivity(job):
     assert SENSITIVITY_ATTR not in study.user_attrs
 
 
-def test_a_uniform_trial_without_adapters_has_no_sensitivity(make_job, tokenizer):
+def test_a_uniform_trial_without_adapters_is_the_pruned_model_and_has_no_sensitivity(make_job, tokenizer, model):
     job = make_job(tokenizer, candidates=(0, 8), budget="uniform:4")
     study = run(job, 1)
+    assert study.trials[0].value == pytest.approx(block_losses(model, job.held_out).mean())
     assert set(study.trials[0].params.values()) == {0}
     assert SENSITIVITY_ATTR not in study.user_attrs
 
