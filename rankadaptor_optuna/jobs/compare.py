@@ -27,6 +27,7 @@ from rankadaptor_optuna.jobs.results import (
 )
 from rankadaptor_optuna.jobs.settings import Evaluation
 from rankadaptor_optuna.jobs.stored import load_pruned_job, stored_study
+from rankadaptor_optuna.model_layers import layer_of
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.data import examples_of
@@ -217,11 +218,11 @@ def fisher_ranks(job: RecoveryObjective) -> Ranks:
     shares = fisher_information(job.model, job.train, targets=job.lora.targets)
     layers = dict.fromkeys(space.layers, 0.0)
     for module, cost in zip(space.modules, space.costs, strict=True):
-        layers[int(str(module).split(".")[0])] += cost
+        layers[layer_of(module)] += cost
     found = proportional_ranks(
         {layer: shares[layer] for layer in layers}, layers, space.candidates, space.searched_budget
     )
-    return Ranks({module: found[int(str(module).split(".")[0])] for module in space.modules})
+    return Ranks({module: found[layer_of(module)] for module in space.modules})
 
 
 _ADAPTIVE: dict[str, Any] = {"AdaLoRA": adalora, "EVA": eva}  # methods that choose ranks by themselves

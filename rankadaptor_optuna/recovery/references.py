@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankadaptor_optuna.ranks import TARGETS, LoraSettings
+from rankadaptor_optuna.ranks import TARGETS, LoraSettings, Ranks
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.lora import detached, fixed_rng
 from rankadaptor_optuna.recovery.train import TrainingConfig, batches, train
@@ -262,7 +262,7 @@ def fisher_information(
 
 def proportional_ranks(
     shares: Mapping[int, float], costs: Mapping[int, float], candidates: Sequence[int], budget: float
-) -> dict[int, int]:
+) -> Ranks:
     """Allocates ranks in proportion to each layer's share, within a budget: scaled alike, then rounded to candidates.
 
     Args:
@@ -288,4 +288,4 @@ def proportional_ranks(
     for _ in range(80):  # bisection to double precision
         middle = (low + high) / 2
         low, high = (middle, high) if at(middle) @ cost <= budget else (low, middle)
-    return {layer: int(rank) for layer, rank in zip(layers, at(low), strict=True)}
+    return Ranks(zip(layers, at(low), strict=True))
