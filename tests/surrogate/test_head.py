@@ -12,20 +12,20 @@ NARROW = Hyperparameters(np.zeros(F), np.full(F, 0.3), 0.5)
 WIDE = Hyperparameters(np.asarray([1.0, 0, -1, 2]), np.asarray([2.0, 0.5, 1, 3]), 0.2)
 
 
-def joint(h, x):
+def joint(h, x, extra=0.0):
     """Mean and covariance of x @ w + noise."""
-    return x @ h.mean, (x * h.std**2) @ x.T + h.noise**2 * np.eye(len(x))
+    return x @ h.mean, (x * h.std**2) @ x.T + (h.noise**2 + extra) * np.eye(len(x))
 
 
-def log_evidence(h):
-    mean, covariance = joint(h, X)
+def log_evidence(h, extra=0.0):
+    mean, covariance = joint(h, X, extra)
     off = Y - mean
     return -0.5 * (off @ np.linalg.solve(covariance, off) + np.linalg.slogdet(2 * np.pi * covariance)[1])
 
 
-def posterior(h, x):
+def posterior(h, x, extra=0.0):
     """Mean and covariance of x @ w given Y, by conditioning the joint Gaussian."""
-    mean, covariance = joint(h, X)
+    mean, covariance = joint(h, X, extra)
     cross = (x * h.std**2) @ X.T
     found = x @ h.mean + cross @ np.linalg.solve(covariance, Y - mean)
     return found, (x * h.std**2) @ x.T - cross @ np.linalg.solve(covariance, cross.T)
@@ -57,6 +57,27 @@ def test_hyperparameters_are_mixed_by_their_evidence():
     found = head.predict(NEW)
     assert found[0] == pytest.approx(mean)
     assert found[1] ** 2 == pytest.approx(weights @ [var_a + (a - mean) ** 2, var_b + (b - mean) ** 2])
+
+
+def test_a_mixture_with_uncertain_observations_is_that_of_a_plain_computation():
+    extra = np.asarray([0, 0.5, 0, 0, 2.0, 0.1, 0])
+    grid = [
+        Hyperparameters(RNG.standard_normal(F), RNG.uniform(0.3, 2, F), noise, log_prior)
+        for noise, log_prior in ((0.5, 0.0), (0.2, -1.0), (0.5, 0.5), (0.2, 0.0))
+    ]
+    head = BayesianHead(X, Y, grid, extra)
+    evidence = np.asarray([log_evidence(h, extra) + h.log_prior for h in grid])
+    weights = np.exp(evidence - np.logaddexp.reduce(evidence))
+    means, covariances = (np.stack(part) for part in zip(*[posterior(h, np.eye(F), extra) for h in grid], strict=True))
+    mean = weights @ means
+    apart = means - mean
+    covariance = np.einsum("g,gij->ij", weights, covariances + apart[:, :, None] * apart[:, None])
+    assert head.log_evidence == pytest.approx(np.logaddexp.reduce(evidence), rel=1e-9)
+    assert head.weights == pytest.approx(weights, rel=1e-9)
+    assert head.mean == pytest.approx(mean, rel=1e-9)
+    assert head.predict(NEW)[1] == pytest.approx(np.sqrt(np.diag(NEW @ covariance @ NEW.T)), rel=1e-9)
+    assert head.covariance_with(NEW[0]) == pytest.approx(covariance @ NEW[0], rel=1e-9)
+    assert head.noise == pytest.approx(np.sqrt(weights @ [h.noise**2 for h in grid]), rel=1e-9)
 
 
 def test_a_log_prior_tips_the_mixture():
