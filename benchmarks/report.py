@@ -7,8 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,17 +39,6 @@ def set_up() -> None:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
-
-
-@contextmanager
-def chdir(folder: Path) -> Iterator[None]:
-    """Changes the working directory within the context, as ``contextlib.chdir`` does from Python 3.11 on."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def check(value: float, goal: str) -> dict[str, Any]:

@@ -55,11 +55,8 @@ MICRO_BATCHES = (4, 8, 16)
 N_CANDIDATES = 500  # random allocations, and as many smooth ones, that a performance model chooses from
 N_RANKED = 32  # allocations whose order it should predict
 
-Row = dict[str, Any]
-Checks = dict[str, Any]
 
-
-def pruned_model(spec: TaskSpec, seed: int, cache: Path | None = None, **options: Any) -> Any:  # noqa: ANN401
+def recalibrated(spec: TaskSpec, seed: int, cache: Path | None = None, **options: Any) -> Any:  # noqa: ANN401
     """Returns the dense model of a task, pruned by LLM-Pruner with these options on samples of this seed."""
     from transformers import LlamaForCausalLM
 
@@ -67,7 +64,7 @@ def pruned_model(spec: TaskSpec, seed: int, cache: Path | None = None, **options
     return taylor_pruned(LlamaForCausalLM.from_pretrained(dense), spec.damage, parts.pretraining, seed=seed, **options)
 
 
-def search(space: RankSpace, losses: Losses, n_trials: int, seed: int) -> Ranks:
+def recommended_ranks(space: RankSpace, losses: Losses, n_trials: int, seed: int) -> Ranks:
     """Returns the recommendation of a search with the sampler; known losses are not computed again."""
     study = optuna.create_study(sampler=RankAdaptorSampler(space, seed=seed))
     for _ in range(n_trials):
@@ -76,14 +73,16 @@ def search(space: RankSpace, losses: Losses, n_trials: int, seed: int) -> Ranks:
     return recommend(study).ranks
 
 
-def prunings(spec: TaskSpec, folder: Path, seeds: int, n_trials: int, cache: Path | None = None) -> list[Row]:
+def prunings(
+    spec: TaskSpec, folder: Path, seeds: int, n_trials: int, cache: Path | None = None
+) -> list[dict[str, Any]]:
     """Measures sample size and element: losses on fresh seeds and text over calibration seeds."""
     _, parts, dense_loss = dense_model(spec.dense, cache)
     found: dict[str, list[tuple[float, float, float]]] = {}
     for (name, options), seed in itertools.product(PRUNINGS.items(), range(seeds)):
-        task = RecoveryTask(spec, pruned_model(spec, seed, cache, **options), dense_loss, parts)
+        task = RecoveryTask(spec, recalibrated(spec, seed, cache, **options), dense_loss, parts)
         losses = Losses(task, folder / f"{spec.name}-{name.replace(', ', '-').replace(' ', '-')}-{seed}.csv")
-        ranks = search(task.space, losses, n_trials, seed)
+        ranks = recommended_ranks(task.space, losses, n_trials, seed)
         uniform, ours = (
             float(np.mean(losses([(chosen, fresh) for fresh in FRESH], report=True)))
             for chosen in (task.space.uniform(), ranks)
@@ -109,9 +108,9 @@ def prunings(spec: TaskSpec, folder: Path, seeds: int, n_trials: int, cache: Pat
     return rows
 
 
-def micro_batches(spec: TaskSpec, cache: Path | None = None, steps: int = 8) -> tuple[list[Row], float]:
+def micro_batches(spec: TaskSpec, cache: Path | None = None, steps: int = 8) -> tuple[list[dict[str, Any]], float]:
     """Returns losses after recoveries on examples of unequal lengths, by micro batch, and the widest difference."""
-    model = pruned_model(spec, 0, cache, n_samples=10)
+    model = recalibrated(spec, 0, cache, n_samples=10)
     _, parts, _ = dense_model(spec.dense, cache)
     stream = torch.tensor(list("".join(parts.recovery[:20]).encode()))
     lengths = np.random.default_rng(0).integers(8, LENGTH, 64).tolist()
@@ -168,7 +167,7 @@ def performance_models(
     return found
 
 
-def model_rows(task: str, found: Mapping[tuple[str, int], Mapping[str, Sequence[float]]]) -> list[Row]:
+def model_rows(task: str, found: Mapping[tuple[str, int], Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
     """Returns a row per model and number of trials, with the paired difference to the paper's first setting."""
     rows = []
     for (name, n), values in found.items():
@@ -201,10 +200,10 @@ def main() -> None:
     recoveries = len(PRUNINGS) * seeds * (n_trials + 6)
     recoveries += len(specs) * (N_RANKED + seeds * (max(numbers) + 3 * len(MODELS) * len(numbers)))
     print(f"At most {recoveries} recoveries, about a CPU second each: {recoveries / 3600:.1f} CPU hours.", flush=True)
-    parts: dict[str, list[Row]] = {}
+    parts: dict[str, list[dict[str, Any]]] = {}
     parts["pruning"] = prunings(specs[0], folder, seeds, n_trials)
     parts["micro batch"], widest = micro_batches(specs[0])
-    checks: Checks = {"micro batches of 4, 8 and 16, widest difference in loss": check(widest, "<= 0.0001")}
+    checks: dict[str, Any] = {"micro batches of 4, 8 and 16, widest difference in loss": check(widest, "<= 0.0001")}
     parts["performance model"] = []
     for spec in specs:
         task = load_task(spec)

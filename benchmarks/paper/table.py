@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.report import FOLDER, cell, chdir, check, command_parser, interval, show, write
-from benchmarks.tasks.texts import data_folder
+from benchmarks.report import FOLDER, cell, check, command_parser, interval, show, write
+from benchmarks.tasks.texts import data_folder, lm_eval_tasks
 from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.recipe import PRESETS, Recipe
 from rankadaptor_optuna.jobs.results import METHODS, OURS, UNIFORM, Row, alike
@@ -129,13 +129,13 @@ def run_block(block: str, recipe: Recipe, size: Size, folder: Path, tasks: Seque
     Raises:
         ValueError: The folder holds the block at another size.
     """
-    data, out = data_folder().resolve(), folder.resolve() / block
+    out = folder.resolve() / block
 
     def say(line: str) -> None:
         print(f"{block}: {line}", flush=True)
 
     search(recipe, out / "search", trials=size.trials, say=say)
-    with chdir(data.parent.parent):  # the tasks' YAML files name data files relative to it
+    with lm_eval_tasks() as task_folder:
         return compare(
             f"sqlite:///{(out / 'search' / 'study.db').as_posix()}",
             "search",
@@ -143,7 +143,7 @@ def run_block(block: str, recipe: Recipe, size: Size, folder: Path, tasks: Seque
             pruned=out / "search" / "pruned",
             seeds=size.seeds,
             tasks=[f"local_{task}" for task in tasks],
-            include_path=str(data / "tasks"),
+            include_path=task_folder,
             limit=size.items,
             say=say,
         ).rows
@@ -169,7 +169,7 @@ def _percent(values: Sequence[float], digits: int) -> str:
     return cell(np.multiply(values, 100).tolist(), digits)
 
 
-def table(blocks: Blocks) -> list[dict[str, Any]]:
+def table_rows(blocks: Blocks) -> list[dict[str, Any]]:
     """Returns a row for each block and way to recover: accuracies in %, loss in nats per target."""
     lines = []
     for block, rows in blocks.items():
@@ -285,7 +285,7 @@ def checks_of(blocks: Blocks, differences: Sequence[Mapping[str, Any]]) -> dict[
 
 def report(blocks: Blocks, size: Size, *, part: bool) -> None:
     """Prints the tables and writes the results."""
-    lines, differences = table(blocks), paired(blocks)
+    lines, differences = table_rows(blocks), paired(blocks)
     show(lines)
     print()
     show(

@@ -31,7 +31,7 @@ MOST_FINISHED = {"GP": 100, PAPER: 100}
 SEEDS = (0, 1, 2)
 
 
-def history(space: RankSpace, n: int, seed: int) -> list[optuna.trial.FrozenTrial]:
+def finished_trials(space: RankSpace, n: int, seed: int) -> list[optuna.trial.FrozenTrial]:
     """Returns finished trials with random allocations."""
     rng = np.random.default_rng(seed)
     worth = rng.standard_normal(N_LAYERS)
@@ -72,7 +72,7 @@ def main() -> None:
     costs: dict[tuple[str, int], list[float]] = {}
     rows = []
     for n in sizes:
-        trials = {seed: history(space, n, seed) for seed in seeds}
+        trials = {seed: finished_trials(space, n, seed) for seed in seeds}
         for who, make in makers.items():
             if n > MOST_FINISHED.get(who, n):
                 continue

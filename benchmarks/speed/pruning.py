@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -27,8 +28,8 @@ import torch
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.report import chdir, check, command_parser, show, write
-from benchmarks.tasks.texts import data_file, data_folder
+from benchmarks.report import check, command_parser, show, write
+from benchmarks.tasks.texts import data_file, lm_eval_tasks
 from rankadaptor_optuna.jobs.output import OutputFolder
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.pruning.calibration import draw_samples
@@ -44,56 +45,74 @@ from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.models import load_model, quiet
 from rankadaptor_optuna.recovery.tasks import TaskSuite
 
-RATIOS = (0.2, 0.25, 0.3, 0.5)
 TASKS = ("local_arc_easy", "local_piqa", "local_hellaswag")
 RANDOM_SEEDS = (0, 1, 2)
 RANDOM_OF = {"llm-pruner": "llm-pruner", "slimgpt": "llm-pruner", "shortened": "shortened"}
 
 
-def measure(model: Any, tokenizer: Any, n_tokens: int, n_items: int) -> dict[str, Any]:  # noqa: ANN401
+def evaluate(model: Any, tokenizer: Any, n_tokens: int, n_items: int) -> dict[str, Any]:  # noqa: ANN401
     """Returns perplexity, and accuracies if items are asked for; in bfloat16, which suffices here and is fast."""
     model = copy.deepcopy(model).bfloat16()
     text = data_file("wikitext2", "test.txt").read_text(encoding="utf-8")
     blocks = token_blocks(tokenizer, [text[: 8 * n_tokens]], 512)[: n_tokens // 512]
     found: dict[str, Any] = {"ppl": float(np.exp(block_losses(model, blocks).mean()))}
     if n_items:
-        folder = data_folder().resolve()
-        with chdir(folder.parent.parent):  # the tasks' YAML files name data files relative to it
-            suite = TaskSuite(tokenizer, TASKS, limit=n_items, include_path=str(folder / "tasks"))
+        with lm_eval_tasks() as folder:
+            suite = TaskSuite(tokenizer, TASKS, limit=n_items, include_path=folder)
         scores = suite.evaluate(model)
         found |= {score.task.removeprefix("local_"): score.accuracy for score in scores}
     return found
 
 
-def table(
-    out: OutputFolder, n_tokens: int, n_items: int, ratios: tuple[float, ...]
-) -> tuple[list[Any], dict[str, Any]]:
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        tokens: Number of tokens that the perplexity is measured on.
+        items: Number of items per task.
+        ratios: Shares of the blocks' parameters to remove.
+        n_samples: Number of calibration samples. Default: each method's.
+    """
+
+    tokens: int = 16384
+    items: int = 80
+    ratios: tuple[float, ...] = (0.2, 0.25, 0.3, 0.5)
+    n_samples: int | None = None
+
+
+def quality(out: OutputFolder, size: Size) -> tuple[list[Any], dict[str, Any]]:
     """Returns a row for each method and ratio, and the checks."""
     dense, tokenizer = load_model(dtype=torch.float32)
     calibration = str(data_file("wikitext2", "validation.txt"))
 
     def run(method: str, ratio: float, criterion: str | None, seed: int, items: int) -> dict[str, Any]:
         start = time.process_time()
-        pruned = prune(
-            dense, tokenizer, method=method, ratio=ratio, criterion=criterion, calibration=calibration, seed=seed
-        )
+        chosen: dict[str, Any] = {
+            "method": method,
+            "ratio": ratio,
+            "criterion": criterion,
+            "n_samples": size.n_samples,
+            "seed": seed,
+        }
+        pruned = prune(dense, tokenizer, calibration=calibration, **chosen)
         seconds = time.process_time() - start
-        found = measure(pruned.model, tokenizer, n_tokens, items)
+        found = evaluate(pruned.model, tokenizer, size.tokens, items)
         return {"removed": pruned.parameters_removed, "CPU s": seconds, **found}
 
     rows: list[dict[str, Any]] = [
-        {"method": "dense", **out.measure("dense", lambda: measure(dense, tokenizer, n_tokens, n_items))}
+        {"method": "dense", **out.measure("dense", lambda: evaluate(dense, tokenizer, size.tokens, size.items))}
     ]
     against: list[float] = []
     off: list[float] = []
-    for ratio in ratios:
+    for ratio in size.ratios:
         by: dict[str, dict[str, Any]] = {}
         for method in ("llm-pruner", "slimgpt", "shortened"):
             key = f"{method}-{ratio}"
-            by[method] = out.measure(key, partial(run, method, ratio, None, 0, n_items))
+            by[method] = out.measure(key, partial(run, method, ratio, None, 0, size.items))
         for method in ("llm-pruner", "shortened"):
             for seed in RANDOM_SEEDS:
-                items = n_items if seed == 0 else 0
+                items = size.items if seed == 0 else 0
                 key = f"random-{method}-{ratio}-{seed}"
                 by[f"random {method} {seed}"] = out.measure(key, partial(run, method, ratio, "random", seed, items))
         for method, peer in RANDOM_OF.items():
@@ -233,7 +252,7 @@ def memory(out: OutputFolder, quick: bool) -> tuple[list[Any], dict[str, Any]]:
 
 def main() -> None:
     """Measures, prints tables and writes results/pruning.json."""
-    parser = command_parser(__doc__, "one ratio, few tokens and items, smaller models")
+    parser = command_parser(__doc__, "one ratio, few tokens, items and calibration samples, smaller models")
     parser.add_argument("--folder", type=Path, default=cache_dir() / "pruning", help="results so far")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -242,14 +261,13 @@ def main() -> None:
         print(json.dumps(peak(method, int(hidden), int(n_layers))))
         return
     quiet()
-    n_tokens, n_items, ratios = (2048, 8, (0.25,)) if args.quick else (16384, 80, RATIOS)
-    sizes = {"tokens": n_tokens, "items_per_task": n_items}
-    out = OutputFolder(args.folder / ("quick" if args.quick else "full"), sizes)
-    rows, checks = table(out, n_tokens, n_items, ratios)
+    size = Size(2048, 4, (0.25,), n_samples=4) if args.quick else Size()
+    out = OutputFolder(args.folder / ("quick" if args.quick else "full"), {"size": json.dumps(asdict(size))})
+    rows, checks = quality(out, size)
     show([{k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
     order = predicted_order(out, 2 if args.quick else 14)
     show(order)
     memory_rows, more = memory(out, args.quick)
     show(memory_rows)
     seeds = {"calibration": 0, "random": RANDOM_SEEDS}
-    write("pruning", [*rows, *order, *memory_rows], checks | more, seeds=seeds, part=args.quick, **sizes)
+    write("pruning", [*rows, *order, *memory_rows], checks | more, seeds=seeds, part=args.quick, size=asdict(size))

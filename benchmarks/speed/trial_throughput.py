@@ -25,8 +25,8 @@ import psutil
 import torch
 from peft import get_peft_model
 
-from benchmarks.report import chdir, check, command_parser, set_up, show, write
-from benchmarks.tasks.texts import data_folder
+from benchmarks.report import check, command_parser, set_up, show, write
+from benchmarks.tasks.texts import lm_eval_tasks
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.ranks import Ranks
@@ -137,10 +137,9 @@ def evaluation(model: Any, tokenizer: Any, limit: int, rounds: int) -> tuple[dic
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    folder = data_folder().resolve()
-    with chdir(folder.parent.parent):  # the tasks' YAML files name data files relative to it
-        suite = TaskSuite(tokenizer, TASKS, limit=limit, include_path=str(folder / "tasks"))
-        manager = TaskManager(include_defaults=False, include_path=str(folder / "tasks"))
+    with lm_eval_tasks() as folder:
+        suite = TaskSuite(tokenizer, TASKS, limit=limit, include_path=folder)
+        manager = TaskManager(include_defaults=False, include_path=folder)
         n_requests = len(suite._requests("loglikelihood"))
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
         seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,20 @@ def data_file(*names: str) -> Path:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing; set RANKADAPTOR_DATA to the folder that holds the texts.")
     return file
+
+
+@contextmanager
+def lm_eval_tasks() -> Iterator[str]:
+    """Yields the folder of the lm-eval tasks, in the working directory that their data files are relative to.
+
+    Replaces ``contextlib.chdir``, which Python 3.10 lacks.
+    """
+    folder, before = data_folder().resolve(), Path.cwd()
+    os.chdir(folder.parent.parent)
+    try:
+        yield str(folder / "tasks")
+    finally:
+        os.chdir(before)
 
 
 def read_parts(text: str) -> Parts:

@@ -77,7 +77,7 @@ def test_holms_correction_is_that_of_the_textbook():
 
 
 def test_the_table_states_tasks_average_loss_and_each_rows_share_of_the_budget(blocks):
-    lines = paper.table(blocks)
+    lines = paper.table_rows(blocks)
     assert [line["recovery"] for line in lines] == [*METHODS, *METHODS]
     ours = lines[5]
     assert list(ours) == ["block", "recovery", "a", "b", "average", "loss", "parameters", "of budget", "seconds"]
