@@ -45,12 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str:
     """Returns what is wrong, with the value seen."""
-    if not isinstance(error, typer.TyperException):
-        return " ".join(str(error).split())
-    message = error.format_message().replace("Value error, ", "").partition(", unable to parse")[0]
-    errors = getattr(error.__cause__, "errors", None)  # pydantic's
-    if errors and "'" not in message.partition(":")[2]:
-        message += f", got {errors()[0]['input']!r}"
+    if isinstance(error, typer.TyperException):
+        message, _, unparsed = error.format_message().replace("Value error, ", "").partition(", unable to parse")
+        if unparsed:  # pydantic leaves the value out of its message
+            message += f", got {error.__cause__.errors()[0]['input']!r}"  # type: ignore[union-attr]
+    elif isinstance(error, ModuleNotFoundError):
+        message = f"{error}: install rankadaptor-optuna with its extra 'demo', which has all libraries"
+    else:
+        message = str(error)
     return " ".join(message.split())
 
 

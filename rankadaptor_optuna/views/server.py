@@ -33,22 +33,22 @@ def serve(
     The server asks for no password: whoever reaches ``host`` can read and change the studies.
 
     Args:
-        storage_url: The database; its tables are created where they are missing.
+        storage_url: URL of the database; missing tables are created.
         host: Address to listen on. Default: this machine only.
-        port: Port to listen on; 0 takes any free one.
-        artifact_dir: Folder of the studies' artifacts, created where it is missing. Default: no artifacts.
-        prior: See ``recommend``. By default a study whose prior cannot be had is shown with the shipped one.
+        port: Port to listen on; 0 takes any free port.
+        artifact_dir: Folder of the studies' artifacts; a missing folder is created. Default: no artifacts.
+        prior: See ``recommend``. By default, a study whose prior is missing is shown with the pretrained prior.
 
     Raises:
         ImportError: The extra ``dashboard`` is not installed.
-        ValueError: The database cannot be opened, or the address cannot be listened on.
+        ValueError: The database cannot be opened, or the address is in use or unknown.
     """
     require_dashboard()
     from optuna.artifacts import FileSystemArtifactStore
     from optuna_dashboard import wsgi
 
     if not isinstance(prior, PriorChoice):
-        prior = PriorChoice(prior, on_bad="pretrained")  # a study whose prior was lost is still worth showing
+        prior = PriorChoice(prior, on_bad="pretrained")  # show a study whose prior is missing
     storage = open_storage(storage_url)
     with _listening(host, port) as server:
         for name in optuna.get_all_study_names(storage):
@@ -57,7 +57,7 @@ def serve(
                 reading = StudyReading(study)
                 if reading.rank_names:
                     publish_reading(reading, prior=prior)
-            except Exception as error:  # one odd study must not hide the others
+            except Exception as error:  # a broken study must not hide the others
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 print(f"warning: study {name!r} is not published: {reason:.300}", file=sys.stderr, flush=True)
         if artifact_dir is not None:
@@ -80,12 +80,12 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Handler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: ANN401
-        """Says nothing: the page polls every few seconds."""
+        """Logs nothing: the page polls every few seconds."""
 
 
 def _listening(host: str, port: int) -> WSGIServer:
     try:
         return _Server(host, port)
     except (OSError, OverflowError) as error:
-        hint = "Stop what uses it, or choose another port (0 takes any free one)."
+        hint = "Stop the process that uses it, or choose another port (0 takes any free port)."
         raise ValueError(f"cannot listen on port {port} of {host}: {error}. {hint}") from None

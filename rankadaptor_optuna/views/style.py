@@ -35,11 +35,6 @@ def as_score(value: float) -> str:
     return f"{value:.5g}"
 
 
-def as_interval(mean: float, low: float, high: float, form: str = "+.4f") -> str:
-    """Returns a mean with its 95% interval: ``+0.0100 (95% interval -0.0020 to +0.0220)``."""
-    return f"{mean:{form}} (95% interval {low:{form}} to {high:{form}})"
-
-
 def as_mean(values: Sequence[float], digits: int = 2) -> str:
     """Returns the mean with the half width of its 95% t interval, ``2.72 ± 0.05``, or a single value alone."""
     mean = f"{np.mean(values):.{digits}f}"

@@ -97,3 +97,12 @@ def test_without_typer_it_says_what_to_install(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "rankadaptor: error: the command line needs the extra 'cli': pip install typer\n"
     )
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["prune", "embedded", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rankadaptor prune: error: ")
+    assert "transformers" in error
+    assert "extra 'demo'" in error
