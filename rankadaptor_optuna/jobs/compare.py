@@ -62,23 +62,23 @@ def compare(
 
     All train on the same data in the same order with the recipe's settings, and are scored on data, and items of tasks,
     that the search has not seen. No method uses more parameters than the uniform configuration. The results are in
-    `out/compare.json`; run again with the same settings, it measures only what is missing.
+    ``out/compare.json``; run again with the same settings, it measures only what is missing.
 
     Args:
         storage: Optuna storage URL.
-        study_name: A study with a recipe (`search`). Default: the only such study.
+        study_name: A study with a recipe (``search``). Default: the only such study.
         out: Folder for the results.
         pruned: Folder of the pruned model. Default: pruned again as the recipe says.
         seeds: Number of fresh seeds.
-        methods: Methods to compare, of `METHODS` and `DENSE`, in the order of the rows.
+        methods: Methods to compare, of ``METHODS`` and ``DENSE``, in the order of the rows.
         tasks: lm-eval tasks. Default: the recipe's for reports; without any, only the loss is measured.
         include_path: Folder of further task YAML files. Default: the recipe's.
-        limit: Most items per task. Default: the recipe's `report_limit`.
+        limit: Most items per task. Default: the recipe's ``report_limit``.
         say: Receives one line for each step.
 
     Raises:
-        ValueError: There is no such study, method or task, the recovery is too short for a method, or `out` belongs to
-            other settings.
+        ValueError: There is no such study, method or task, the recovery is too short for a method, or ``out`` belongs
+            to other settings.
     """
     if seeds < 2:
         raise ValueError(f"seeds must be at least 2 for an interval, got {seeds}.")
@@ -197,7 +197,7 @@ def _recovered(
     seed: int,
     on_step: Callable[[int, float], None],
 ) -> Iterator[Any]:
-    """The recovered model as a context; `ranks` are the recommended ones, `rank` is where adaptive methods start."""
+    """Yields the recovered model; ``ranks`` are the recommended ranks, adaptive methods start from ``rank``."""
     if adaptive := _ADAPTIVE.get(method):
         with adaptive(
             job.model, job.train, job.training, rank=rank, seed=seed, on_step=on_step, lora=job.lora

@@ -30,12 +30,12 @@ def export(
 ) -> Exported:
     """Trains the recommended configuration of a study and writes it.
 
-    In `out`: `adapter/` (PEFT), `rank_pattern.json` (arguments of `peft.LoraConfig`) and, if asked for, `merged/`, the
-    model with the adapter merged in.
+    In ``out``: ``adapter/`` (PEFT), ``rank_pattern.json`` (arguments of ``peft.LoraConfig``) and, if asked for,
+    ``merged/``, the model with the adapter merged in.
 
     Args:
         storage: Optuna storage URL.
-        study_name: A study with a recipe (`search`). Default: the only such study.
+        study_name: A study with a recipe (``search``). Default: the only such study.
         out: Folder to create.
         pruned: Folder of the pruned model. Default: pruned again as the recipe says.
         steps: Training steps. Default: the recipe's.
@@ -44,7 +44,7 @@ def export(
         say: Receives one line for each step.
 
     Raises:
-        ValueError: There is no such study, no finished trial or recipe in it, `out` is not empty, or the training
+        ValueError: There is no such study, no finished trial or recipe in it, ``out`` is not empty, or the training
             failed.
     """
     from peft import PeftModel

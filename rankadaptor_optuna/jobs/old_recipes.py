@@ -12,8 +12,8 @@ _EMBEDDED = "embedded: SmolLM2-135M-Instruct"
 def upgraded(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a recipe of any format in today's, without the number.
 
-    Format 2 has a number, `format`. Format 1 has none and the same keys, but for `data.report_blocks` and
-    `evaluation.report_tasks`. Before it, a quickstart had a format of its own, also without a number.
+    Format 2 has a number, ``format``. Format 1 has none and the same keys, but for ``data.report_blocks`` and
+    ``evaluation.report_tasks``. Before it, a quickstart had a format of its own, also without a number.
 
     Raises:
         ValueError: A newer version wrote the recipe.

@@ -27,7 +27,7 @@ def write_json(path: Path, values: Any) -> None:  # noqa: ANN401
 
 
 class OutputFolder:
-    """The folder of a job's files, which belongs to one set of settings; nothing is written before `start`.
+    """The folder of a job's files, which belongs to one set of settings; nothing is written before ``start``.
 
     Args:
         path: The folder.
@@ -36,8 +36,8 @@ class OutputFolder:
 
     Attributes:
         path: The folder.
-        stored: Settings of an earlier run as `settings.json` holds them; empty without an earlier run.
-        measured: Measurements so far, as `results.json` holds them.
+        stored: Settings of an earlier run as ``settings.json`` holds them; empty without an earlier run.
+        measured: Measurements so far, as ``results.json`` holds them.
 
     Raises:
         ValueError: The folder is not empty and belongs to other settings, which the message names.
@@ -49,8 +49,8 @@ class OutputFolder:
         settings: Mapping[str, Any],
         read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> None:
-        self.path, self._settings = path, settings
-        self.stored: dict[str, Any] = {}
+        self.path, self._settings = path, json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        self.stored: Mapping[str, Any] = {}
         self.measured: dict[str, Any] = {}
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
@@ -63,11 +63,11 @@ class OutputFolder:
             self.measured = json.loads(results.read_text())
 
     def start(self) -> None:
-        """Creates the folder and writes `settings.json`."""
+        """Creates the folder and writes ``settings.json``."""
         if self.stored != self._settings:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "settings.json", self._settings)
-            self.stored = dict(self._settings)
+            self.stored = self._settings
 
     def record(self, key: str, value: Any) -> None:  # noqa: ANN401
         """Writes a measurement."""

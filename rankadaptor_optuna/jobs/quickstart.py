@@ -31,21 +31,21 @@ def quickstart(
 ) -> QuickstartResult:
     """Prunes, searches, compares with uniform ranks and writes the adapter; run again, it continues.
 
-    In `out`: the files of `search` (`pruned/`, `study.db`, `settings.json`, `recommendation.json`), `compare/` (the
-    files of `compare`) and `adapter/` (PEFT, on `pruned/`).
+    In ``out``: the files of ``search`` (``pruned/``, ``study.db``, ``settings.json``, ``recommendation.json``),
+    ``compare/`` (the files of ``compare``) and ``adapter/`` (PEFT, on ``pruned/``).
 
     Args:
-        recipe: The definition of a trial; `PRESETS["quickstart"]` is made for it.
+        recipe: The definition of a trial; ``PRESETS["quickstart"]`` is made for it.
         out: Folder for all files.
         trials: Number of finished trials to reach.
-        storage: Optuna storage URL. Default: SQLite in `out`.
+        storage: Optuna storage URL. Default: SQLite in ``out``.
         study_name: Name of the study.
-        prior: See `RankAdaptorSampler`.
-        on_bad_prior: See `RankAdaptorSampler`.
+        prior: See ``RankAdaptorSampler``.
+        on_bad_prior: See ``RankAdaptorSampler``.
         say: Receives one line for each step.
 
     Raises:
-        ValueError: The settings do not fit the model, or `out` or the study belongs to other settings.
+        ValueError: The settings do not fit the model, or ``out`` or the study belongs to other settings.
     """
     start = time.perf_counter()
     options: dict[str, Any] = {"storage": storage, "study_name": study_name, "prior": prior}
@@ -56,7 +56,7 @@ def quickstart(
 
 
 def _exported(searched: SearchResult) -> Exported:
-    """Trains and writes the adapter, unless `out/adapter` has the recommended ranks already."""
+    """Trains and writes the adapter, unless ``out/adapter`` has the recommended ranks already."""
     recipe, ranks, out = searched.recipe, searched.recommendation.ranks, searched.out
     folder = OutputFolder(out, recipe.to_dict(), in_current_format)
     done = folder.measured.get("adapter")  # earlier versions kept a text there

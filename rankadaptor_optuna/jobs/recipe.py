@@ -48,9 +48,9 @@ class Recipe:
     """The settings that make two trials comparable.
 
     Attributes:
-        model: Model folder or Hub name, dense or already pruned; `"embedded"` is SmolLM2-135M-Instruct.
-        dtype: Torch dtype of the frozen model, or `"auto"`. Default: bfloat16 on a GPU that computes it, else float32.
-        device: Torch device, such as `"cpu"` or `"cuda:1"`. Default: the GPU if there is one.
+        model: Model folder or Hub name, dense or already pruned; ``"embedded"`` is SmolLM2-135M-Instruct.
+        dtype: Torch dtype of the frozen model, or ``"auto"``. Default: bfloat16 on a GPU that has it, else float32.
+        device: Torch device, such as ``"cpu"`` or ``"cuda:1"``. Default: the GPU if there is one.
         seed: Seed of pruning, data order and initialisation, common to all trials.
         pruning: How a dense model is pruned; unused for a pruned model.
         space: The rank space.
@@ -60,8 +60,8 @@ class Recipe:
         evaluation: lm-eval tasks, and the score of a trial.
         report_every: Steps between reports to Optuna's pruner. Default: no reports.
         report_items: Whether to report the final evaluation by block or record instead.
-        pruner: Optuna's pruner of the trials: `"median"` (the default) or `"hyperband"` with `report_every`,
-            `"wilcoxon"` with `report_items`.
+        pruner: Optuna's pruner of the trials: ``"median"`` (the default) or ``"hyperband"`` with ``report_every``,
+            ``"wilcoxon"`` with ``report_items``.
 
     Raises:
         ValueError: A value is out of range.
@@ -97,7 +97,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Recipe:
-        """Reads a TOML file; its key `preset` names the recipe of `PRESETS` that the other keys change.
+        """Reads a TOML file; its key ``preset`` names the recipe of ``PRESETS`` that the other keys change.
 
         Raises:
             ValueError: The file cannot be read, or a key is unknown or its value impossible; the message names it.
@@ -114,7 +114,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Returns the recipe of nested settings, as TOML or JSON has them, in any format; see `load`.
+        """Returns the recipe of nested settings, as TOML or JSON has them, in any format; see ``load``.
 
         Raises:
             ValueError: A key is unknown or its value impossible; the message names it.
@@ -138,7 +138,7 @@ class Recipe:
         return validated(cls, settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all settings and the format's number, for JSON; `from_dict` reads them."""
+        """Returns all settings and the format's number, for JSON; ``from_dict`` reads them."""
         values = {"format": FORMAT, **asdict(self)}
         del values["training"]["steps" if self.training.epochs else "epochs"]
         return values
@@ -183,7 +183,7 @@ class Recipe:
         return pruned.model.to(model.device), tokenizer, pruned
 
     def objective(self, model: Any, tokenizer: Any, **settings: Any) -> RecoveryObjective:  # noqa: ANN401
-        """Returns the trial objective on a pruned model; `settings` are further arguments of `RecoveryObjective`.
+        """Returns the trial objective on a pruned model; ``settings`` are further arguments of ``RecoveryObjective``.
 
         Raises:
             ValueError: The data or a task cannot be read, or is too short.

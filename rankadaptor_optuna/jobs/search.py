@@ -6,46 +6,29 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, WilcoxonPruner
-from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import RECIPE_ATTR
 from rankadaptor_optuna.database import masked
 from rankadaptor_optuna.jobs.output import OutputFolder, bar, write_json
 from rankadaptor_optuna.jobs.priors import read_prior
 from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
 from rankadaptor_optuna.jobs.results import SearchResult
+from rankadaptor_optuna.jobs.stored import recipe_as_stored
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.priors.choice import OnBadPrior
 from rankadaptor_optuna.recovery.processes import join_processes, main_first, process_index
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.studies.recommendation import recommend
-from rankadaptor_optuna.studies.storage import check_same_settings, create_study, open_storage
-
-
-def recipe_as_stored(storage: BaseStorage, study_name: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Returns the recipe in the format in which the study holds it, which an earlier version may have written.
-
-    Raises:
-        ValueError: The study belongs to another recipe.
-    """
-    if study_name not in optuna.get_all_study_names(storage):
-        return recipe
-    stored = optuna.load_study(study_name=study_name, storage=storage).user_attrs.get(RECIPE_ATTR)
-    if stored is None:
-        return recipe
-    check_same_settings(f"study {study_name!r}", in_current_format(stored), recipe, "another study name")
-    return dict(stored)
+from rankadaptor_optuna.studies.storage import create_study, open_storage
 
 
 def pruner_of(recipe: Recipe, steps: int) -> BasePruner:
-    """Returns Optuna's pruner for the reports of a recipe's trials; `steps` is the length of a recovery."""
+    """Returns Optuna's pruner for the reports of a recipe's trials; ``steps`` is the length of a recovery."""
     if recipe.report_items:
         return WilcoxonPruner()
     if recipe.report_every is None:
@@ -129,22 +112,22 @@ def search(
 ) -> SearchResult:
     """Prunes the model if it is dense, searches ranks up to a number of trials, and recommends.
 
-    Run again with the same settings, it continues; any number of workers may share `storage` and `study_name`. One
-    worker may be several processes with a GPU each (`accelerate launch -m rankadaptor_optuna.cli search ...`), which
+    Run again with the same settings, it continues; any number of workers may share ``storage`` and ``study_name``. One
+    worker may be several processes with a GPU each (``accelerate launch -m rankadaptor_optuna.cli search ...``), which
     share the batches of every recovery; only the main process asks, tells, evaluates, prints and writes.
 
     Args:
         recipe: The definition of a trial.
-        out: Folder of the pruned model, the recommendation (`recommendation.json`) and, by default, the study.
+        out: Folder of the pruned model, the recommendation (``recommendation.json``) and, by default, the study.
         trials: Number of finished trials to reach.
-        storage: Optuna storage URL. Default: SQLite in `out`.
+        storage: Optuna storage URL. Default: SQLite in ``out``.
         study_name: Name of the study.
-        prior: See `RankAdaptorSampler`; a prior of a database must be in `storage`.
-        on_bad_prior: See `RankAdaptorSampler`.
+        prior: See ``RankAdaptorSampler``; a prior of a database must be in ``storage``.
+        on_bad_prior: See ``RankAdaptorSampler``.
         say: Receives one line for each step.
 
     Raises:
-        ValueError: A setting does not fit the model or the data, the prior cannot be read, or `out` or the study
+        ValueError: A setting does not fit the model or the data, the prior cannot be read, or ``out`` or the study
             belongs to other settings.
     """
     from rankadaptor_optuna.pruning.checkpoint import save_pruned

@@ -20,10 +20,10 @@ _CONTINUATION_ITEMS = 60  # set by hand: a standard error of 6 points in half a 
 
 @dataclass(frozen=True)
 class Pruning(PruningConfig):
-    """How the model is pruned: the options of `PruningConfig`, and the recipe's own.
+    """How the model is pruned: the options of ``PruningConfig``, and the recipe's own.
 
     Attributes:
-        method: `"none"`, too: takes the model as it is, such as a model that another tool pruned by whole blocks and
+        method: ``"none"``, too: takes the model as it is, such as a model that another tool pruned by whole blocks and
             that looks like a dense one.
         seed: Default: the recipe's seed.
         calibration: Text or JSONL file, or Hub data set. Default: the embedded text.
@@ -38,13 +38,13 @@ class Pruning(PruningConfig):
 
 @dataclass(frozen=True)
 class Space:
-    """The rank space; see `RankSpace.from_model`.
+    """The rank space; see ``RankSpace.from_model``.
 
     Attributes:
         candidates: Ranks that a layer may take.
-        budget: `"uniform:RANK"`, or a number of trainable parameters.
+        budget: ``"uniform:RANK"``, or a number of trainable parameters.
         unpruned_rank: Rank of the layers from which pruning removed nothing; -1 searches them too.
-        granularity: `"layer"` or `"sublayer"`.
+        granularity: ``"layer"`` or ``"sublayer"``.
     """
 
     candidates: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
@@ -62,12 +62,12 @@ class Data:
     """Data of recovery and scoring.
 
     Attributes:
-        train: Training data: a text file, JSONL file or Hub data set (`texts.read_records`). Default: the embedded
+        train: Training data: a text file, JSONL file or Hub data set (``texts.read_records``). Default: the embedded
             text.
-        validation: Data that trials are scored on; must not share records with `train`. Default: the validation part
-            of the embedded text, or every tenth record of `train`.
+        validation: Data that trials are scored on; must not share records with ``train``. Default: the validation part
+            of the embedded text, or every tenth record of ``train``.
         report: Data of comparisons after the search; must not share records with the others. Default: as for
-            `validation`.
+            ``validation``.
         block_length: Tokens of a block of text; most tokens of an instruction record.
         validation_blocks: Number of blocks or records that a trial is scored on.
         report_blocks: Most blocks or records that a comparison uses. Default: all.
@@ -98,12 +98,12 @@ class Evaluation:
     Trials are evaluated on one half of each task's documents, comparisons after the search on the other half.
 
     Attributes:
-        tasks: lm-eval task, group or tag names; with weights, `{name: weight}`. Default: none.
-        metric: Score that a study optimises: `"loss"` on the validation data, or `"margin"` or `"accuracy"`, weighted
-            means over the tasks (see `TaskScore`). The other two are recorded beside it.
+        tasks: lm-eval task, group or tag names; with weights, ``{name: weight}``. Default: none.
+        metric: Score that a study optimises: ``"loss"`` on the validation data, or ``"margin"`` or ``"accuracy"``,
+            weighted means over the tasks (see ``TaskScore``). The other two are recorded beside it.
         limit: Most items of each task per trial. Default: all.
-        report_tasks: lm-eval tasks of comparisons, instead of `tasks`; `"continuation"` is a four-way choice of the
-            next words of a passage of the report text. Default: `tasks`.
+        report_tasks: lm-eval tasks of comparisons, instead of ``tasks``; ``"continuation"`` is a four-way choice of the
+            next words of a passage of the report text. Default: ``tasks``.
         report_limit: Most items of each task in comparisons. Default: all.
         num_fewshot: Examples before each item. Default: the task's own.
         include_path: Folder of further task YAML files.
@@ -151,7 +151,7 @@ class Evaluation:
         Args:
             tokenizer: Tokenizer of the model.
             part: Half of each task's documents.
-            report: Text that items of `"continuation"` are made of.
+            report: Text that items of ``"continuation"`` are made of.
 
         Raises:
             ValueError: A task is unknown, or its data cannot be read.
@@ -181,7 +181,7 @@ def validated(kind: type[T], values: Mapping[str, Any]) -> T:
     Types are strict: a boolean is no integer, a string no number.
 
     Args:
-        kind: A dataclass with `__pydantic_config__`, whose sections are dataclasses with defaults.
+        kind: A dataclass with ``__pydantic_config__``, whose sections are dataclasses with defaults.
         values: Settings by key; sections are mappings.
 
     Raises:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from rankadaptor_optuna.attributes import RECIPE_ATTR
 from rankadaptor_optuna.database import masked
-from rankadaptor_optuna.jobs.recipe import Recipe
+from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
 from rankadaptor_optuna.objective import RecoveryObjective
-from rankadaptor_optuna.studies.storage import open_storage
+from rankadaptor_optuna.studies.storage import check_same_settings, open_storage
 
 _MOST_NAMED = 10
 
@@ -44,11 +45,11 @@ def stored_study(url: str, study_name: str | None = None) -> tuple[Study, Recipe
 
 
 def stored_recipe(url: str, study_name: str | None = None) -> Recipe:
-    """Returns the recipe of a study; see `stored_study`."""
+    """Returns the recipe of a study; see ``stored_study``."""
     return stored_study(url, study_name)[1]
 
 
-def _only_study(storage: optuna.storages.BaseStorage, url: str) -> str:
+def _only_study(storage: BaseStorage, url: str) -> str:
     summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
     names = [summary.study_name for summary in summaries if RECIPE_ATTR in summary.user_attrs]
     if not names:
@@ -57,6 +58,21 @@ def _only_study(storage: optuna.storages.BaseStorage, url: str) -> str:
         more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
         raise ValueError(f"{masked(url)} has several studies: {', '.join(names[:_MOST_NAMED])}{more}; name one.")
     return names[0]
+
+
+def recipe_as_stored(storage: BaseStorage, study_name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Returns the recipe in the format in which the study holds it, which an earlier version may have written.
+
+    Raises:
+        ValueError: The study belongs to another recipe.
+    """
+    if study_name not in optuna.get_all_study_names(storage):
+        return recipe
+    stored = optuna.load_study(study_name=study_name, storage=storage).user_attrs.get(RECIPE_ATTR)
+    if stored is None:
+        return recipe
+    check_same_settings(f"study {study_name!r}", in_current_format(stored), recipe, "another study name")
+    return dict(stored)
 
 
 def load_pruned_job(recipe: Recipe, pruned: Path | None, modules: Iterable[Any], study_name: str) -> RecoveryObjective:

@@ -21,13 +21,19 @@ from rankadaptor_optuna.pruning import load_pruned
 from rankadaptor_optuna.surrogate.prior import load_prior
 
 
+@pytest.fixture
+def values(values, searched):
+    """The recipe of a model that is pruned already, with the shortest recoveries."""
+    return {**values, "model": str(searched.out / "pruned"), "training": {"steps": 1}}
+
+
 def complete(url, name="search"):
     study = optuna.load_study(study_name=name, storage=url)
     return [t for t in study.trials if t.state is TrialState.COMPLETE]
 
 
-def test_search_prunes_searches_and_writes_the_answer_then_goes_on(recipe, tmp_path):
-    out, said = tmp_path / "out", []
+def test_search_prunes_searches_and_writes_the_answer_then_goes_on(tiny, tmp_path):
+    out, said, recipe = tmp_path / "out", [], Recipe.from_dict(tiny[0])
     found = search(recipe, out, trials=2, say=said.append)
     answer = json.loads((out / "recommendation.json").read_text())
     assert answer["ranks"] == {str(layer): rank for layer, rank in found.recommendation.ranks.items()}
@@ -69,11 +75,11 @@ def test_pruned_trials_count_among_those_to_reach(values, tmp_path, monkeypatch)
     assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
-def test_another_worker_needs_the_storage_and_the_name_alone(recipe, tmp_path):
+def test_another_worker_needs_the_storage_alone(recipe, tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     search(recipe, tmp_path / "one", trials=1, storage=url, study_name="s", say=lambda line: None)
     assert stored_recipe(url, "s") == recipe
-    assert main(["search", "--storage", url, "--study", "s", "--out", str(tmp_path / "two"), "--trials", "2"]) == 0
+    assert main(["search", "--storage", url, "--out", str(tmp_path / "two"), "--trials", "2"]) == 0
     assert len(complete(url, "s")) == 2
     assert (tmp_path / "two" / "recommendation.json").exists()
 
@@ -97,9 +103,10 @@ def test_an_unknown_task_is_refused_before_anything_is_written(values, local_tas
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_is_pruned_already_is_searched_as_it_is(values, searched, tmp_path):
-    values |= {"model": str(searched.out / "pruned"), "pruning": {"ratio": 0.5}}
-    found = search(Recipe.from_dict(values), tmp_path / "out", trials=1, say=lambda line: None)
+def test_a_model_that_is_pruned_already_is_searched_as_it_is(values, tmp_path):
+    found = search(
+        Recipe.from_dict(values | {"pruning": {"ratio": 0.5}}), tmp_path / "out", trials=1, say=lambda line: None
+    )
     assert found.pruned is None
     assert load_pruned(tmp_path / "out" / "pruned").config.pruning["ratio"] == 0.2
 
@@ -108,7 +115,7 @@ def test_whole_blocks_away_every_layer_left_is_searched_compared_and_exported(va
     """Shortened leaves an ordinary model of layers of one shape, none of which lost anything."""
     make_model(num_hidden_layers=8).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
-    values["model"] = str(tmp_path / "dense")
+    values |= {"model": str(tmp_path / "dense"), "training": {"steps": 2}}
     values["pruning"] = {"method": "shortened", "ratio": 0.25, "n_samples": 2, "sample_length": 16}
     url, out = f"sqlite:///{tmp_path / 'study.db'}", tmp_path / "out"
     found = search(Recipe.from_dict(values), out, trials=2, storage=url, say=lambda line: None)
@@ -125,14 +132,14 @@ def test_whole_blocks_away_every_layer_left_is_searched_compared_and_exported(va
     assert list(again.recommendation.ranks) == [*range(6)]
 
 
-def test_a_model_that_others_pruned_is_left_as_it_is(values, model):
-    found, _, pruned = Recipe.from_dict(values | {"pruning": {"method": "none"}}).read_model()
+def test_a_model_that_others_pruned_is_left_as_it_is(tiny, model):
+    found, _, pruned = Recipe.from_dict(tiny[0] | {"pruning": {"method": "none"}}).read_model()
     assert pruned is None
     assert sum(p.numel() for p in found.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-def test_other_settings_in_the_same_folder_or_study_are_refused_by_name(values, searched, tmp_path):
-    other = Recipe.from_dict(values | {"seed": 5})
+def test_other_settings_in_the_same_folder_or_study_are_refused_by_name(tiny, searched, tmp_path):
+    other = Recipe.from_dict(tiny[0] | {"seed": 5})
     for out in (searched.out, tmp_path / "two"):
         with pytest.raises(ValueError, match="belongs to other settings: seed was 0, now 5"):
             search(other, out, trials=1, storage=searched.storage)
@@ -157,7 +164,7 @@ def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_written(values, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_search_can_start_from_a_prior_of_its_database(recipe, tmp_path, capsys):
+def test_a_search_starts_from_a_prior_of_its_database_or_from_the_shipped_one_if_it_is_bad(recipe, tmp_path, capsys):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     PriorStore(url).add("mine", load_prior("pretrained"))
     with pytest.raises(ValueError, match="there is no prior db:other"):
@@ -172,15 +179,10 @@ def test_a_search_can_start_from_a_prior_of_its_database(recipe, tmp_path, capsy
     assert main([*command, "--prior", "none"]) == 0
     stored = optuna.load_study(study_name="search", storage=url).user_attrs["rankadaptor:prior"]
     assert stored == "db:mine@1"
-
-
-def test_a_worker_may_go_on_with_the_shipped_prior_where_its_own_is_bad(recipe, tmp_path):
-    url = f"sqlite:///{tmp_path / 'shared.db'}"
-    command = ["search", "--storage", url, "--trials", "1", "--out", str(tmp_path / "a"), "--prior", "db:gone"]
-    search(
-        recipe, tmp_path / "a", trials=1, storage=url, prior="db:gone", on_bad_prior="pretrained", say=lambda _: None
-    )
-    stored = optuna.load_study(study_name="search", storage=url).user_attrs["rankadaptor:prior"]
+    gone = {"study_name": "other", "prior": "db:gone", "on_bad_prior": "pretrained", "say": lambda _: None}
+    search(recipe, tmp_path / "b", trials=1, storage=url, **gone)
+    other = [*command, "--study", "other", "--prior", "db:gone"]
+    assert main(other) == 2
+    assert main([*other, "--on-bad-prior", "pretrained"]) == 0
+    stored = optuna.load_study(study_name="other", storage=url).user_attrs["rankadaptor:prior"]
     assert stored.startswith("pretrained:")
-    assert main(command) == 2
-    assert main([*command, "--on-bad-prior", "pretrained"]) == 0
