@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 from rankadaptor_optuna.jobs.output import write_text
 from rankadaptor_optuna.jobs.results import Exported
-from rankadaptor_optuna.views.style import as_count
+from rankadaptor_optuna.recovery.embedded import HUB_MODEL
+from rankadaptor_optuna.views.style import as_count, as_json
 from rankadaptor_optuna.views.tables import from_columns, markdown_table
 
 
 def model_card(exported: Exported) -> str:
     """Returns the model card of an adapter, as the Hugging Face Hub shows it."""
     found, recipe = exported.recommendation, exported.recipe
+    base = HUB_MODEL if recipe.model == "embedded" else recipe.model
     after, before = (f"{loss:.4f} (perplexity {math.exp(loss):.2f})" for loss in (exported.loss, exported.loss_before))
     ranks = from_columns({"layer": list(found.ranks), "rank": list(found.ranks.values())})
     return f"""---
 library_name: peft
-base_model: {recipe.model}
+base_model: {base}
 tags: [lora, pruning, rankadaptor]
 ---
 
-# LoRA recovery of {recipe.model}, with a rank per layer
+# LoRA recovery of {base}, with a rank per layer
 
 {found.evidence.statement} Source: {found.evidence.n_trials} trials of study `{exported.study_name}` in
 `{exported.storage_masked}`.
@@ -37,7 +38,7 @@ Trainable parameters: {as_count(found.cost)} (budget {recipe.space.budget}). `ra
 ## Recipe
 
 ```json
-{json.dumps(recipe.to_dict(), indent=1)}
+{as_json(recipe.to_dict())}
 ```
 """
 

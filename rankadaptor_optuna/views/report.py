@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 from rankadaptor_optuna.jobs.output import write_text
@@ -12,7 +11,7 @@ from rankadaptor_optuna.views.comparison import comparison_table, difference_tex
 from rankadaptor_optuna.views.dashboard import closest_trials, publish_reading
 from rankadaptor_optuna.views.pictures import draw_progress, draw_ranks
 from rankadaptor_optuna.views.study_view import StudyView
-from rankadaptor_optuna.views.style import as_count
+from rankadaptor_optuna.views.style import as_count, as_json
 from rankadaptor_optuna.views.tables import markdown_table
 
 
@@ -45,8 +44,9 @@ def report_text(result: QuickstartResult) -> str:
 
 {markdown_table(comparison_table(comparison))}
 
-Mean ± 95% t interval over {len(comparison.seeds)} fresh seeds of data order and initialisation, on text that neither
-training nor search has seen. Accuracy: four-way choice of the continuation of a passage, by lm-eval.
+Means ± half widths of 95% t intervals over {len(comparison.seeds)} fresh seeds of data order and initialisation, on
+text that neither training nor search has seen. Continuation: accuracy of a choice among four continuations of a
+passage, by lm-eval.
 
 ## Recommended ranks
 
@@ -75,7 +75,7 @@ model = PeftModel.from_pretrained(model, "{(result.exported.out / "adapter").as_
 ## Recipe
 
 ```json
-{json.dumps(search.recipe.to_dict(), indent=1)}
+{as_json(search.recipe.to_dict())}
 ```
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,3 +44,14 @@ def as_mean(values: Sequence[float], digits: int = 2) -> str:
         return mean
     low, high = t_interval(values)
     return f"{mean} ± {(high - low) / 2:.{digits}f}"
+
+
+def as_json(settings: Mapping[str, Any]) -> str:
+    """Returns nested settings as JSON, one section a line, without unset ones."""
+    sections = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            value = {key: setting for key, setting in value.items() if setting is not None}
+        if value is not None:
+            sections.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(sections) + "\n}"

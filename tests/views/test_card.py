@@ -2,18 +2,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from rankadaptor_optuna import recommend
 from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.results import Exported
 from rankadaptor_optuna.views.card import write_card
 
 
-def test_the_card_has_study_ranks_budget_and_losses(make_study, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "base"), [("my/model", "my/model"), ("embedded", "HuggingFaceTB/SmolLM2-135M-Instruct")]
+)
+def test_the_card_has_study_ranks_budget_and_losses(make_study, tmp_path, model, base):
     found = recommend(make_study(4))
-    recipe = Recipe.from_dict({"model": "my/model", "space": {"budget": "uniform:8"}, "training": {"steps": 2}})
+    recipe = Recipe.from_dict({"model": model, "space": {"budget": "uniform:8"}, "training": {"steps": 2}})
     write_card(Exported(found, recipe, "mine", "mysql://me:***@host/db", 2.5, 3.5, Path(tmp_path)))
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: peft\nbase_model: my/model\n")
+    assert card.startswith(f"---\nlibrary_name: peft\nbase_model: {base}\n")
     for part in ("4 trials of study `mine`", "mysql://me:***@host/db", f"{found.cost:,.0f} (budget uniform:8)"):
         assert part in card
     assert "2.5000 (perplexity 12.18); without recovery 3.5000 (perplexity 33.12)" in card
