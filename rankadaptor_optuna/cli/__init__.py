@@ -1,4 +1,4 @@
-"""The `rankadaptor` command: a file per command, assembled in `app`."""
+"""The ``rankadaptor`` command: a file per command, assembled in ``app``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; see `app.main`. Without Typer, says how to install it."""
+    """Runs the command; see ``app.main``. Without Typer, says how to install it."""
     try:
         import typer  # noqa: F401
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""Runs the command as `python -m rankadaptor_optuna.cli`, for launchers of several processes."""
+"""Runs the command as ``python -m rankadaptor_optuna.cli``, for launchers of several processes."""
 
 from rankadaptor_optuna.cli import main
 

@@ -1,4 +1,4 @@
-"""`rankadaptor compare`."""
+"""``rankadaptor compare``."""
 
 from __future__ import annotations
 

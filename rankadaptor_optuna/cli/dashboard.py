@@ -1,4 +1,4 @@
-"""`rankadaptor dashboard`."""
+"""``rankadaptor dashboard``."""
 
 from __future__ import annotations
 

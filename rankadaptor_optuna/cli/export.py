@@ -1,4 +1,4 @@
-"""`rankadaptor export`."""
+"""``rankadaptor export``."""
 
 from __future__ import annotations
 

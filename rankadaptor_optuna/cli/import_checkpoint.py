@@ -1,4 +1,4 @@
-"""`rankadaptor import-checkpoint`."""
+"""``rankadaptor import-checkpoint``."""
 
 from __future__ import annotations
 

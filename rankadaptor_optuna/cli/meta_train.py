@@ -1,4 +1,4 @@
-"""`rankadaptor meta-train`."""
+"""``rankadaptor meta-train``."""
 
 from __future__ import annotations
 

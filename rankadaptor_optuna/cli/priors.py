@@ -1,4 +1,4 @@
-"""`rankadaptor priors list`, `show`, `prune` and `gc`."""
+"""``rankadaptor priors list``, ``show``, ``prune`` and ``gc``."""
 
 from __future__ import annotations
 

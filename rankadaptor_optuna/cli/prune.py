@@ -1,4 +1,4 @@
-"""`rankadaptor prune`; its options are the fields of `PruningConfig`."""
+"""``rankadaptor prune``; its options are the fields of ``PruningConfig``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def prune(
 
 
 def _signature() -> inspect.Signature:
-    """Returns the signature of `prune` with an option for each field of `PruningConfig`; None if not given."""
+    """Returns the signature of ``prune`` with an option for each field of ``PruningConfig``; None if not given."""
     own = list(inspect.signature(prune, eval_str=True).parameters.values())[:-1]
     hints, described = get_type_hints(PruningConfig), option_help()
     options = []

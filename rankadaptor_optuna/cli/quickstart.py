@@ -1,4 +1,4 @@
-"""`rankadaptor quickstart`."""
+"""``rankadaptor quickstart``."""
 
 from __future__ import annotations
 

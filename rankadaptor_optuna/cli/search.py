@@ -1,4 +1,4 @@
-"""`rankadaptor search`."""
+"""``rankadaptor search``."""
 
 from __future__ import annotations
 
