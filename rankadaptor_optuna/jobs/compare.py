@@ -93,7 +93,7 @@ def compare(
     folder, ours = OutputFolder(out, settings, _read_settings), ",".join(map(str, found.ranks.values()))
     _name_ranks(folder)
     evaluation = recipe.evaluation.for_report(tasks, include_path, limit)
-    bench = _Bench(recipe, evaluation, found.ranks, pruned, study.study_name)
+    bench = _Bench(recipe, evaluation, found.ranks, pruned, study.study_name, "AdaLoRA" in methods)
     fresh = tuple(1000 * (recipe.seed + 1) + i for i in range(seeds))
     uniform, rows = space.uniform(), []
     for method in methods:
@@ -130,14 +130,23 @@ class _Bench:
     """The pruned model with the data of a comparison, loaded on first use: all may have been measured before."""
 
     def __init__(
-        self, recipe: Recipe, evaluation: Evaluation, ranks: Ranks, pruned: Path | None, study_name: str
+        self,
+        recipe: Recipe,
+        evaluation: Evaluation,
+        ranks: Ranks,
+        pruned: Path | None,
+        study_name: str,
+        has_adalora: bool,
     ) -> None:
         self._recipe, self._evaluation, self._ranks = recipe, evaluation, ranks
-        self._pruned, self._study_name = pruned, study_name
+        self._pruned, self._study_name, self._has_adalora = pruned, study_name, has_adalora
 
     @cached_property
     def _job(self) -> RecoveryObjective:
-        return load_pruned_job(self._recipe, self._pruned, self._ranks, self._study_name)
+        job = load_pruned_job(self._recipe, self._pruned, self._ranks, self._study_name)
+        if self._has_adalora:
+            check_adalora(job.training)  # epochs have become steps
+        return job
 
     @cached_property
     def _report(self) -> tuple[Any, Any]:

@@ -129,6 +129,12 @@ def test_what_cannot_be_compared_is_refused_before_any_work(searched, recipe, ag
     ):
         with pytest.raises(ValueError, match=says):
             again(tmp_path / "x", **options)
+    monkeypatch.undo()
+    few = replace(recipe, training=replace(recipe.training, epochs=0.01))
+    monkeypatch.setattr(module, "stored_study", lambda *args: (searched.study, few))
+    monkeypatch.setattr(module, "_recover_and_measure", lambda *args: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=r"AdaLoRA needs at least 4 training steps, got \d"):
+        again(tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
