@@ -31,7 +31,7 @@ from benchmarks.report import FOLDER, cell, check, command_parser, interval, sho
 from benchmarks.tasks.texts import data_folder, lm_eval_tasks
 from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.recipe import PRESETS, Recipe
-from rankadaptor_optuna.jobs.results import METHODS, OURS, UNIFORM, Row, alike
+from rankadaptor_optuna.jobs.results import COMPARED_METHODS, OURS, UNIFORM, Row, alike
 from rankadaptor_optuna.jobs.search import search
 from rankadaptor_optuna.jobs.settings import Data, Pruning
 from rankadaptor_optuna.recovery.embedded import cache_dir
@@ -84,7 +84,7 @@ class Size:
         trial = recovery + self.validation * self.length / SCORED
         items = len(TASKS) * (self.items or 250) * TOKENS_PER_ITEM
         measured = (items + min(self.records, REPORTED) * self.length) / SCORED
-        recoveries = (len(METHODS) - 1) * self.seeds
+        recoveries = (len(COMPARED_METHODS) - 1) * self.seeds
         return (self.trials * trial + recoveries * (recovery + measured) + measured) / 3600
 
 
@@ -205,7 +205,7 @@ def paired(blocks: Blocks) -> list[dict[str, Any]]:
     for measure, sign in (("loss", -1), ("average", 1)):
         those: list[dict[str, Any]] = []
         for block, rows in blocks.items():
-            ours, *others = (_row(rows, method) for method in (OURS, *METHODS[:-1]))
+            ours, *others = (_row(rows, method) for method in (OURS, *COMPARED_METHODS[:-1]))
             for other in others:
                 mine, theirs = (r.losses if measure == "loss" else averages(r) for r in (ours, other))
                 difference = np.subtract(mine, theirs)  # of one number or of one for each seed
@@ -246,7 +246,7 @@ def counted(differences: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns wins, ties and losses over the blocks against each other row, and the mean difference."""
     lines = []
     for measure in ("loss", "average"):
-        for method in METHODS[:-1]:
+        for method in COMPARED_METHODS[:-1]:
             those = [d for d in differences if (d["measure"], d["RankAdaptor less"]) == (measure, method)]
             verdicts = [d["verdict"] for d in those]
             mean, half = interval([d["difference"] for d in those])

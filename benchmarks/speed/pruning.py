@@ -33,7 +33,7 @@ from benchmarks.tasks.texts import data_file, lm_eval_tasks
 from rankadaptor_optuna.jobs.output import OutputFolder
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.pruning.calibration import draw_samples
-from rankadaptor_optuna.pruning.config import METHODS, Criterion
+from rankadaptor_optuna.pruning.config import PRUNING_METHODS, Criterion
 from rankadaptor_optuna.pruning.importance import unit_importance
 from rankadaptor_optuna.pruning.methods import silenced
 from rankadaptor_optuna.pruning.shortened import block_importance
@@ -219,7 +219,7 @@ def memory(out: OutputFolder, quick: bool) -> tuple[list[Any], dict[str, Any]]:
     shapes = [(256, 4), (256, 16)] if quick else [(512, 4), (512, 8), (512, 16), (768, 8), (1024, 8)]
     rows, checks = [], {}
     block = 4 * (4 * 4096**2 + 3 * 4096 * 11008) / 2**30  # GiB in float32
-    for method in METHODS:
+    for method in PRUNING_METHODS:
         found = []
         for hidden, n_layers in shapes:
             key = f"peak-{method}-{hidden}-{n_layers}"

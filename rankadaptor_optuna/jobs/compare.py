@@ -16,8 +16,8 @@ from rankadaptor_optuna.jobs.output import OutputFolder, bar, write_json
 from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
 from rankadaptor_optuna.jobs.results import (
     BUDGET_TOLERANCE,
+    COMPARED_METHODS,
     DENSE,
-    METHODS,
     NONE,
     OURS,
     UNIFORM,
@@ -52,7 +52,7 @@ def compare(
     *,
     pruned: Path | None = None,
     seeds: int = 3,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = COMPARED_METHODS,
     tasks: Sequence[str] = (),
     include_path: str | None = None,
     limit: int | None = None,
@@ -61,7 +61,7 @@ def compare(
     """Recovers with the recommended ranks and with the references, on fresh seeds, and measures them.
 
     All train on the same data in the same order with the recipe's settings, and are scored on data, and items of tasks,
-    that the search has not seen. No method uses more parameters than the uniform configuration. The results are in
+    that the search has not seen. No method exceeds the budget; AdaLoRA and EVA may by 0.5%. The results are in
     ``out/compare.json``; run again with the same settings, it measures only what is missing.
 
     Args:
@@ -70,7 +70,7 @@ def compare(
         out: Folder for the results.
         pruned: Folder of the pruned model. Default: pruned again as the recipe says.
         seeds: Number of fresh seeds.
-        methods: Methods to compare, of ``METHODS`` and ``DENSE``, in the order of the rows.
+        methods: Methods to compare, of ``COMPARED_METHODS`` and ``DENSE``, in the order of the rows.
         tasks: lm-eval tasks. Default: the recipe's for reports; without any, only the loss is measured.
         include_path: Folder of further task YAML files. Default: the recipe's.
         limit: Most items per task. Default: the recipe's ``report_limit``.
@@ -82,8 +82,8 @@ def compare(
     """
     if seeds < 2:
         raise ValueError(f"seeds must be at least 2 for an interval, got {seeds}.")
-    if unknown := [method for method in methods if method not in (DENSE, *METHODS)]:
-        raise ValueError(f"no method named {unknown[0]!r}; there are {', '.join((DENSE, *METHODS))}.")
+    if unknown := [method for method in methods if method not in (DENSE, *COMPARED_METHODS)]:
+        raise ValueError(f"no method named {unknown[0]!r}; there are {', '.join((DENSE, *COMPARED_METHODS))}.")
     study, recipe = stored_study(storage, study_name)
     if "AdaLoRA" in methods and recipe.training.epochs is None:
         check_adalora(recipe.training)
@@ -215,7 +215,10 @@ def _recovered(
         return
     job.on_step = on_step
     try:
-        with job.recovered(_ALLOCATIONS[method](job, ranks), seed=seed) as model:
+        allocated = _ALLOCATIONS[method](job, ranks)
+        if not job.space.is_within_budget(job.space.cost(allocated)):
+            raise ValueError(f"the ranks of {method} cost {job.space.cost(allocated):,.0f}, over the budget.")
+        with job.recovered(allocated, seed=seed) as model:
             yield model
     finally:
         job.on_step = None

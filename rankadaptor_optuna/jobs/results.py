@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rankadaptor_optuna.surrogate.prior import Prior
 
 DENSE, NONE, UNIFORM, OURS = "dense", "no recovery", "LoRA, uniform", "RankAdaptor"
-METHODS = (NONE, UNIFORM, "AdaLoRA", "EVA", "Fisher-proportional", OURS)
+COMPARED_METHODS = (NONE, UNIFORM, "AdaLoRA", "EVA", "Fisher-proportional", OURS)
 UNTRAINED = (DENSE, NONE)  # measured once, as no seed matters
 BUDGET_TOLERANCE = 1.005  # times the budget; set by hand: AdaLoRA and EVA meet a budget only by trial
 

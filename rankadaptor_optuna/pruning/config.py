@@ -39,7 +39,7 @@ class PruningMethod:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-METHODS: dict[str, PruningMethod] = {
+PRUNING_METHODS: dict[str, PruningMethod] = {
     # LLM-Pruner's defaults (hf_prune.py) but for the global ranking and the sample length, which are set by hand
     "llm-pruner": PruningMethod(
         criteria=get_args(Criterion),
@@ -94,8 +94,8 @@ class PruningConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r} is unknown; known methods: {', '.join(METHODS)}")
+        if self.method not in PRUNING_METHODS:
+            raise ValueError(f"method {self.method!r} is unknown; known methods: {', '.join(PRUNING_METHODS)}")
         if not 0 < self.ratio < 1:
             raise ValueError(
                 f"ratio must lie between 0 and 1, got {self.ratio}: it is the share of block parameters to remove"
@@ -104,7 +104,7 @@ class PruningConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, known in {"criterion": METHODS[self.method].criteria, **_CHOICES}.items():
+        for name, known in {"criterion": PRUNING_METHODS[self.method].criteria, **_CHOICES}.items():
             value = getattr(self, name)
             if value is not None and value not in known:
                 owner = f" to {self.method}" if name == "criterion" else ""
@@ -113,10 +113,10 @@ class PruningConfig:
 
     def _check_used(self) -> None:
         """Checks that every option set to another value than its default has an effect."""
-        used, user = set(METHODS[self.method].defaults), f"method {self.method!r}"
+        used, user = set(PRUNING_METHODS[self.method].defaults), f"method {self.method!r}"
         if "structure" in used and self.structure == "hidden":
             used, user = {"structure"}, "structure 'hidden'"
-        for method in METHODS.values():
+        for method in PRUNING_METHODS.values():
             for name, default in method.defaults.items():
                 value = getattr(self, name)
                 if name not in used and value not in (None, default):
@@ -145,7 +145,7 @@ class PruningConfig:
         Raises:
             ValueError: Every layer would stay whole.
         """
-        method = METHODS[self.method]
+        method = PRUNING_METHODS[self.method]
         ends = default_kept(n_layers) if method.keeps_ends and self.structure != "hidden" else (0, 0)
         defaults = {
             "ratio": self.ratio,

@@ -169,8 +169,8 @@ def _slimgpt(model: PreTrainedModel, samples: torch.Tensor, settings: Settings, 
     return Plan(_cut_units(layers, found.kept) | found.weights, profile, list(range(len(layers))))
 
 
-# By name, as in `config.METHODS`: (model, calibration samples, settings, progress) -> plan. A planner leaves the model
-# unchanged and raises ValueError if the ratio cannot be reached or a measurement is not finite.
+# By name, as in `config.PRUNING_METHODS`: (model, calibration samples, settings, progress) -> plan. A planner leaves
+# the model unchanged and raises ValueError if the ratio cannot be reached or a measurement is not finite.
 PLANNERS: dict[str, Callable[[PreTrainedModel, torch.Tensor, Settings, Progress | None], Plan]] = {
     "llm-pruner": _llm_pruner,
     "shortened": _shortened,

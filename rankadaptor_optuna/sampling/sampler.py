@@ -55,7 +55,8 @@ class RankAdaptorSampler(BaseSampler):
         prior: Meta-learned start of the performance model: ``"pretrained"`` (shipped), None, a path, or ``"db:NAME"``
             or ``"db:NAME@VERSION"``, learned by ``rankadaptor meta-train``. A study keeps the prior that it began
             with, in that version, whoever resumes it.
-        n_startup_trials: Number of finished trials before which proposals are drawn from the model's prior.
+        n_startup_trials: Number of trials with a value before which proposals are drawn from the model's prior; 0 acts
+            as 1. With a space the first trial is uniform in any case.
         independent_sampler: Samples parameters outside the relative search space. Default: uniformly.
         seed: Seed of the proposals. Default: drawn from the system.
         prior_storage: URL of the database that holds ``db:`` priors. Default: the database of the study's storage, not

@@ -11,7 +11,7 @@ from benchmarks.paper import ablations
 from benchmarks.paper import table as paper
 from benchmarks.tasks.losses import Losses
 from benchmarks.tasks.synthetic import Synthetic
-from rankadaptor_optuna.jobs.results import METHODS, Row
+from rankadaptor_optuna.jobs.results import COMPARED_METHODS, Row
 
 LOSSES = {
     "no recovery": [4.0],
@@ -25,10 +25,10 @@ LOSSES = {
 
 def rows(losses, parameters=1000):
     n = {method: len(values) for method, values in losses.items()}
-    accuracies = {m: {"local_a": [0.5] * n[m], "local_b": [1 - x / 10 for x in losses[m]]} for m in METHODS}
+    accuracies = {m: {"local_a": [0.5] * n[m], "local_b": [1 - x / 10 for x in losses[m]]} for m in COMPARED_METHODS}
     return [
         Row(m, losses[m], accuracies[m], {}, parameters if m != "no recovery" else 0, 2.0 if n[m] > 1 else 0.0)
-        for m in METHODS
+        for m in COMPARED_METHODS
     ]
 
 
@@ -47,8 +47,8 @@ def test_differences_are_paired_by_seed_and_tell_wins_from_losses_and_ties(block
     assert first["difference"] - first["half width"] == pytest.approx(low)
     assert first["difference"] + first["half width"] == pytest.approx(high)
     assert first["better on"] == "3 of 3"
-    verdicts = {who: by["llm-pruner-0.2", "loss", who]["verdict"] for who in METHODS[:-1]}
-    assert verdicts == dict(zip(METHODS[:-1], ["win", "win", "loss", "win", "tie"], strict=True))
+    verdicts = {who: by["llm-pruner-0.2", "loss", who]["verdict"] for who in COMPARED_METHODS[:-1]}
+    assert verdicts == dict(zip(COMPARED_METHODS[:-1], ["win", "win", "loss", "win", "tie"], strict=True))
     assert by["llm-pruner-0.2", "average", "AdaLoRA"]["verdict"] == "loss"
     same = by["shortened-0.5", "loss", "LoRA, uniform"]
     assert (same["difference"], same["p"], same["verdict"]) == (0, 1, "tie")
@@ -78,7 +78,7 @@ def test_holms_correction_is_that_of_the_textbook():
 
 def test_the_table_states_tasks_average_loss_and_each_rows_share_of_the_budget(blocks):
     lines = paper.table_rows(blocks)
-    assert [line["recovery"] for line in lines] == [*METHODS, *METHODS]
+    assert [line["recovery"] for line in lines] == [*COMPARED_METHODS, *COMPARED_METHODS]
     ours = lines[5]
     assert list(ours) == ["block", "recovery", "a", "b", "average", "loss", "parameters", "of budget", "seconds"]
     half = stats.t.ppf(0.975, 2) * np.std(LOSSES["RankAdaptor"], ddof=1) / 3**0.5

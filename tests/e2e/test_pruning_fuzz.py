@@ -12,7 +12,7 @@ from rankadaptor_optuna.pruning import load_pruned, profile_of, prune
 
 pytestmark = pytest.mark.e2e
 
-METHODS = (
+PRUNING_METHODS = (
     {"method": "llm-pruner"},
     {"method": "llm-pruner", "ranking": "local", "criterion": "param_mix"},
     {"method": "llm-pruner", "structure": "hidden"},
@@ -45,7 +45,7 @@ def test_any_architecture_comes_out_whole(fuzz_seed, make_model, tokenizer, text
     family, settings = architecture(draw)
     dense = make_model(family, **settings)
     done = 0
-    for method in METHODS:
+    for method in PRUNING_METHODS:
         ratio = draw.choice([0.1, 0.2, 0.3, 0.5])
         options = {"multiple_of": draw.choice([1, 4, 32]), "n_samples": 4, "sample_length": 16, **method}
         try:

@@ -11,7 +11,16 @@ from scipy import stats
 from rankadaptor_optuna.jobs import compare as module
 from rankadaptor_optuna.jobs.compare import compare, fisher_ranks
 from rankadaptor_optuna.jobs.recipe import Evaluation, Recipe
-from rankadaptor_optuna.jobs.results import DENSE, METHODS, NONE, OURS, UNIFORM, Comparison, PairedDifference, Row
+from rankadaptor_optuna.jobs.results import (
+    COMPARED_METHODS,
+    DENSE,
+    NONE,
+    OURS,
+    UNIFORM,
+    Comparison,
+    PairedDifference,
+    Row,
+)
 from rankadaptor_optuna.jobs.search import search
 from rankadaptor_optuna.jobs.stored import load_pruned_job
 from rankadaptor_optuna.ranks import Ranks
@@ -29,7 +38,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(searched, folder):
     """All methods and the dense model on two fresh seeds; it found its study by itself."""
-    options = {"pruned": searched.out / "pruned", "methods": (DENSE, *METHODS), "seeds": 2, "say": lambda line: None}
+    options = {
+        "pruned": searched.out / "pruned",
+        "methods": (DENSE, *COMPARED_METHODS),
+        "seeds": 2,
+        "say": lambda line: None,
+    }
     return compare(searched.storage, None, folder, **options)
 
 
@@ -38,7 +52,7 @@ def again(searched):
     """Compares as ``compared`` did, in another folder."""
 
     def again(out, study_name=None, **options):
-        options = {"methods": (DENSE, *METHODS), "seeds": 2, "say": lambda line: None, **options}
+        options = {"methods": (DENSE, *COMPARED_METHODS), "seeds": 2, "say": lambda line: None, **options}
         return compare(searched.storage, study_name, out, pruned=searched.out / "pruned", **options)
 
     return again
@@ -50,7 +64,7 @@ def job(searched):
 
 
 def test_every_method_recovers_within_the_budget_on_fresh_seeds_and_unseen_text(compared, searched, job):
-    assert [row.method for row in compared.rows] == [DENSE, *METHODS]
+    assert [row.method for row in compared.rows] == [DENSE, *COMPARED_METHODS]
     assert compared.references == ["LoRA, uniform", "AdaLoRA", "EVA", "Fisher-proportional"]
     assert compared.seeds == (1000, 1001)
     none, dense = compared.row(NONE), compared.row(DENSE)
@@ -187,5 +201,5 @@ def test_paired_differences_tell_wins_from_losses_and_ties(tmp_path):
 
 
 def test_a_method_is_over_the_budget_by_more_than_the_tolerance(tmp_path):
-    assert made_up(tmp_path, 9.9).over_budget == list(METHODS)
+    assert made_up(tmp_path, 9.9).over_budget == list(COMPARED_METHODS)
     assert made_up(tmp_path, 9.96).over_budget == made_up(tmp_path, None).over_budget == []
