@@ -120,6 +120,18 @@ def test_a_fully_enqueued_trial_is_run_as_it_is():
     assert SPACE.is_feasible(ranks_of(study.trials[3]))
 
 
+def test_ranks_missing_from_the_search_space_count_at_their_largest():
+    study = new_study()
+    study.optimize(objective, n_trials=3)
+    missing = {SPACE.name(layer): 12 for layer in (1, 6)}
+    asked = {name: dist for name, dist in SPACE.distributions().items() if name not in missing}
+    trial = study._storage.get_trial(study.ask()._trial_id)
+    params = study.sampler.sample_relative(study, trial, asked)
+    assert params.keys() == asked.keys()
+    assert SPACE.is_within_budget(SPACE.cost(SPACE.to_ranks(params | missing)))
+    assert not SPACE.is_within_budget(SPACE.cost(SPACE.to_ranks(params | missing)) + 2 * min(SPACE.costs))
+
+
 @pytest.mark.parametrize("fixed", [2, 12])
 def test_with_parameters_fixed_by_optuna_the_budget_still_holds(fixed):
     study = new_study()

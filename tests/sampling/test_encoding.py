@@ -95,8 +95,8 @@ def test_a_wide_range_is_thinned_but_keeps_its_ends():
     assert np.median(candidate_ranks(IntDistribution(1, 1000, log=True))) < 100
 
 
-def test_categorical_ranks_are_sorted():
-    assert candidate_ranks(CategoricalDistribution((16, 2, 8))).tolist() == [2, 8, 16]
+def test_categorical_ranks_are_sorted_and_may_be_0():
+    assert candidate_ranks(CategoricalDistribution((16, 0, 8))).tolist() == [0, 8, 16]
 
 
 SPACE = {
@@ -162,6 +162,7 @@ def test_points_near_a_good_one_are_nearer_than_random_ones():
     encoding, rng = Encoding(SPACE), np.random.default_rng(0)
     good = encoding.random_points(1, rng)[0]
     near, anywhere = encoding.points_near(good, 200, rng), encoding.random_points(200, rng)
+    assert ((near >= 0) & (near <= 1)).all()
     assert np.abs(near - good).sum(1).mean() < 0.5 * np.abs(anywhere - good).sum(1).mean()
 
 

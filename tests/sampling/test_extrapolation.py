@@ -71,7 +71,20 @@ def test_reports_that_are_all_alike_give_the_mean():
     study = optuna.create_study()
     for value in (1, 2, 6):
         add(study, value=value, reports={0: 1.0})
-    assert extrapolated(study, at_0=1.0)[0] == pytest.approx(3)
+    noise = (1 + 0.5 / 3) * np.var([1, 2, 6])  # residuals are the deviations from the mean
+    assert extrapolated(study, at_0=4.0) == pytest.approx((3, noise * (1 + 1 / 3 + 3**2)))
+
+
+def test_value_and_variance_are_those_of_the_regularised_regression():
+    x, y = np.asarray([0.0, 1.0, 2.0, 5.0]), np.asarray([1.0, 4.0, 3.0, 7.0])
+    study = optuna.create_study()
+    for report, value in zip(x.tolist(), y.tolist(), strict=True):
+        add(study, value=value, reports={3: report})
+    squares = ((x - 2) ** 2).sum()
+    slope = (4 * ((x - 2) @ y) / squares + 2 * y.std() / x.std()) / 6
+    noise = ((y - y.mean() - slope * (x - 2)) ** 2).sum() / 4 + y.var() / 8
+    expected = y.mean() + slope * 4, noise * (1 + 1 / 4 + 4**2 / squares)
+    assert extrapolated(study, at_3=6.0) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

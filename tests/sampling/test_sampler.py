@@ -139,6 +139,18 @@ def test_the_shipped_prior_is_used_unless_switched_off():
     assert second("pretrained") != second(None)
 
 
+@pytest.mark.parametrize("n_startup_trials", [0, 4])
+def test_scores_count_from_the_first_proposal_after_the_startup_trials(n_startup_trials):
+    studies = []
+    for sign in (1, -1):
+        sampler = RankAdaptorSampler(SPACE, prior=None, seed=0, n_startup_trials=n_startup_trials)
+        studies.append(optuna.create_study(direction="maximize", sampler=sampler))
+        studies[-1].optimize(lambda trial, sign=sign: sign * objective(trial), n_trials=6)
+    same = [a.params == b.params for a, b in zip(*(study.trials for study in studies), strict=True)]
+    # two scores are needed to tell one sign from the other
+    assert same == [i < max(2, n_startup_trials) for i in range(6)]
+
+
 def test_a_negative_number_of_startup_trials_is_refused():
     with pytest.raises(ValueError, match="n_startup_trials must be at least 0, got -1"):
         RankAdaptorSampler(n_startup_trials=-1)

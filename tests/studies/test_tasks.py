@@ -83,6 +83,24 @@ def test_trials_that_verify_failed_or_were_pruned_are_left_out():
     assert len(meta_task(study).scores) == 11
 
 
+def of_configurations(*ranks, n_trials=10):
+    study = new_study()
+    space = RankSpace(3, (2, 4, 8))
+    for i in range(n_trials):
+        params = dict(zip(space.names, ranks[i % len(ranks)], strict=True))
+        study.add_trial(optuna.create_trial(params=params, distributions=space.distributions(), value=float(i)))
+    return study
+
+
+def test_two_configurations_on_ten_trials_make_a_task():
+    assert len(meta_task(of_configurations((2, 4, 8), (8, 4, 2))).scores) == 10
+    assert len(meta_task(of_configurations((2, 4, 8), (8, 4, 2), n_trials=2), min_trials=1).scores) == 2
+
+
+def one_configuration():
+    return of_configurations((2, 4, 8))
+
+
 def several_objectives():
     study = optuna.create_study(directions=["minimize", "maximize"])
     study.optimize(lambda trial: (trial.suggest_int("r_0", 0, 4), 1.0), n_trials=1)
@@ -119,6 +137,7 @@ def failed():
         (new_study, "no trial"),
         (short, "9 finished trials, fewer than 10"),
         (constant, "the same score"),
+        (one_configuration, "the same ranks"),
     ],
 )
 def test_why_a_study_is_no_task_is_said(study, why):

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import optuna
+import pytest
+
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace
+from rankadaptor_optuna.ranks import Ranks
+from rankadaptor_optuna.studies.fitted import FittedStudy
+from rankadaptor_optuna.studies.reading import StudyReading
+from rankadaptor_optuna.studies.verification import Verifications
+
+SPACE = RankSpace(5, (2, 4, 8, 12), "uniform:4", costs=[1, 2, 3, 2, 1])
+FEASIBLE = [ranks for ranks in map(enumerate, itertools.product(SPACE.candidates, repeat=5))]
+FEASIBLE = [ranks for ranks in map(Ranks, FEASIBLE) if SPACE.is_feasible(ranks)]
+
+
+def fitted(seed, signal=1.0):
+    rng = np.random.default_rng(seed)
+    weights = signal * rng.random(5)
+    study = optuna.create_study(direction="maximize", sampler=RankAdaptorSampler(SPACE, prior=None, seed=seed))
+    study.optimize(
+        lambda trial: (
+            float(weights @ np.log2(1 + np.asarray([*SPACE.suggest(trial).values()]))) + 0.3 * rng.standard_normal()
+        ),
+        n_trials=12,
+    )
+    return FittedStudy(StudyReading(study), None)
+
+
+def bound(fitted, params):
+    return fitted.model.lower_bound(fitted.encode(params) - fitted.encode(fitted.uniform(params)))[0]
+
+
+def safest(fitted, n):
+    return fitted.safest(fitted.model, n, Verifications(fitted.reading, fitted.encoding.rank_names))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_safest_configuration_has_the_best_lower_bound_of_all_within_the_budget(seed):
+    study = fitted(seed)
+    bounds = [bound(study, SPACE.to_params(ranks)) for ranks in FEASIBLE]
+    assert bound(study, safest(study, 1)[0]) == pytest.approx(max(0, *bounds))
+
+
+def test_the_next_safest_configurations_are_others_within_the_budget():
+    study = fitted(0, signal=3.0)
+    few = safest(study, 6)
+    bounds = [bound(study, params) for params in few]
+    everything = sorted((bound(study, SPACE.to_params(ranks)) for ranks in FEASIBLE), reverse=True)
+    assert len({tuple(params.values()) for params in few}) == 6
+    assert all(SPACE.is_feasible(SPACE.to_ranks(params)) for params in few)
+    assert bounds[0] == pytest.approx(everything[0])
+    assert min(bounds) > everything[20]
+
+
+def test_the_first_observations_are_those_of_the_earliest_trials():
+    study = fitted(0)
+    before = study.model.predict(study.encoding.grid.reference)[0]
+    study.fit_first(5)
+    assert len(study.model.targets) == 5
+    study.fit_first(12)
+    assert study.model.predict(study.encoding.grid.reference)[0] == before
