@@ -5,6 +5,7 @@ import pytest
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, StopWhenConverged, create_study, recommend
 from rankadaptor_optuna.studies.reading import StudyReading, study_space
+from rankadaptor_optuna.studies.recommendation import recommend_from
 from rankadaptor_optuna.studies.tasks import meta_task
 
 SPACE = RankSpace(4, (2, 4, 8), "uniform:4")
@@ -33,6 +34,8 @@ def count_readings(study, monkeypatch, do):
 def test_trials_are_read_once(space, monkeypatch):
     study = searched(space)
     assert count_readings(study, monkeypatch, lambda: recommend(study)) == 1
+    recommend_from(StudyReading(study))
+    assert len(study.trials) == 12  # verifies on demand only
     assert count_readings(study, monkeypatch, lambda: recommend(study, verify=1, seeds=2)) == 1
     study.optimize(objective, n_trials=4)
     assert recommend(study).evidence.n_trials == 12
