@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -22,14 +23,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "benchmarks/*.md") for path in ROOT.glob(pattern))
 README = ROOT / "README.md"
 NEEDS_MODEL = re.compile(r"load_model|from_pretrained|rankadaptor-out")
-# appended where the document's own size takes minutes; the last value of an option counts
-SMALL = {
-    "quickstart": "--trials 2 --steps 2",
-    "search": "--trials 2",
-    "compare": "--seeds 2",
-    "export": "--steps 2",
-    "dashboard": "--port 0",
-}
+# options appended by the end-to-end test; the last value of an option counts
+SMALL = {"quickstart": "--trials 2", "search": "--trials 2", "compare": "--seeds 2", "dashboard": "--port 0"}
 
 
 def examples(path, *parsers):
@@ -94,17 +89,22 @@ def test_python_blocks_run_as_pasted(example, tmp_path, monkeypatch):
 
 
 @pytest.mark.e2e
-def test_the_readme_runs_in_its_order_in_one_folder(tmp_path):
-    """All but the blocks marked as skipped, which need a server, a download or a file of the reader's."""
+def test_the_readme_runs_in_its_order_in_one_folder(make_model, tokenizer, tmp_path):
+    """All but the blocks marked as skipped, which need a server; a tiny model stands in for the embedded one."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    sizes = {"intermediate_size": 128, "num_hidden_layers": 6, "max_position_embeddings": 512}
+    embedded = tmp_path / "cache" / "SmolLM2-135M-Instruct"
+    make_model(**sizes).save_pretrained(embedded)
+    tokenizer.save_pretrained(embedded)
+    settings = {"cwd": tmp_path, "env": {**os.environ, "RANKADAPTOR_CACHE": str(tmp_path / "cache")}, "text": True}
 
     def run(*command):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=900, check=False, **settings)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
 
     def serve(*command):
         """Runs a server until it prints its address."""
-        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, **settings) as process:
             said = process.stdout.readline()
             process.terminate()
         assert "http://" in said
