@@ -63,6 +63,30 @@ def test_what_another_worker_announces_at_the_same_moment_is_left_to_it(finished
     assert [*SPACE.suggest(late).values()] != clashes[0]
 
 
+@pytest.mark.parametrize("rival_is_earlier", [True, False])
+def test_of_two_that_announce_the_uniform_configuration_at_once_the_earlier_trial_keeps_it(
+    rival_is_earlier, monkeypatch
+):
+    study = new_study()
+    if rival_is_earlier:  # it waits until the other trial has looked for uniform ones
+        study.enqueue_trial({"rate": 0.5})
+        trial = optuna.trial.Trial(study, study._storage.create_new_trial(study._study_id))
+        rival = study.trials[0]
+    else:
+        trial, rival = study.ask(), study.ask()
+    announce = study._storage.set_trial_system_attr
+
+    def announce_with_the_rival(trial_id, key, ranks):
+        monkeypatch.undo()
+        if rival_is_earlier:
+            study._storage.set_trial_state_values(rival._trial_id, TrialState.RUNNING)
+        announce(rival._trial_id, key, [*SPACE.uniform().values()])
+        announce(trial_id, key, ranks)
+
+    monkeypatch.setattr(study._storage, "set_trial_system_attr", announce_with_the_rival)
+    assert (SPACE.suggest(trial) == SPACE.uniform()) is not rival_is_earlier
+
+
 def test_a_small_space_is_gone_through_without_repeats():
     space = RankSpace(3, (2, 4))
     study = new_study(space)
