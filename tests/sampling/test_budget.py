@@ -141,3 +141,4 @@ def test_with_parameters_fixed_by_optuna_the_budget_still_holds(fixed):
     for trial in study.trials[3:]:
         assert (trial.params["layer_00_rank"], trial.params["layer_05_rank"]) == (fixed, fixed)
         assert SPACE.is_feasible(ranks_of(trial))
+    assert max(SPACE.cost(ranks_of(trial)) for trial in study.trials[3:]) > 0.95 * SPACE.budget

@@ -166,6 +166,13 @@ def test_points_near_a_good_one_are_nearer_than_random_ones():
     assert np.abs(near - good).sum(1).mean() < 0.5 * np.abs(anywhere - good).sum(1).mean()
 
 
+def test_points_near_a_good_one_are_jittered_by_a_tenth_and_a_fifth_of_their_categories_redrawn():
+    encoding = Encoding({"x": FloatDistribution(0, 1), "kind": CategoricalDistribution("abcd")})
+    near = encoding.points_near(np.asarray([0.5, 0, 1, 0, 0]), 4000, np.random.default_rng(0))
+    assert near[:, 0].std() == pytest.approx(0.1, rel=0.05)
+    assert 1 - near[:, 2].mean() == pytest.approx(0.2 * 3 / 4, rel=0.1)
+
+
 def test_values_of_an_earlier_range_are_placed_outside_or_nowhere():
     encoding = Encoding({"lr": SPACE["lr"], "optimizer": SPACE["optimizer"]})
     assert 1 < encoding.point({"lr": 1e-1, "optimizer": "sgd"})[0] <= 2

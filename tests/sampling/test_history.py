@@ -19,6 +19,7 @@ def test_each_trial_is_read_once():
         history.refresh()
         history.refresh()
     assert [t.number for t in history.finished] == [0, 1, 2, 3]
+    assert history.finished[0] is history_of(study).finished[0]  # and not copied, which takes long
 
 
 def test_waiting_and_running_trials_are_unfinished_until_they_end():

@@ -82,6 +82,13 @@ def test_it_says_so_in_the_log_and_with_the_study():
     assert statement in heard
 
 
+def test_it_never_stops_before_20_trials_unless_told_so():
+    world = World(0)
+    world.study.optimize(world, n_trials=30, callbacks=[StopWhenConverged(tolerance=1e9)])
+    assert len(world.study.trials) == 20
+    assert len(converging(tolerance=1e9).study.trials) == 10
+
+
 def test_a_study_that_goes_on_says_nothing():
     assert CONVERGED_ATTR not in converging(9).study.user_attrs
 
