@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import optuna
 import pytest
@@ -45,8 +43,6 @@ CONSTRAINTS = {
     "by how much": float,
     "yes or no": lambda over: 1.0 if over > 0 else -1.0,
     "only violations": lambda over: float(over) if over > 0 else None,
-    "none below 0": lambda over: max(0.0, over),
-    "infinite": lambda over: math.inf if over > 0 else -1.0,
 }
 
 

@@ -9,6 +9,7 @@ from optuna.samplers import RandomSampler
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, StopWhenConverged, recommend
 from rankadaptor_optuna.attributes import CONVERGED_ATTR
+from rankadaptor_optuna.studies import convergence
 from rankadaptor_optuna.studies.convergence import remaining_gain
 from rankadaptor_optuna.studies.fitted import FittedStudy
 from rankadaptor_optuna.studies.reading import StudyReading
@@ -47,15 +48,15 @@ class World:
 
 def test_it_stops_neither_at_once_nor_never_and_misses_little():
     stopped, regrets, later = [], [], []
-    for seed in range(5):
+    for seed in range(3):
         world = World(seed)
-        world.study.optimize(world, n_trials=80, callbacks=[StopWhenConverged(min_trials=10)])
+        world.study.optimize(world, n_trials=70, callbacks=[StopWhenConverged(min_trials=10)])
         stopped.append(len(world.study.trials))
         regrets.append(world.regret())
-        world.study.optimize(world, n_trials=80 - stopped[-1])
+        world.study.optimize(world, n_trials=70 - stopped[-1])
         later.append(world.regret())
     assert min(stopped) > 12
-    assert max(stopped) < 80
+    assert max(stopped) < 70
     assert np.mean(regrets) < np.mean(later) + 0.2
 
 
@@ -87,6 +88,14 @@ def test_it_never_stops_before_20_trials_unless_told_so():
     world.study.optimize(world, n_trials=30, callbacks=[StopWhenConverged(tolerance=1e9)])
     assert len(world.study.trials) == 20
     assert len(converging(tolerance=1e9).study.trials) == 10
+
+
+@pytest.mark.parametrize(("patience", "counts"), [(1, [10]), (3, [8, 9, 10]), (20, [*range(1, 11)])])
+def test_the_gain_is_small_after_each_of_the_latest_trials(patience, counts, monkeypatch):
+    asked = []
+    monkeypatch.setattr(convergence, "remaining_gain", lambda fitted, n, n_draws: asked.append(n) or 0.0)
+    assert len(converging(patience=patience).study.trials) == 10
+    assert asked == counts
 
 
 def test_a_study_that_goes_on_says_nothing():
