@@ -77,11 +77,11 @@ def constraint(*given):
 
 def test_constraints_are_known_by_their_number_where_a_sampler_set_them():
     study = optuna.create_study()
-    for second in (2.0, -2.0):
+    for second in (0.5, -2.0, 0.0):
         add(study, value=1, attrs={"constraints": [-1.0, second]})
     found = {name: values.tolist() for name, (_, values) in encoded(study).constraints().items()}
-    assert found == {"0": [-1, -1], "1": [2, -2]}
-    assert encoded(study).observations().feasible.tolist() == [False, True]
+    assert found == {"0": [-1, -1, -1], "1": [0.5, -2, 0]}
+    assert encoded(study).observations().feasible.tolist() == [False, True, True]
 
 
 @pytest.mark.skipif(not hasattr(optuna.trial.Trial, "set_constraint"), reason="Optuna 4 has no set_constraint")

@@ -12,7 +12,7 @@ from optuna.samplers import RandomSampler
 
 from rankadaptor_optuna import PerformanceModel, RankAdaptorSampler, RankSpace
 from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
-from tests.sampling.common import SENSITIVITY, SPACE, is_uniform, new_study, objective, ranks_of, score
+from tests.sampling.common import RANK, SENSITIVITY, SPACE, is_uniform, new_study, objective, ranks_of, score
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
@@ -186,3 +186,32 @@ def test_what_a_sampler_proposes_rests_on_the_stored_sensitivities_whichever_pro
             study.sampler = RankAdaptorSampler(SPACE, prior=None, seed=0)  # has not seen the trials before
         proposals.append(SPACE.suggest(study.ask()))
     assert proposals[0] == proposals[1] != proposals[2]
+
+
+class Wrapping(optuna.samplers.BaseSampler):
+    """Another's sampler that proposes what RankAdaptorSampler does, and tells it of nothing else."""
+
+    def __init__(self, sampler):
+        self.infer_relative_search_space = sampler.infer_relative_search_space
+        self.sample_relative, self.sample_independent = sampler.sample_relative, sampler.sample_independent
+
+    def infer_relative_search_space(self, study, trial): ...
+
+    def sample_relative(self, study, trial, search_space): ...
+
+    def sample_independent(self, study, trial, param_name, param_distribution): ...
+
+
+def test_a_sampler_that_tells_it_of_no_trials_gets_the_same_proposals():
+    plain, wrapped = new_study(prior="pretrained"), new_study(prior="pretrained")
+    wrapped.sampler = Wrapping(wrapped.sampler)
+    for study in (plain, wrapped):
+        study.optimize(objective, n_trials=4)
+    assert [t.params for t in wrapped.trials] == [t.params for t in plain.trials]
+
+
+def test_the_spaces_budget_does_not_bind_other_ranks():
+    study = new_study(RankSpace(3, budget=6))
+    asked = {f"r_{i}": RANK for i in range(4)}
+    trial = study._storage.get_trial(study.ask()._trial_id)
+    assert sum(study.sampler.sample_relative(study, trial, asked).values()) > 8
