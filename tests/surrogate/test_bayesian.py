@@ -98,9 +98,11 @@ def test_before_any_trial_more_rank_is_expected_to_help():
 
 
 def test_predictions_are_in_the_scores_units():
-    test, ranks = configurations(5, seed=1), configurations(40)
-    mean, std = fitted().predict(test)
-    shifted = fitted(scores=1000 * score(ranks) + 7).predict(test)
+    test, ranks, variance = configurations(5, seed=1), configurations(40), np.arange(40) / 40
+    model, other = (BayesianModel(SPACE, prior=None) for _ in range(2))
+    model.update(ranks, score(ranks), variance=variance)
+    other.update(ranks, 1000 * score(ranks) + 7, variance=1000**2 * variance)
+    (mean, std), shifted = model.predict(test), other.predict(test)
     assert shifted[0] == pytest.approx(1000 * mean + 7)
     assert shifted[1] == pytest.approx(1000 * std)
 

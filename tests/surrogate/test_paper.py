@@ -84,9 +84,11 @@ def test_the_noise_falls_as_the_function_is_learned():
 
 
 def test_predictions_are_in_the_scores_units():
-    ranks, test = configurations(40), configurations(5, seed=1)
-    mean, std = fitted().predict(test)
-    shifted = fitted(scores=1e-4 * score(ranks) + 7).predict(test)
+    ranks, test, variance = configurations(40), configurations(5, seed=1), np.arange(40) / 4
+    model, other = (PerformanceModel(SPACE, mode="paper") for _ in range(2))
+    model.update(ranks, score(ranks), variance=variance)
+    other.update(ranks, 1e-4 * score(ranks) + 7, variance=1e-4**2 * variance)
+    (mean, std), shifted = model.predict(test), other.predict(test)
     assert (shifted[0] - 7) * 1e4 == pytest.approx(mean, rel=1e-5)
     assert shifted[1] * 1e4 == pytest.approx(std, rel=1e-5)
 

@@ -19,6 +19,8 @@ SPACE = RankSpace(10, budget="uniform:8")
         (lambda m: m.predict([8.0] * 11), "expected 10 ranks a configuration, got 11"),
         (lambda m: m.update([[8.0] * 10], [1.0, 2.0]), "expected 1 finite scores"),
         (lambda m: m.update([[8.0] * 10], [float("nan")]), r"expected 1 finite scores, got \[nan\]"),
+        (lambda m: m.update([[8.0] * 10], [1.0], variance=-1.0), "finite and not negative, got -1.0"),
+        (lambda m: m.update([[8.0] * 10], [1.0], variance=float("inf")), "finite and not negative, got inf"),
         (lambda m: PerformanceModel(SPACE, direction="up"), '"maximize" or "minimize", got \'up\''),
         (lambda m: PerformanceModel(SPACE, prior="no/such/file"), "cannot read the prior 'no/such/file'"),
     ],
