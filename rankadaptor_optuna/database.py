@@ -17,6 +17,10 @@ _LOCK_S = 300  # seconds to wait for MySQL's lock; set by hand
 _ATTEMPTS = 10  # at creating tables on SQLite; set by hand
 
 
+class UnreachableError(ValueError):
+    """A database cannot be reached or denies access: nothing is known about its content."""
+
+
 def masked(url: str) -> str:
     """Returns a database URL without its password, for messages."""
     try:

@@ -42,11 +42,21 @@ class LoraSettings:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> LoraSettings:
-        """Reads the settings from JSON (a recipe's ``lora`` section); missing settings take their defaults."""
-        known = {name: settings[name] for name in cls.__dataclass_fields__ if name in settings}
-        if "targets" in known:
-            known["targets"] = tuple(known["targets"])
-        return cls(**known)
+        """Reads the settings from JSON (a recipe's ``lora`` section); missing settings take their defaults.
+
+        Raises:
+            ValueError: A setting is out of range or of another type.
+        """
+        try:
+            known = {name: settings[name] for name in cls.__dataclass_fields__ if name in settings}
+            if "targets" in known:
+                known["targets"] = tuple(known["targets"])
+            found = cls(**known)
+        except TypeError as error:
+            raise ValueError(f"no settings of LoRA: {settings!r:.80} ({error}).") from None
+        if isinstance(settings.get("targets"), str) or not all(isinstance(name, str) for name in found.targets):
+            raise ValueError(f"targets must be a list of names, got {settings['targets']!r:.80}.")
+        return found
 
     def alpha_of(self, rank: int) -> float:
         """Returns alpha of a module with this rank; LoRA scales its product by alpha / rank."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BUDGET = "budget"  # name of the constraint that marks trials over the budget
 _FORMATS = {"layer": 1, "sublayer": 2}  # of to_dict
+_MOST_LAYERS = 100_000  # of a stored description; set by hand
 _ROUNDING = 1e-9  # relative tolerance of the budget: sums of fractional costs round; set by hand
 
 
@@ -85,6 +86,8 @@ class RankSpace:
         for name, values in (("costs", self.costs), ("profile", self.profile)):
             if len(values) != n:
                 raise ValueError(f"{name} needs one value per searched {granularity} ({n}), got {len(values)}.")
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} must be finite, got {list(values)!s:.80}.")
         if min(self.costs) <= 0:
             raise ValueError(f"costs must be positive, got {min(self.costs)}.")
         self.fixed_ranks = {int(i): int(r) for i, r in (fixed_ranks or {}).items()}
@@ -289,13 +292,19 @@ class RankSpace:
         Raises:
             ValueError: The description has a newer format, or describes no space.
         """
+        if not isinstance(d, Mapping):
+            raise ValueError(f"not a rank space: {d!r:.80}.")
         fields = dict(d)
         formats = " or ".join(map(str, _FORMATS.values()))
         if fields.pop("format", None) not in _FORMATS.values():
             raise ValueError(f"not a rank space of format {formats}: {dict(d)!r:.80}.")
+        if not isinstance(n := fields.get("n_layers"), int) or n > _MOST_LAYERS:
+            raise ValueError(
+                f"not a rank space of format {formats}: n_layers must be at most {_MOST_LAYERS}, got {n!r:.80}."
+            )
         try:
             return cls(**fields)
-        except TypeError as error:
+        except (AttributeError, OverflowError, TypeError) as error:
             raise ValueError(f"not a rank space of format {formats}: {error}.") from None
 
     def __eq__(self, other: object) -> bool:

@@ -21,6 +21,7 @@ from rankadaptor_optuna.cli.priors import collect, prune_versions, show, version
 from rankadaptor_optuna.cli.prune import prune
 from rankadaptor_optuna.cli.quickstart import quickstart
 from rankadaptor_optuna.cli.search import search
+from rankadaptor_optuna.plain_text import one_line
 
 _INTERRUPTED = 130  # 128 + SIGINT
 Run = Callable[..., None]
@@ -53,7 +54,7 @@ def _one_line(error: Exception) -> str:
         message = f"{error}: install rankadaptor-optuna with its extra 'demo', which has all libraries"
     else:
         message = str(error)
-    return " ".join(message.split())
+    return one_line(message)
 
 
 def build_app() -> typer.Typer:

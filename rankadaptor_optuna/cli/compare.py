@@ -47,5 +47,5 @@ def compare(
         say=say,
     )
     write_comparison(comparison)
-    print(f"\n{text_table(comparison_table(comparison))}\n\n{comparison_verdict(comparison)}\n")
-    print(f"Table, measurements and picture: {out}")
+    say(f"\n{text_table(comparison_table(comparison))}\n\n{comparison_verdict(comparison)}\n")
+    say(f"Table, measurements and picture: {out}")

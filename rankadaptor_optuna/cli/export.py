@@ -33,4 +33,4 @@ def export(
 
     exported = run_export(storage, study, out, pruned=pruned, steps=steps, seed=seed, merge=merge, say=say)
     write_card(exported)
-    print(f"Adapter, rank_pattern.json and model card: {out}")
+    say(f"Adapter, rank_pattern.json and model card: {out}")

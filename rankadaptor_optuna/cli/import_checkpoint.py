@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from rankadaptor_optuna.cli.options import say
+
 
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="pytorch_model.bin of LLM-Pruner.")],
@@ -27,4 +29,4 @@ def import_checkpoint(
     from rankadaptor_optuna.views.pruning import import_summary
 
     imported = convert(file, out, tokenizer, allow_pickle=allow_pickle)
-    print(import_summary(file, out, imported))
+    say(import_summary(file, out, imported))

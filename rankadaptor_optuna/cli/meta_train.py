@@ -27,5 +27,5 @@ def meta_train(
     from rankadaptor_optuna.views.priors import card_text
 
     trained = train_prior(storage, name, [*(study or []), *(more or [])], say=say)
-    print(card_text(trained.prior))
-    print(f"Stored as {trained.version}: RankAdaptorSampler(prior='db:{trained.version.name}')")
+    say(card_text(trained.prior))
+    say(f"Stored as {trained.version}: RankAdaptorSampler(prior='db:{trained.version.name}')")

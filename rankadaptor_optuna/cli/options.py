@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from rankadaptor_optuna.plain_text import printable
+
 Storage = Annotated[str, typer.Option(metavar="URL", help="Optuna storage.")]
 Study = Annotated[str | None, typer.Option(metavar="NAME", help="Study name.", show_default="the storage's only study")]
 Pruned = Annotated[
@@ -24,8 +26,8 @@ def list_commands(ctx: typer.Context) -> None:
 
 
 def say(line: str) -> None:
-    """Prints a step of a job at once."""
-    print(line, flush=True)
+    """Prints a step or the result of a job at once, without control characters that others may have stored."""
+    print(printable(line), flush=True)
 
 
 def as_ranks(text: str) -> tuple[int, ...]:

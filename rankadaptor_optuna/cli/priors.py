@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rankadaptor_optuna.cli.options import Storage
+from rankadaptor_optuna.cli.options import Storage, say
 
 
 def versions(storage: Storage) -> None:
@@ -14,7 +14,7 @@ def versions(storage: Storage) -> None:
     from rankadaptor_optuna.views.priors import versions_table
     from rankadaptor_optuna.views.tables import text_table
 
-    print(text_table(versions_table(storage)))
+    say(text_table(versions_table(storage)))
 
 
 def show(
@@ -25,13 +25,13 @@ def show(
 ) -> None:
     """Show the tasks of a prior and how well it transfers."""
     from rankadaptor_optuna.jobs.priors import read_prior
-    from rankadaptor_optuna.views.priors import card_text, tasks_table
+    from rankadaptor_optuna.views.priors import card_text, is_complete, tasks_table
     from rankadaptor_optuna.views.tables import text_table
 
     found = read_prior(prior, storage)
-    print(card_text(found))
-    if "tasks" in found.card:
-        print(f"\n{text_table(tasks_table(found))}")
+    say(card_text(found))
+    if is_complete(found.card):
+        say(f"\n{text_table(tasks_table(found))}")
 
 
 def prune_versions(
@@ -44,7 +44,7 @@ def prune_versions(
     from rankadaptor_optuna.priors.store import parse_reference
     from rankadaptor_optuna.views.priors import removed_text
 
-    print(removed_text(remove(storage, keep, None if prior is None else parse_reference(prior)[0])))
+    say(removed_text(remove(storage, keep, None if prior is None else parse_reference(prior)[0])))
 
 
 def collect(storage: Storage) -> None:
@@ -52,4 +52,4 @@ def collect(storage: Storage) -> None:
     from rankadaptor_optuna.jobs.priors import collect_unused
     from rankadaptor_optuna.views.priors import collected_text
 
-    print(collected_text(collect_unused(storage)))
+    say(collected_text(collect_unused(storage)))

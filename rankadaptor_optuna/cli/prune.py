@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from rankadaptor_optuna.cli.options import say
 from rankadaptor_optuna.pruning.config import PruningConfig, option_help
 
 
@@ -37,7 +38,7 @@ def prune(
     from rankadaptor_optuna.views.pruning import pruning_summary
 
     given = {name: value for name, value in {"calibration": calibration, **options}.items() if value is not None}
-    print(pruning_summary(prune_checkpoint(model, out, given, preset=preset is not None, dtype=dtype)))
+    say(pruning_summary(prune_checkpoint(model, out, given, preset=preset is not None, dtype=dtype)))
 
 
 def _signature() -> inspect.Signature:

@@ -52,6 +52,6 @@ def quickstart(
     }
     result = run_quickstart(Recipe.from_dict(settings), out, trials=trials, storage=storage, study_name=study, say=say)
     write_report(result)
-    print(f"\n{text_table(comparison_table(result.comparison))}\n\n{report_verdict(result)}\n")
-    print(f"Done in {result.seconds / 60:.1f} minutes. Report: {out / 'report.md'}")
-    print(f"Browse the trials: rankadaptor dashboard --storage {masked(result.search.storage)}")
+    say(f"\n{text_table(comparison_table(result.comparison))}\n\n{report_verdict(result)}\n")
+    say(f"Done in {result.seconds / 60:.1f} minutes. Report: {out / 'report.md'}")
+    say(f"Browse the trials: rankadaptor dashboard --storage {masked(result.search.storage)}")

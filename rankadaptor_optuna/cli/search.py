@@ -63,4 +63,4 @@ def search(
         say=say,
     )
     if process_index() == 0:
-        print(f"Ranks, rank_pattern and alpha_pattern: {result.out / 'recommendation.json'}")
+        say(f"Ranks, rank_pattern and alpha_pattern: {result.out / 'recommendation.json'}")

@@ -22,7 +22,10 @@ def upgraded(recipe: Mapping[str, Any]) -> dict[str, Any]:
     number = settings.pop("format", FORMAT)
     if not isinstance(number, int) or number > FORMAT:
         raise ValueError(f"format: this version reads recipes up to format {FORMAT}, got {number!r}; upgrade it.")
-    return _of_quickstart(settings) if "candidates" in settings else settings
+    try:
+        return _of_quickstart(settings) if "candidates" in settings else settings
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a quickstart's recipe of an earlier version: {error!r}.") from None
 
 
 def _of_quickstart(old: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
 from rankadaptor_optuna.jobs.results import SearchResult
 from rankadaptor_optuna.jobs.stored import recipe_as_stored
 from rankadaptor_optuna.objective import RecoveryObjective
+from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.priors.choice import OnBadPrior
 from rankadaptor_optuna.recovery.processes import join_processes, main_first, process_index
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
@@ -95,7 +96,7 @@ def run_trials(study: Study, job: RecoveryObjective, n_trials: int, *, shared: b
         await_others()
         job.on_step = None
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        reason = study.trials[-1].user_attrs.get("fail_reason", "no reason recorded")
+        reason = one_line(study.trials[-1].user_attrs.get("fail_reason", "no reason recorded"))
         raise ValueError(f"no trial finished; the last one failed with {reason}")
 
 
@@ -149,7 +150,7 @@ def search(
             model, tokenizer = recipe.open_model(out / "pruned")
             job = recipe.objective(model, tokenizer)
         else:
-            say(f"Model: {recipe.model}")
+            say(f"Model: {one_line(recipe.model)}")
             model, tokenizer, pruned = recipe.read_model()
             if pruned is not None:
                 removed = f"{pruned.parameters_removed:.1%} of the blocks' parameters removed"

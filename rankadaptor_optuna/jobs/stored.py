@@ -10,10 +10,11 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from rankadaptor_optuna.attributes import RECIPE_ATTR
+from rankadaptor_optuna.attributes import RECIPE_ATTR, recipe_of
 from rankadaptor_optuna.database import masked
 from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
 from rankadaptor_optuna.objective import RecoveryObjective
+from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.studies.storage import check_same_settings, open_storage
 
 _MOST_NAMED = 10
@@ -35,13 +36,14 @@ def stored_study(url: str, study_name: str | None = None) -> tuple[Study, Recipe
     elif study_name not in optuna.get_all_study_names(storage):
         raise ValueError(f"{masked(url)} has no study named {study_name!r}; name one, or give a recipe to start it.")
     study = optuna.load_study(study_name=study_name, storage=storage)
-    stored = study.user_attrs.get(RECIPE_ATTR)
-    if stored is None:
-        raise ValueError(f"study {study_name!r} was made without a recipe; give one.")
     try:
-        return study, Recipe.from_dict(stored)
+        stored = recipe_of(study.user_attrs)
+        recipe = None if stored is None else Recipe.from_dict(stored)
     except ValueError as error:
-        raise ValueError(f"the recipe of study {study_name!r}: {error}") from error
+        raise ValueError(f"the recipe of study {study_name!r}: {one_line(error)}") from error
+    if recipe is None:
+        raise ValueError(f"study {study_name!r} was made without a recipe; give one.")
+    return study, recipe
 
 
 def stored_recipe(url: str, study_name: str | None = None) -> Recipe:
@@ -56,7 +58,9 @@ def _only_study(storage: BaseStorage, url: str) -> str:
         raise ValueError(f"{masked(url)} has no study with a recipe; `search` with a recipe starts one.")
     if len(names) > 1:
         more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-        raise ValueError(f"{masked(url)} has several studies: {', '.join(names[:_MOST_NAMED])}{more}; name one.")
+        raise ValueError(
+            f"{masked(url)} has several studies: {', '.join(map(one_line, names[:_MOST_NAMED]))}{more}; name one."
+        )
     return names[0]
 
 
@@ -68,7 +72,7 @@ def recipe_as_stored(storage: BaseStorage, study_name: str, recipe: dict[str, An
     """
     if study_name not in optuna.get_all_study_names(storage):
         return recipe
-    stored = optuna.load_study(study_name=study_name, storage=storage).user_attrs.get(RECIPE_ATTR)
+    stored = recipe_of(optuna.load_study(study_name=study_name, storage=storage).user_attrs)
     if stored is None:
         return recipe
     check_same_settings(f"study {study_name!r}", in_current_format(stored), recipe, "another study name")

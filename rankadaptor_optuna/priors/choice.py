@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Literal, TypeAlias
 
 import optuna
@@ -10,7 +11,9 @@ import sqlalchemy
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from rankadaptor_optuna.attributes import PRIOR_ATTR
+from rankadaptor_optuna.attributes import PRIOR_ATTR, identity_of
+from rankadaptor_optuna.database import UnreachableError
+from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.priors.store import PriorStore, Use, Version, parse_reference
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
 
@@ -31,8 +34,8 @@ class PriorChoice:
         given: ``"pretrained"`` (shipped), None, a path, a ``Prior``, ``"db:NAME"`` (the newest version) or
             ``"db:NAME@VERSION"``.
         storage: URL of the database that holds ``db:`` priors. Default: the study's own storage.
-        on_bad: What to do where the prior is missing, corrupt or of a newer format: ``"raise"``, or ``"pretrained"``:
-            warn and use the shipped prior.
+        on_bad: Reaction to a prior that is missing, corrupt or of a newer format: ``"raise"``, or ``"pretrained"``:
+            warn and use the shipped prior, in this process only. A database that cannot be reached raises in any case.
 
     Raises:
         ValueError: The prior cannot be read, or ``on_bad`` is unknown.
@@ -51,7 +54,7 @@ class PriorChoice:
         self._is_default = given == "pretrained" if isinstance(given, str) else False
         self._reference: tuple[str, int | None] | None = None
         self._known: dict[tuple[str, str], Prior | None] = {}  # by identity and the database's URL
-        self._own = _NONE
+        self._own, self._own_fell_back = _NONE, False
         self._warned: set[str] = set()
         if isinstance(given, str) and given.startswith("db:"):
             self._reference = parse_reference(given)
@@ -59,7 +62,7 @@ class PriorChoice:
         try:
             self._own = self._keep(given if isinstance(given, Prior) else load_prior(given), given == "pretrained")
         except ValueError as error:
-            self._own = self._fallen_back(error)
+            self._own, self._own_fell_back = self._fallen_back(error), True
 
     @classmethod
     def of(cls, given: PriorLike) -> PriorChoice:
@@ -76,9 +79,9 @@ class PriorChoice:
         """Returns the identity of the shipped prior, with a warning.
 
         Raises:
-            ValueError: ``on_bad`` is ``"raise"``; this is ``error``.
+            ValueError: ``on_bad`` is ``"raise"``, or the database cannot be reached; this is ``error``.
         """
-        if self._on_bad == "raise":
+        if self._on_bad == "raise" or isinstance(error, UnreachableError):
             raise error
         self._warn(f"{error} Going on with the shipped prior.")
         return self._keep(load_prior("pretrained"), True)
@@ -97,7 +100,7 @@ class PriorChoice:
         return self._resolved(study, _attribute(study))[1]
 
     def settle(self, study: Study, stored: str | None) -> Prior | None:
-        """Returns the prior of a study that is searched, and stores its identity where that is new or fell back.
+        """Returns the prior of a study that is searched, and stores its identity where that is new.
 
         Args:
             study: The study.
@@ -108,8 +111,8 @@ class PriorChoice:
         """
         identity, prior = self._resolved(study, stored)
         if stored is not None and not self._is_default and not self._agrees(stored):
-            self._warn(f"study {study.study_name!r} began with the prior {stored} and keeps {identity}.")
-        if identity == stored:
+            self._warn(f"study {study.study_name!r} began with the prior {one_line(stored)} and keeps it.")
+        if identity in (stored, None):
             return prior
         study._storage.set_study_user_attr(study._study_id, PRIOR_ATTR, identity)
         if identity.startswith("db:"):
@@ -123,10 +126,10 @@ class PriorChoice:
         if self._reference is None:
             return stored == self._own
         name, version = self._reference
-        return stored.startswith(f"db:{name}@") and version in (None, _version(stored).version)
+        return stored.startswith(f"db:{name}@") and (version is None or stored == str(Version(name, version)))
 
-    def _resolved(self, study: Study, stored: str | None) -> tuple[str, Prior | None]:
-        """Identity and prior of a study: the stored one, else the given one, else (``on_bad``) the shipped one."""
+    def _resolved(self, study: Study, stored: str | None) -> tuple[str | None, Prior | None]:
+        """Identity and prior of a study: stored, else given, else (``on_bad``) None and the shipped prior."""
         try:
             if stored is not None:
                 identity = stored
@@ -134,10 +137,10 @@ class PriorChoice:
                 identity = self._own
             else:
                 identity = str(self._store(study)[0].resolve(*self._reference))
-            return identity, self._prior(study, identity)
+            prior = self._prior(study, identity)
+            return None if stored is None and self._own_fell_back else identity, prior
         except ValueError as error:
-            identity = self._fallen_back(error)
-            return identity, self._known[identity, ""]
+            return None, self._known[self._fallen_back(error), ""]
 
     def _prior(self, study: Study, identity: str) -> Prior | None:
         """The prior with an identity, read once."""
@@ -189,16 +192,14 @@ def uses(storage: BaseStorage) -> list[Use]:
     """Returns the uses of ``db:`` priors by the studies of a storage."""
     found = []
     for study in optuna.get_all_study_summaries(storage, include_best_trial=False):
-        identity = str(study.user_attrs.get(PRIOR_ATTR))
-        if identity.startswith("db:"):
-            found.append(Use(study.study_name, _version(identity)))
+        with suppress(ValueError):  # no version
+            found.append(Use(study.study_name, _version(str(study.user_attrs.get(PRIOR_ATTR)))))
     return found
 
 
 def _attribute(study: Study) -> str | None:
     # read from the storage: under Hyperband, Optuna hides a study's attributes
-    stored = study._storage.get_study_user_attrs(study._study_id).get(PRIOR_ATTR)
-    return None if stored is None else str(stored)
+    return identity_of(study._storage.get_study_user_attrs(study._study_id))
 
 
 def _version(identity: str) -> Version:

@@ -12,7 +12,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, NamedTuple, TypeVar
@@ -32,11 +32,20 @@ from sqlalchemy import (
     insert,
     select,
     tuple_,
+    type_coerce,
 )
 from sqlalchemy.dialects.mysql import LONGBLOB, VARCHAR
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.types import NullType
 
-from rankadaptor_optuna.database import create_with_retries, error_line, exclusive_connection, masked
+from rankadaptor_optuna.database import (
+    UnreachableError,
+    create_with_retries,
+    error_line,
+    exclusive_connection,
+    masked,
+)
+from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.surrogate.prior import Prior
 
 T = TypeVar("T")
@@ -122,8 +131,8 @@ class PriorStore:
     """The priors in one database.
 
     Any number of processes may read and add at the same time, also on a database without the tables: the first write
-    creates them. All methods raise ``ValueError`` where the database cannot be reached or denies access; no message
-    contains a password.
+    creates them. All methods raise ``UnreachableError``, a ``ValueError``, where the database cannot be reached or
+    denies access; no message contains a password. Rows that this class cannot have written are no priors.
 
     Args:
         database: URL, or an engine.
@@ -143,14 +152,14 @@ class PriorStore:
         try:
             self._engine = sqlalchemy.create_engine(database, poolclass=sqlalchemy.NullPool)
         except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise ValueError(f"the priors in {self.url} cannot be reached: {error_line(error)}") from None
+            raise UnreachableError(f"the priors in {self.url} cannot be reached: {error_line(error)}") from None
 
     @contextmanager
     def _named(self) -> Iterator[None]:
         try:
             yield
         except (SQLAlchemyError, ImportError, RuntimeError) as error:
-            raise ValueError(f"the priors in {self.url} cannot be reached: {error_line(error)}") from None
+            raise UnreachableError(f"the priors in {self.url} cannot be reached: {error_line(error)}") from None
 
     @property
     def _has_tables(self) -> bool:
@@ -225,15 +234,18 @@ class PriorStore:
         """
         found = self.resolve(name, version)
         with self._named(), self._engine.connect() as connection:
-            row = connection.execute(select(_priors.c.checksum, _priors.c.weights).where(_is(found))).one_or_none()
+            stored = select(_priors.c.checksum, type_coerce(_priors.c.weights, NullType)).where(_is(found))
+            row = connection.execute(stored.limit(1)).one_or_none()
         if row is None:
             raise ValueError(f"the prior {found} was removed from {self.url} while it was read.")
-        if (actual := hashlib.sha256(row.weights).hexdigest()) != row.checksum:
+        checksum, weights = row
+        weights = bytes(weights) if isinstance(weights, (bytes, bytearray, memoryview)) else b""
+        if (actual := hashlib.sha256(weights).hexdigest()) != checksum:
             raise ValueError(
-                f"the prior {found} in {self.url} is corrupt: its checksum is {actual:.12}, {row.checksum:.12} was "
-                "stored. Name another version, or train the prior again."
+                f"the prior {found} in {self.url} is corrupt: its checksum is {actual:.12}, {one_line(checksum):.12} "
+                "was stored. Name another version, or train the prior again."
             )
-        return Prior.loads(row.weights, f"prior {found} in {self.url}")
+        return Prior.loads(weights, f"prior {found} in {self.url}")
 
     def versions(self) -> list[StoredVersion]:
         """Returns all versions by name and number; none where the tables do not exist yet."""
@@ -242,17 +254,19 @@ class PriorStore:
                 return []
             size = func.length(_priors.c.weights)
             with self._engine.connect() as connection:
-                columns = _priors.c.name, _priors.c.version, _priors.c.made, size
+                columns = _priors.c.name, _priors.c.version, type_coerce(_priors.c.made, NullType), size
                 rows = connection.execute(select(*columns).order_by(_priors.c.name, _priors.c.version)).all()
                 uses = self._read_uses(connection)
         by_version: dict[Version, list[str]] = {}
         for use in sorted(uses):
             by_version.setdefault(use.version, []).append(use.study)
-        versions = [Version(name, version) for name, version, *_ in rows]
-        return [
-            StoredVersion(v, made, n_bytes, tuple(by_version.get(v, ())))
-            for v, (*_, made, n_bytes) in zip(versions, rows, strict=True)
-        ]
+        found = []
+        for name, version, made, n_bytes in rows:
+            with suppress(TypeError, ValueError):  # no version, or no time
+                at = made if isinstance(made, datetime) else datetime.fromisoformat(made)
+                known = Version(*parse_reference(f"db:{name}@{version}"))  # type: ignore[arg-type]
+                found.append(StoredVersion(known, at, n_bytes or 0, tuple(by_version.get(known, ()))))
+        return found
 
     @staticmethod
     def _read_uses(connection: sqlalchemy.Connection) -> dict[Use, bool]:

@@ -8,7 +8,7 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from rankadaptor_optuna.attributes import sensitivity_of
 from rankadaptor_optuna.sampling.encoding import Encoding
 from rankadaptor_optuna.sampling.observations import EncodedTrials
 from rankadaptor_optuna.sampling.trials import verification_seed
@@ -56,7 +56,7 @@ class History:
         if len(trials) < self._n_read or (self.finished and not _is_same(self.finished[-1], trials)):
             self._reset()  # the study was deleted, and another study got its id
         if not self.sensitivity:
-            self.sensitivity = self._storage.get_study_user_attrs(self._study_id).get(SENSITIVITY_ATTR, {})
+            self.sensitivity = sensitivity_of(self._storage.get_study_user_attrs(self._study_id))
         unread = [*(trials[t.number] for t in self.unfinished), *trials[self._n_read :]]
         unread = [t for t in unread if verification_seed(t) is None]
         self._n_read = len(trials)

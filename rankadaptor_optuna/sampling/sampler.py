@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import PRIOR_ATTR, SPACE_ATTR
+from rankadaptor_optuna.attributes import SPACE_ATTR, identity_of
 from rankadaptor_optuna.priors.choice import OnBadPrior, PriorChoice, PriorLike
 from rankadaptor_optuna.sampling.announcement import Announcer
 from rankadaptor_optuna.sampling.encoding import Encoding
@@ -62,7 +62,8 @@ class RankAdaptorSampler(BaseSampler):
         prior_storage: URL of the database that holds ``db:`` priors. Default: the database of the study's storage, not
             available with gRPC, journal and in-memory storages.
         on_bad_prior: Reaction to a prior that is missing, corrupt or of a newer format: ``"raise"``, or
-            ``"pretrained"``: warn and go on with the shipped prior, which the study then keeps.
+            ``"pretrained"``: warn and go on with the shipped prior, in this process only. A database that cannot be
+            reached raises in any case.
 
     Attributes:
         space: The rank space, or None.
@@ -118,7 +119,7 @@ class RankAdaptorSampler(BaseSampler):
             study._storage.set_study_user_attr(study._study_id, SPACE_ATTR, described)
         try:
             with self._lock:
-                self._settle_prior(study, stored.get(PRIOR_ATTR))
+                self._settle_prior(study, identity_of(stored))
         except ValueError:  # Optuna would leave the trial RUNNING
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             raise
@@ -186,7 +187,7 @@ class RankAdaptorSampler(BaseSampler):
     def _prior_of(self, study: Study) -> Prior | None:
         key = id(study._storage), study._study_id
         if key not in self._settled:  # a sampler that wraps this one may not call before_trial
-            self._settle_prior(study, study._storage.get_study_user_attrs(study._study_id).get(PRIOR_ATTR))
+            self._settle_prior(study, identity_of(study._storage.get_study_user_attrs(study._study_id)))
         return self._settled[key]
 
     def _encoding(self, search_space: Mapping[str, BaseDistribution], history: History) -> Encoding:

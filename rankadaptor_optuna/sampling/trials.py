@@ -8,7 +8,7 @@ from typing import Any
 
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import PROPOSAL_ATTR, VERIFY_ATTR
+from rankadaptor_optuna.attributes import proposal_of, seed_of
 
 
 def verification_seed(trial: BaseTrial) -> int | None:
@@ -19,13 +19,13 @@ def verification_seed(trial: BaseTrial) -> int | None:
         seed = verification_seed(trial)
         return train_and_score(ranks, seed=0 if seed is None else seed)
     """
-    seed = trial.user_attrs.get(VERIFY_ATTR)
-    return None if seed is None else int(seed)
+    return seed_of(trial.user_attrs)
 
 
 def planned_params(trial: FrozenTrial) -> dict[str, Any]:
     """Returns a trial's parameters, with those that ``enqueue_trial`` fixed and the trial has not taken yet."""
-    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    fixed = trial.system_attrs.get("fixed_params")
+    return {**(fixed if isinstance(fixed, dict) else {}), **trial.params}
 
 
 def announced_ranks(trial: FrozenTrial, names: Sequence[str]) -> tuple[int, ...] | None:
@@ -36,8 +36,8 @@ def announced_ranks(trial: FrozenTrial, names: Sequence[str]) -> tuple[int, ...]
     """
     ranks: list[Any] = [trial.params.get(name) for name in names]
     if None in ranks:
-        ranks = trial.system_attrs.get(PROPOSAL_ATTR, [])
-    return tuple(ranks) if names and len(ranks) == len(names) else None
+        return proposal_of(trial.system_attrs, len(names)) if names else None
+    return tuple(ranks) if names else None
 
 
 def constraints_of(trial: FrozenTrial) -> dict[str, float]:

@@ -9,7 +9,8 @@ from typing import Any
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
-from rankadaptor_optuna.attributes import RECIPE_ATTR, SPACE_ATTR
+from rankadaptor_optuna.attributes import SPACE_ATTR, recipe_of
+from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.ranks import LoraSettings, Module, Ranks
 from rankadaptor_optuna.sampling.encoding import Encoding, rank_parameters
 from rankadaptor_optuna.sampling.history import History
@@ -24,7 +25,10 @@ def study_space(study: Study) -> RankSpace | None:
     if isinstance(sampler, RankAdaptorSampler) and sampler.space is not None:
         return sampler.space
     stored = study.user_attrs.get(SPACE_ATTR)
-    return None if stored is None else RankSpace.from_dict(stored)
+    try:
+        return None if stored is None else RankSpace.from_dict(stored)
+    except ValueError as error:
+        raise ValueError(f"the rank space stored with study {study.study_name!r}: {one_line(error)}") from None
 
 
 class StudyReading:
@@ -48,7 +52,7 @@ class StudyReading:
         trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
         self.study = study
         self.space = space or study_space(study)
-        self.recipe: dict[str, Any] = study.user_attrs.get(RECIPE_ATTR, {})
+        self.recipe = recipe_of(study.user_attrs) or {}
         self.trials = [t for t in trials if verification_seed(t) is None]
         self.verification_trials = [t for t in trials if verification_seed(t) is not None]
         self.history = History(study)

@@ -15,7 +15,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 
-from rankadaptor_optuna.attributes import RECIPE_ATTR
+from rankadaptor_optuna.attributes import RECIPE_ATTR, recipe_of
 from rankadaptor_optuna.database import create_with_retries, error_line, exclusive_connection, masked
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace
@@ -74,7 +74,7 @@ def check_recipe(study: Study, recipe: Mapping[str, Any]) -> None:
     Raises:
         ValueError: The study belongs to another recipe; the message names the differences.
     """
-    stored = study.user_attrs.get(RECIPE_ATTR)
+    stored = recipe_of(study.user_attrs)
     if stored is not None:
         check_same_settings(f"study {study.study_name!r}", stored, recipe, "another study name")
 

@@ -10,6 +10,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
+from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.priors.meta import MetaTask
 from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.studies.storage import open_storage
@@ -81,7 +82,9 @@ def read_tasks(
     names = sorted(optuna.get_all_study_names(opened))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"no study is named {pattern!r}; there are {len(names)}: {', '.join(names)!s:.200}.")
+            raise ValueError(
+                f"no study is named {pattern!r}; there are {len(names)}: {one_line(', '.join(names))!s:.200}."
+            )
     tasks, reasons = [], {}
     for name in names:
         if patterns and not any(fnmatchcase(name, pattern) for pattern in patterns):

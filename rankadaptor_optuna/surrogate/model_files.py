@@ -47,7 +47,7 @@ def read_model(path: str | os.PathLike[str]) -> BayesianModel | PaperModel:
         else:
             raise ValueError(f"unknown mode {mode!r}")
         model.restore(tensors)
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read the performance model {os.fspath(path)!r}: {error!r}") from error
     return model
 

@@ -19,7 +19,10 @@ def prior_card(metadata: dict[str, str]) -> dict[str, Any]:
     Format 2 keeps the card as JSON. The first files of format 1 keep each of its entries as one of the metadata.
     """
     entries = {name: text for name, text in metadata.items() if name not in ("format", "card")}
-    return {**entries, **json.loads(metadata.get("card", "{}"))}
+    card = json.loads(metadata.get("card", "{}"))
+    if not isinstance(card, dict):
+        raise ValueError(f"its card must be an object, got {card!r:.80}")
+    return {**entries, **card}
 
 
 def without_sensitivity_input(tensors: dict[str, Array]) -> dict[str, Array]:
@@ -29,4 +32,4 @@ def without_sensitivity_input(tensors: dict[str, Array]) -> dict[str, Array]:
     unknown, so without it the network computes what it did there.
     """
     first = tensors["mlp.0.weight"]
-    return tensors if len(first) <= N_INPUTS else {**tensors, "mlp.0.weight": first[:N_INPUTS]}
+    return tensors if first.ndim != 2 or len(first) != N_INPUTS + 1 else {**tensors, "mlp.0.weight": first[:N_INPUTS]}

@@ -6,6 +6,7 @@ import math
 
 from rankadaptor_optuna.jobs.output import write_text
 from rankadaptor_optuna.jobs.results import Exported
+from rankadaptor_optuna.plain_text import code_span, markdown, yaml_scalar
 from rankadaptor_optuna.recovery.embedded import HUB_MODEL
 from rankadaptor_optuna.views.style import as_count, as_json
 from rankadaptor_optuna.views.tables import from_columns, markdown_table
@@ -19,19 +20,19 @@ def model_card(exported: Exported) -> str:
     ranks = from_columns({"layer": list(found.ranks), "rank": list(found.ranks.values())})
     return f"""---
 library_name: peft
-base_model: {base}
+base_model: {yaml_scalar(base)}
 tags: [lora, pruning, rankadaptor]
 ---
 
-# LoRA recovery of {base}, with a rank per layer
+# LoRA recovery of {markdown(base)}, with a rank per layer
 
-{found.evidence.statement} Source: {found.evidence.n_trials} trials of study `{exported.study_name}` in
-`{exported.storage_masked}`.
+{found.evidence.statement} Source: {found.evidence.n_trials} trials of study {code_span(exported.study_name)} in
+{code_span(exported.storage_masked)}.
 
 Validation loss per token: {after}; without recovery {before}. The search scored its trials on this text.
 
-Trainable parameters: {as_count(found.cost)} (budget {recipe.space.budget}). `rank_pattern.json` holds the arguments of
-`peft.LoraConfig`.
+Trainable parameters: {as_count(found.cost)} (budget {markdown(recipe.space.budget)}). `rank_pattern.json` holds the
+arguments of `peft.LoraConfig`.
 
 {markdown_table(ranks)}
 

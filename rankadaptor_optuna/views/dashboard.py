@@ -7,6 +7,7 @@ import textwrap
 import numpy as np
 from optuna.study import Study
 
+from rankadaptor_optuna.plain_text import markdown
 from rankadaptor_optuna.priors.choice import PriorLike
 from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.studies.recommendation import Recommendation, recommend_from
@@ -90,7 +91,8 @@ def study_note(view: StudyView, found: Recommendation | None) -> str:
     if found is None:
         return f"{_TITLE}\n\nNo recommendation yet: the study has no finished trial."
     lines = [_TITLE, "", f"**{found.evidence.statement}**", ""]
-    lines += [f"* Predicted {view.objective}: {as_score(found.predicted)} ± {found.std:.2g} (one standard deviation)."]
+    predicted = f"{as_score(found.predicted)} ± {found.std:.2g} (one standard deviation)"
+    lines += [f"* Predicted {markdown(view.objective)}: {predicted}."]
     if view.uniform_score is not None:
         n = int(view.is_uniform.sum())
         mean = f" (mean of {n} trials)" if n > 1 else ""
@@ -99,7 +101,7 @@ def study_note(view: StudyView, found: Recommendation | None) -> str:
         number = view.numbers[np.flatnonzero(view.within_budget & (view.scores == view.best[-1]))[0]]
         lines += [f"* Best single trial, noise included: {as_score(view.best[-1])} (trial {number})."]
     lines += [f"* {_cost_text(view, found)}.", f"* Closest finished trials: {closest_trials(found)}.", ""]
-    lines += [view.converged, ""] if view.converged else []
+    lines += [markdown(view.converged), ""] if view.converged else []
     lines += [_ranks_table(view, found), ""]
     if any(found.all_ranks.values()):
         lines += ["Arguments of PEFT; give `target_modules` as in your training:", "", *_lora_code(found)]

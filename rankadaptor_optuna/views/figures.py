@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def heat_map_figure(view: StudyView) -> Figure:
     values = np.unique(ranks)
     cells = Heatmap(
         x=numbers,
-        y=[view.labels[i] for i in rows],
+        y=[_as_label(view.labels[i]) for i in rows],
         z=ranks.T.astype(np.min_scalar_type(ranks.max())),  # plotly packs arrays of small integers tightly
         colorscale="Viridis",
         colorbar={"title": "rank", "thickness": 14, "tickvals": values if len(values) <= 12 else None},
@@ -92,7 +93,7 @@ def progress_figure(view: StudyView) -> Figure:
         name = "uniform" if n == 1 else f"uniform (mean of {n})"
         x, y = [0, max(1, view.numbers[-1])], [view.uniform_score] * 2
         data.append(Scatter(x=x, y=y, mode="lines", name=name, line=_UNIFORM_LINE))
-    axis = f"{view.objective} ({'lower' if view.minimize else 'higher'} is better)"
+    axis = f"{_as_label(view.objective)} ({'lower' if view.minimize else 'higher'} is better)"
     figure = _figure(data, view, title, "trial (number)", axis)
     return figure.update_xaxes(dtick=1 if view.numbers[-1] <= 5 else None)
 
@@ -143,7 +144,12 @@ def ranks_figure(view: StudyView, found: Recommendation) -> Figure:
 
 def _layers(labels: Iterable[Any], sublayer: str) -> list[Any]:
     """Returns the bars' places on the axis of layers."""
-    return [int(label.partition(".")[0]) if sublayer else label for label in labels]
+    return [int(label.partition(".")[0]) if sublayer else _as_label(label) for label in labels]
+
+
+def _as_label(label: int | str) -> int | str:
+    """Returns a label that plotly, which reads some HTML, shows as it is."""
+    return html.escape(label, quote=False) if isinstance(label, str) else label
 
 
 def _worst_shown(view: StudyView) -> float:

@@ -79,7 +79,7 @@ def draw_progress(view: StudyView) -> Figure:
     if view.uniform_score is not None:
         axes.axhline(view.uniform_score, color=UNIFORM, linestyle="--", label="uniform")
     axes.set_xlabel("trial")
-    axes.set_ylabel(f"{view.objective}, {'lower' if view.minimize else 'higher'} is better")
+    axes.set_ylabel(f"{view.objective}, {'lower' if view.minimize else 'higher'} is better", parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(**_LEGEND)
     return figure

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from rankadaptor_optuna.attributes import is_number
 from rankadaptor_optuna.jobs.results import Collected
+from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.priors.store import PriorStore, StoredVersion, Version
 from rankadaptor_optuna.surrogate.prior import Prior
 from rankadaptor_optuna.views.style import as_count
@@ -21,9 +24,10 @@ def versions_table(storage_url: str) -> Table:
 def _version_row(store: PriorStore, stored: StoredVersion) -> list[str]:
     try:
         card = store.load(*stored.version).card
-        gain = card.get("held_out", {}).get("gain")
-        cells = [str(len(card.get("tasks", []))), "-" if gain is None else f"{gain:+.2f}"]
-    except ValueError:
+        cells = [str(len(card.get("tasks", []))), "-"]
+        if is_complete(card) and card["held_out"]["gain"] is not None:
+            cells[1] = f"{card['held_out']['gain']:+.2f}"
+    except (TypeError, ValueError):  # tasks may be anything
         cells = ["unreadable", "-"]
     made, size = f"{stored.made:%Y-%m-%d %H:%M}", as_count(stored.n_bytes)
     return [str(stored.version), made, size, *cells, _shortened(stored.studies)]
@@ -34,15 +38,32 @@ def _shortened(names: tuple[str, ...], most: int = 3) -> str:
     return ", ".join(names[:most]) + more or "-"
 
 
+def is_complete(card: Mapping[str, Any]) -> bool:
+    """Returns whether a card, which anyone may have written, has all entries that ``meta_train`` writes."""
+    tasks, held = card.get("tasks"), card.get("held_out")
+    if not {"made", "version"} <= card.keys() or not tasks or not isinstance(held, dict):
+        return False
+    measures = ("with_prior", "without", "gain")
+    known = all(is_number(held.get(key)) for key in measures) or all(held.get(key) is None for key in measures)
+    known = known and is_number(held.get("n_first"))
+    return known and _are_rows(tasks, "layers", "trials") and _are_rows(held.get("tasks"), *measures)
+
+
+def _are_rows(rows: Any, *numbers: str) -> bool:  # noqa: ANN401
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
+        return False
+    return all(is_number(row.get(key)) for row in rows for key in numbers)
+
+
 def card_text(prior: Prior) -> str:
     """Returns a prior's card in a few lines."""
     card = prior.card
-    if "held_out" not in card:
-        return "\n".join(f"{key}: {value}" for key, value in card.items()) or "no card"
+    if not is_complete(card):
+        return "\n".join(f"{one_line(key)}: {one_line(value):.500}" for key, value in card.items()) or "no card"
     held, tasks = card["held_out"], card["tasks"]
     layers = [task["layers"] for task in tasks]
     made = (
-        f"Made {card['made']} by version {card['version']} from {len(tasks)} tasks, "
+        f"Made {one_line(card['made'])} by version {one_line(card['version'])} from {len(tasks)} tasks, "
         f"{sum(task['trials'] for task in tasks)} trials, {min(layers)} to {max(layers)} layers."
     )
     if held["gain"] is None:
@@ -57,9 +78,9 @@ def card_text(prior: Prior) -> str:
 
 
 def tasks_table(prior: Prior) -> Table:
-    """Returns a row per task of a prior's card; held-out tasks have a gain."""
-    gains = {task["name"]: f"{task['gain']:+.2f}" for task in prior.card.get("held_out", {}).get("tasks", [])}
-    rows = [[task["name"], str(task["layers"]), str(task["trials"])] for task in prior.card["tasks"]]
+    """Returns a row per task of a prior's complete card; held-out tasks have a gain."""
+    gains = {str(task["name"]): f"{task['gain']:+.2f}" for task in prior.card["held_out"]["tasks"]}
+    rows = [[str(task["name"]), str(task["layers"]), str(task["trials"])] for task in prior.card["tasks"]]
     return [["task", "layers", "trials", "gain, held out"], *([*row, gains.get(row[0], "-")] for row in rows)]
 
 
@@ -70,5 +91,5 @@ def removed_text(versions: Sequence[Version]) -> str:
 
 def collected_text(collected: Collected) -> str:
     """Returns which deleted studies' uses were forgotten, and which versions were removed."""
-    names = f": {', '.join(collected.studies)}" if collected.studies else ""
+    names = f": {', '.join(map(one_line, collected.studies))}" if collected.studies else ""
     return f"Forgot the uses of {len(collected.studies)} deleted studies{names}. {removed_text(collected.versions)}"

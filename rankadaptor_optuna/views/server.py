@@ -14,6 +14,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import optuna
 
 from rankadaptor_optuna.database import masked
+from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.priors.choice import PriorChoice, PriorLike
 from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.studies.storage import open_storage
@@ -58,7 +59,7 @@ def serve(
                 if reading.rank_names:
                     publish_reading(reading, prior=prior)
             except Exception as error:  # a broken study must not hide the others
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                reason = one_line(f"{type(error).__name__}: {error}")
                 print(f"warning: study {name!r} is not published: {reason:.300}", file=sys.stderr, flush=True)
         if artifact_dir is not None:
             os.makedirs(artifact_dir, exist_ok=True)

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from rankadaptor_optuna.attributes import CONVERGED_ATTR, SENSITIVITY_ATTR
+from rankadaptor_optuna.attributes import converged_of, sensitivity_of
+from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.reading import StudyReading
@@ -81,8 +82,8 @@ class StudyView:
             scores = np.asarray([t.value for t in trials], dtype=np.float64)
             better = np.fmin if minimize else np.fmax  # these skip NaN
             best = better.accumulate(np.where(within_budget, scores, np.nan))
-        attrs = study.user_attrs
-        sensitivity = [attrs.get(SENSITIVITY_ATTR, {}).get(name, np.nan) for name in names]
+        stored = sensitivity_of(study.user_attrs)
+        sensitivity = [stored.get(name, np.nan) for name in names]
         whole = sum(sensitivity)
         states = [t.state for t in reading.trials]
         return cls(
@@ -100,9 +101,9 @@ class StudyView:
             uniform_ranks=None if space is None else tuple(space.uniform().values()),
             profile=space.profile if space is not None and any(space.profile) else None,
             sensitivity=tuple(value / whole for value in sensitivity) if whole > 0 else None,
-            objective=(study.metric_names or ["score"])[0],
+            objective=one_line((study.metric_names or ["score"])[0]),
             minimize=minimize,
             n_pruned=states.count(TrialState.PRUNED),
             n_failed=states.count(TrialState.FAIL),
-            converged=attrs.get(CONVERGED_ATTR),
+            converged=converged_of(study.user_attrs),
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rankadaptor_optuna.plain_text import markdown, one_line
+
 Table = list[list[str]]
 
 
@@ -14,7 +16,8 @@ def from_columns(columns: Mapping[str, Sequence[Any]]) -> Table:
 
 
 def text_table(table: Table) -> str:
-    """Returns a table for a terminal: the first column aligned left, the others right."""
+    """Returns a table for a terminal: the first column aligned left, the others right; each cell in one line."""
+    table = [[one_line(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
@@ -24,6 +27,6 @@ def text_table(table: Table) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """Returns a table in Markdown: the first column aligned left, the others right."""
-    head, *body = [f"| {' | '.join(row)} |" for row in table]
+    """Returns a table in Markdown, cells as they are: the first column aligned left, the others right."""
+    head, *body = [f"| {' | '.join(map(markdown, row))} |" for row in table]
     return "\n".join([head, "| --- |" + " ---: |" * (len(table[0]) - 1), *body])

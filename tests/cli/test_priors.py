@@ -64,6 +64,40 @@ def test_a_corrupt_prior_is_listed_as_such(url, capsys):
     assert "prior db:mine@2 in sqlite" in capsys.readouterr().err
 
 
+HOSTILE = [
+    {"tasks": 5, "held_out": 7},
+    {"tasks": [1], "held_out": {"gain": "much"}},
+    {**CARD, "held_out": {"gain": 0.5}},
+    {**CARD, "tasks": [{"name": "a", "layers": "many", "trials": None}]},
+    {"tasks": {"a": 1}, "held_out": None, "note": "\x1b]0;owned\x07\u202e\nprior"},
+]
+
+
+def test_cards_of_others_are_listed_and_shown_without_control_characters(url, capsys):
+    for card in HOSTILE:
+        PriorStore(url).add("odd", replace(load_prior("pretrained"), card=card))
+    rows = said(capsys, "list", "--storage", url).splitlines()[2:]
+    assert [row.split()[-2] for row in rows if row.startswith("db:odd")] == ["-"] * len(HOSTILE)
+    for version in range(1, len(HOSTILE) + 1):
+        shown = said(capsys, "show", f"db:odd@{version}", "--storage", url)
+        assert shown.replace("\n", "").isprintable()
+    assert "note: \\x1b]0;owned\\x07\\u202e prior\n" in shown
+
+
+@pytest.mark.parametrize(
+    "change", ["weights = 'text'", "weights = x''", "made = 'soon'", "checksum = x'00'", "version = -1"]
+)
+def test_rows_that_no_worker_wrote_spoil_no_other(url, change, capsys):
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text(f"UPDATE rankadaptor_priors SET {change} WHERE version = 2"))
+    engine.dispose()
+    rows = said(capsys, "list", "--storage", url).splitlines()[2:]
+    assert [row.split()[4] for row in rows if "@2" not in row] == ["2", "2"]
+    assert main(["priors", "show", "db:mine@2", "--storage", url]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_priors_card_is_shown(url, capsys):
     assert said(capsys, "show", "db:mine", "--storage", url) == (
         "Made 2030-01-02T03:04:05+00:00 by version 0.1.0 from 2 tasks, 44 trials, 6 to 8 layers.\n"

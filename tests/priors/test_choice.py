@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
 from rankadaptor_optuna.attributes import PRIOR_ATTR
+from rankadaptor_optuna.database import UnreachableError
 from rankadaptor_optuna.priors.choice import PriorChoice, uses
 from rankadaptor_optuna.priors.store import PriorStore, Use, Version
 from rankadaptor_optuna.surrogate.prior import load_prior
@@ -161,15 +162,35 @@ def test_a_bad_prior_stops_a_study_by_name_and_leaves_no_trial_running(url):
         recommend(optuna.load_study(study_name="t", storage=url))
 
 
-def test_on_bad_prior_replaces_it_with_the_shipped_prior_for_all_workers(url, warnings):
+def test_on_bad_prior_replaces_it_with_the_shipped_prior_for_this_worker_alone(url, warnings):
     run(url, "db:mine", 2)
     break_weights(url)
     study = run(url, "db:mine", 2, on_bad_prior="pretrained")
-    assert identity(study) == f"pretrained:{SHIPPED.checksum}"
+    assert identity(study) == "db:mine@1"
     assert "is corrupt" in warnings.records[0].getMessage()
     assert "Going on with the shipped prior." in warnings.records[0].getMessage()
-    assert len([t for t in run(url, "db:mine", 1).trials if t.state is TrialState.COMPLETE]) == 5
-    assert identity(run(None, "nowhere", on_bad_prior="pretrained")) == f"pretrained:{SHIPPED.checksum}"
+    with pytest.raises(ValueError, match="is corrupt"):
+        run(url, "db:mine")
+    for given in ("nowhere", "db:gone"):
+        study = run(url, given, 2, f"new with {given}", on_bad_prior="pretrained")
+        assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2
+        assert PRIOR_ATTR not in study.user_attrs
+
+
+def test_a_database_of_priors_that_cannot_be_reached_is_no_bad_prior(url):
+    away = "sqlite:////no/such/folder/priors.db"
+    with pytest.raises(UnreachableError, match="cannot be reached"):
+        run(None, "db:mine", prior_storage=away, on_bad_prior="pretrained")
+
+
+@pytest.mark.parametrize("stored", [7, [], {}, "db:", "db:mine", "db:mine@x", "db:mine@1\x1b[31m"])
+def test_an_identity_that_names_no_prior_is_refused_in_one_line(url, stored):
+    study = run(url, "db:mine", 1)
+    study.set_user_attr(PRIOR_ATTR, stored)
+    with pytest.raises(ValueError, match="prior") as caught:
+        run(url, "db:mine@1", 1)
+    assert "\x1b" not in str(caught.value)
+    assert uses(study._storage) == []
 
 
 def test_a_prior_that_a_worker_cannot_read_is_explained(url, monkeypatch, warnings):

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from rankadaptor_optuna.surrogate.features import MLP
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
@@ -44,7 +44,7 @@ def test_the_checksum_is_that_of_the_weights_alone(prior):
 
 def test_safetensors_of_something_else_are_no_prior(tmp_path):
     save_file({"std": np.zeros(2)}, tmp_path / "p.safetensors", metadata={"format": "1"})
-    with pytest.raises(ValueError, match=r"cannot read the prior '.*p\.safetensors': KeyError\('mean'\)"):
+    with pytest.raises(ValueError, match=r"cannot read the prior '.*p\.safetensors': .* its tensors are std"):
         load_prior(tmp_path / "p.safetensors")
 
 
@@ -80,3 +80,64 @@ def test_there_is_a_shipped_prior_and_it_can_be_switched_off():
     assert np.isfinite(np.concatenate([a.ravel() for a in arrays(shipped)])).all()
     assert (shipped.std > 0).all()
     assert load_prior(None) is None
+
+
+def hostile(**changed):
+    """Tensors of a prior that anyone may have written into a shared database."""
+    sizes = ((3, 5), (5, 2))
+    tensors = {"mean": np.zeros(2), "std": np.ones(2)}
+    for i, (n_in, n_out) in enumerate(sizes):
+        tensors |= {f"mlp.{i}.weight": np.ones((n_in, n_out)), f"mlp.{i}.bias": np.zeros(n_out)}
+    named = {name.replace("_", "."): value for name, value in changed.items()}
+    return {name: value for name, value in {**tensors, **named}.items() if value is not None}
+
+
+def test_the_tensors_that_the_next_test_changes_are_a_prior():
+    data = save(hostile(), {"format": "2"})
+    assert Prior.loads(data, "prior").mlp.n_features == 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mean": np.array([0, np.nan])},
+        {"std": np.array([1, np.inf])},
+        {"std": np.array([1.0, 0.0])},
+        {"std": np.array([1.0, -1.0])},
+        {"mean": np.full(2, 1e300)},
+        {"mean": np.zeros(3)},
+        {"mean": np.zeros((2, 1))},
+        {"mean": np.zeros(2, np.int8)},
+        {"mean": np.array(0.0)},
+        {"mlp_0_weight": np.ones((3, 5), np.int8)},
+        {"mlp_0_weight": np.full((3, 5), np.nan)},
+        {"mlp_0_weight": np.ones((2, 5))},
+        {"mlp_0_weight": np.ones((7, 5))},
+        {"mlp_0_weight": np.ones(15)},
+        {"mlp_0_bias": np.zeros(4)},
+        {"mlp_0_bias": None},
+        {"mlp_1_weight": np.ones((5, 0)), "mlp_1_bias": np.zeros(0), "mean": np.zeros(0), "std": np.zeros(0)},
+        {"mlp_1_weight": np.ones((4, 2))},
+        {
+            "mlp_1_weight": np.ones((5, 2000)),
+            "mlp_1_bias": np.zeros(2000),
+            "mean": np.zeros(2000),
+            "std": np.ones(2000),
+        },
+        {"mlp_3_weight": np.ones((2, 2)), "mlp_3_bias": np.zeros(2)},
+        {"extra": np.ones(2)},
+        {"mean": None},
+    ],
+)
+def test_a_prior_that_no_trial_could_use_is_refused_when_it_is_read(changed):
+    with pytest.raises(ValueError, match="cannot read the prior x: ") as caught:
+        Prior.loads(save(hostile(**changed), {"format": "2"}), "prior x")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "card", ["[" * 100_000, '{"a": ' * 500 + "1" + "}" * 500, "[1]", "null", "7", '"text"', "{", "9" * 5000]
+)
+def test_a_card_that_is_no_object_of_a_few_levels_is_refused(card):
+    with pytest.raises(ValueError, match="cannot read the prior x: "):
+        Prior.loads(save(hostile(), {"format": "2", "card": card}), "prior x")

@@ -25,3 +25,15 @@ def test_the_card_has_study_ranks_budget_and_losses(make_study, tmp_path, model,
     assert '"steps": 2' in card
     for layer, rank in found.ranks.items():
         assert f"| {layer} | {rank} |" in card
+
+
+def test_names_of_others_are_no_markup_in_the_card(make_study, tmp_path):
+    recipe = Recipe.from_dict({"model": "x\nlicense: evil\x1b[2J<script>"})
+    storage = "sqlite:///a`b.db"
+    write_card(Exported(recommend(make_study(4)), recipe, "s`\n# Run `rm -rf`\x1b[31m", storage, 2.5, 3.5, tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    assert card.replace("\n", "").isprintable()
+    assert "\nlicense:" not in card
+    assert "\n# Run" not in card
+    assert "# LoRA recovery of x license: evil\\\\x1b\\[2J&lt;script&gt;, with" in card
+    assert "study `s' # Run 'rm -rf'\\x1b[31m` in\n`sqlite:///a'b.db`." in card

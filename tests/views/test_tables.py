@@ -15,3 +15,9 @@ def test_a_text_table_aligns_names_left_and_numbers_right():
 
 def test_a_markdown_table_aligns_names_left_and_numbers_right():
     assert markdown_table(TABLE).splitlines() == ["| name | n |", "| --- | ---: |", "| a | 1 |", "| bcdef | 20 |"]
+
+
+def test_cells_of_others_stay_in_their_cell():
+    table = [["a", "b"], ["x | y\n| z", "\x1b[2J<b>"]]
+    assert text_table(table).splitlines()[2].split("  ") == ["x | y | z", "\\x1b[2J<b>"]
+    assert markdown_table(table).splitlines()[2] == r"| x \| y \| z | \\x1b\[2J&lt;b&gt; |"
