@@ -3,35 +3,97 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote, urlsplit
 
 import sqlalchemy
 from sqlalchemy import func, select
+
+from rankadaptor_optuna.plain_text import one_line
 
 T = TypeVar("T")
 _LOCK = 7_236_117_601  # id of PostgreSQL's advisory lock; arbitrary, the same in every worker
 _LOCK_S = 300  # seconds to wait for MySQL's lock; set by hand
 _ATTEMPTS = 10  # at creating tables on SQLite; set by hand
+MASK = "***"
+_SECRET = re.compile(r"pass|pwd|secret|token|odbc_connect", re.IGNORECASE)  # keys of a URL's query
+_USER = r"(?:(?P<user>[^:/@?#]*)(?::(?P<password>[^@/?#]*))?@)?"
+_ADDRESS = re.compile(_USER + r"(?P<place>(?:[^:/@?#\[\]]*|\[[^\]@/]*\])(?::\d*)?(?:/[^?@]*)?)")
+_FILE = re.compile(_USER + r"(?P<place>(?:/.*)?)", re.DOTALL)
 
 
 class UnreachableError(ValueError):
     """A database cannot be reached or denies access: nothing is known about its content."""
 
 
-def masked(url: str) -> str:
-    """Returns a database URL without its password, for messages."""
-    try:
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: the port is not a number
+def masked(url: str | sqlalchemy.URL) -> str:
+    """Returns a database URL without its password, for messages, files and notes.
+
+    A URL that can be read in more than one way, such as one whose password has an unescaped ``@``, loses all but its
+    scheme.
+    """
+    text = url.render_as_string(hide_password=False) if isinstance(url, sqlalchemy.URL) else str(url)
+    scheme, found, rest = text.partition("://")
+    if not found or not re.fullmatch(r"[A-Za-z][\w+.-]*", scheme, re.ASCII):
         return "(not a database URL)"
+    address, _, query = rest.partition("?")
+    form = _FILE if scheme.startswith("sqlite") else _ADDRESS
+    settings = [_masked_setting(each) for each in query.split("&") if each]
+    if (match := form.fullmatch(address)) is None or any("@" in each for each in settings):
+        return f"{scheme}://{MASK}"
+    start = "" if match["user"] is None else match["user"] + (f":{MASK}" if match["password"] else "") + "@"
+    return one_line(f"{scheme}://{start}{match['place']}{'?' if settings else ''}{'&'.join(settings)}")
 
 
-def error_line(error: Exception) -> str:
-    """Returns a database's error in one line, without the statement and the URL."""
-    return str(getattr(error, "orig", None) or error).splitlines()[0]
+def _masked_setting(text: str) -> str:
+    """Returns a setting of a URL's query, ``KEY=VALUE``, without the value of a secret one."""
+    key, found, _ = text.partition("=")
+    return f"{key}={MASK}" if found and _SECRET.search(key) else text
+
+
+def error_line(error: Exception, url: str | sqlalchemy.URL) -> str:
+    """Returns a database's error in one line, without the statement and without the URL's passwords."""
+    line = one_line((str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0])
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: the port is not a number
+        return "not a database URL, which is like sqlite:///study.db or postgresql://user:password@host/db"
+    secrets = [str(parsed.password or ""), *(str(value) for key, value in parsed.query.items() if _SECRET.search(key))]
+    for secret in secrets:
+        line = line.replace(secret, MASK) if secret else line
+    return line
+
+
+def check_url(url: str | sqlalchemy.URL) -> None:
+    """Checks that no part of a URL's password could be taken for its host, database or query.
+
+    Raises:
+        ValueError: An ``@`` is not escaped, or this is no URL; the message shows no part of it.
+    """
+    parsed = sqlalchemy.make_url(url)
+    pieces = [parsed.host or "", "" if parsed.drivername.startswith("sqlite") else parsed.database or ""]
+    pieces += [each.partition("=")[0] for each in str(url).partition("?")[2].split("&")]
+    if any("@" in piece for piece in pieces):
+        raise ValueError("its user, password or query has an @ that must be written as %40")
+
+
+def check_file(engine: sqlalchemy.Engine) -> None:
+    """Checks that the file of an SQLite database exists, as connecting to it would create it.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    file = engine.url.database or ""
+    if engine.dialect.name != "sqlite" or file in ("", ":memory:") or engine.url.query.get("mode") == "memory":
+        return
+    path = unquote(urlsplit(file).path) if file.startswith("file:") else file
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
 
 
 @contextmanager

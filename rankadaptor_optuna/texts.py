@@ -154,7 +154,7 @@ def _stream(name: str) -> Iterator[Any]:
 
     path, _, config = name.partition(":")
     try:
-        yield from datasets.load_dataset(path, config or None, split="train", streaming=True)
+        yield from datasets.load_dataset(path, config or None, split="train", streaming=True, trust_remote_code=False)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{name} is neither a file nor a reachable data set on the Hub ({reason}).") from error

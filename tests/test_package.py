@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +67,11 @@ def test_after_the_import_pruned_checkpoints_open_in_either_order(model, tokeniz
     ]
     opened = [process.communicate()[0].split()[-1] for process in processes]
     assert opened == ["PrunedLlamaForCausalLM"] * 2
+
+
+def test_code_of_models_and_data_sets_is_refused_explicitly():
+    call = re.compile(r"(?:Auto\w+\.from_pretrained|load_dataset)\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
+    files = Path(rankadaptor_optuna.__file__).parent.rglob("*.py")
+    calls = [found for file in files if file.parent.name != "views" for found in call.findall(file.read_text())]
+    assert len(calls) >= 6
+    assert [each for each in calls if not re.search(r"trust_remote_code\"?(=|: )False", each)] == []

@@ -145,6 +145,7 @@ def run_block(block: str, recipe: Recipe, size: Size, folder: Path, tasks: Seque
             tasks=[f"local_{task}" for task in tasks],
             include_path=task_folder,
             limit=size.items,
+            trust_study=True,
             say=say,
         ).rows
 

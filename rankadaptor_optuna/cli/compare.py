@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rankadaptor_optuna.cli.options import Out, Pruned, Storage, Study, say
+from rankadaptor_optuna.cli.options import Out, Pruned, Storage, Study, TrustStudy, say
 
 
 def compare(
@@ -24,6 +24,7 @@ def compare(
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Items per task.", show_default="the recipe's report_limit")
     ] = None,
+    trust_study: TrustStudy = False,
 ) -> None:
     """Compare the recommended ranks with other recoveries.
 
@@ -44,6 +45,7 @@ def compare(
         tasks=[name for name in tasks.split(",") if name],
         include_path=include_path,
         limit=limit,
+        trust_study=trust_study,
         say=say,
     )
     write_comparison(comparison)

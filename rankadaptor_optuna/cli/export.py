@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rankadaptor_optuna.cli.options import Pruned, Storage, Study, say
+from rankadaptor_optuna.cli.options import Pruned, Storage, Study, TrustStudy, say
 
 
 def export(
@@ -23,6 +23,7 @@ def export(
         typer.Option(metavar="N", help="Seed of data order and initialisation.", show_default="as in the recipe"),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Also write the merged model.")] = False,
+    trust_study: TrustStudy = False,
 ) -> None:
     """Train the recommended ranks and write the adapter.
 
@@ -31,6 +32,8 @@ def export(
     from rankadaptor_optuna.jobs.export import export as run_export
     from rankadaptor_optuna.views.card import write_card
 
-    exported = run_export(storage, study, out, pruned=pruned, steps=steps, seed=seed, merge=merge, say=say)
+    exported = run_export(
+        storage, study, out, pruned=pruned, steps=steps, seed=seed, merge=merge, trust_study=trust_study, say=say
+    )
     write_card(exported)
     say(f"Adapter, rank_pattern.json and model card: {out}")

@@ -15,6 +15,10 @@ Study = Annotated[str | None, typer.Option(metavar="NAME", help="Study name.", s
 Pruned = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Pruned model.", show_default="prune as the recipe says")
 ]
+TrustStudy = Annotated[
+    bool,
+    typer.Option("--trust-study", help="Use local files, and tasks with code, that the study's recipe names."),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for all files.")]
 
 

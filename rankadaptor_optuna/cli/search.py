@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rankadaptor_optuna.cli.options import Out, say
+from rankadaptor_optuna.cli.options import Out, TrustStudy, say
 
 
 def search(
@@ -34,6 +34,7 @@ def search(
         Literal["raise", "pretrained"],
         typer.Option(help="If the prior is missing, corrupt or too new: stop, or take the pretrained one."),
     ] = "raise",
+    trust_study: TrustStudy = False,
 ) -> None:
     """Search ranks for your model as a recipe says.
 
@@ -48,7 +49,7 @@ def search(
     if recipe is not None:
         settings, study = Recipe.load(recipe), study or "search"
     elif storage is not None:
-        found, settings = stored_study(storage, study)
+        found, settings = stored_study(storage, study, trust_study)
         study = found.study_name
     else:
         raise ValueError("give a recipe, or the --storage of a study that has one.")

@@ -56,6 +56,7 @@ def compare(
     tasks: Sequence[str] = (),
     include_path: str | None = None,
     limit: int | None = None,
+    trust_study: bool = False,
     say: Callable[[str], None] = print,
 ) -> Comparison:
     """Recovers with the recommended ranks and with the references, on fresh seeds, and measures them.
@@ -74,6 +75,7 @@ def compare(
         tasks: lm-eval tasks. Default: the recipe's for reports; without any, only the loss is measured.
         include_path: Folder of further task YAML files. Default: the recipe's.
         limit: Most items per task. Default: the recipe's ``report_limit``.
+        trust_study: See ``stored_study``.
         say: Receives one line for each step.
 
     Raises:
@@ -84,7 +86,7 @@ def compare(
         raise ValueError(f"seeds must be at least 2 for an interval, got {seeds}.")
     if unknown := [method for method in methods if method not in (DENSE, *COMPARED_METHODS)]:
         raise ValueError(f"no method named {unknown[0]!r}; there are {', '.join((DENSE, *COMPARED_METHODS))}.")
-    study, recipe = stored_study(storage, study_name)
+    study, recipe = stored_study(storage, study_name, trust_study)
     if "AdaLoRA" in methods and recipe.training.epochs is None:
         check_adalora(recipe.training)
     found, space = recommend(study), study_space(study)

@@ -26,6 +26,7 @@ def export(
     steps: int | None = None,
     seed: int | None = None,
     merge: bool = False,
+    trust_study: bool = False,
     say: Callable[[str], None] = print,
 ) -> Exported:
     """Trains the recommended configuration of a study and writes it.
@@ -41,6 +42,7 @@ def export(
         steps: Training steps. Default: the recipe's.
         seed: Seed of data order and initialisation. Default: the recipe's.
         merge: Whether to write the merged model.
+        trust_study: See ``stored_study``.
         say: Receives one line for each step.
 
     Raises:
@@ -52,7 +54,7 @@ def export(
     from rankadaptor_optuna.pruning.checkpoint import check_save_path, save_pruned
 
     check_save_path(out)
-    study, recipe = stored_study(storage, study_name)
+    study, recipe = stored_study(storage, study_name, trust_study)
     if steps is not None:
         recipe = replace(recipe, training=replace(recipe.training, steps=steps, epochs=None))
     found = recommend(study)

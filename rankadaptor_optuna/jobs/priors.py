@@ -26,10 +26,10 @@ def read_prior(prior: str, storage_url: str | None) -> Prior:
 
 def prune_versions(storage_url: str, keep: int, name: str | None = None) -> list[Version]:
     """Removes old versions that no study uses; returns them. See ``PriorStore.prune``."""
-    return PriorStore(storage_url).prune(keep, name, uses(open_storage(storage_url)))
+    return PriorStore(storage_url).prune(keep, name, uses(open_storage(storage_url, create=False)))
 
 
 def collect_unused(storage_url: str) -> Collected:
     """Removes the uses of deleted studies, and the old versions that only they used. See ``PriorStore.collect``."""
-    gone, versions = PriorStore(storage_url).collect(uses(open_storage(storage_url)))
+    gone, versions = PriorStore(storage_url).collect(uses(open_storage(storage_url, create=False)))
     return Collected(sorted({use.study for use in gone}), versions)

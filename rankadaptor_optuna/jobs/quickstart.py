@@ -51,7 +51,9 @@ def quickstart(
     options: dict[str, Any] = {"storage": storage, "study_name": study_name, "prior": prior}
     searched = search(recipe, out, trials=trials, on_bad_prior=on_bad_prior, say=say, **options)
     pruned, methods = out / "pruned", (DENSE, NONE, UNIFORM, OURS)
-    comparison = compare(searched.storage, study_name, out / "compare", pruned=pruned, methods=methods, say=say)
+    # the study's recipe is the given one
+    settings: dict[str, Any] = {"pruned": pruned, "methods": methods, "trust_study": True, "say": say}
+    comparison = compare(searched.storage, study_name, out / "compare", **settings)
     return QuickstartResult(searched, comparison, _exported(searched), time.perf_counter() - start)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,20 @@ from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.studies.storage import check_same_settings, open_storage
 
 _MOST_NAMED = 10
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", re.ASCII)
 
 
-def stored_study(url: str, study_name: str | None = None) -> tuple[Study, Recipe]:
+def stored_study(url: str, study_name: str | None = None, trust_study: bool = False) -> tuple[Study, Recipe]:
     """Loads a study and the recipe that it was made with: all that another worker needs.
 
     Args:
         url: Optuna storage URL.
         study_name: Name of the study. Default: the only study with a recipe.
+        trust_study: Whether the recipe may name files of this machine and folders of tasks, which may hold code.
 
     Raises:
-        ValueError: There is no such database, study or recipe, or several studies have a recipe and none is named.
+        ValueError: There is no such database, study or recipe, several studies have a recipe and none is named, or
+            the recipe names files without ``trust_study``.
     """
     storage = open_storage(url, create=False)
     if study_name is None:
@@ -43,12 +48,33 @@ def stored_study(url: str, study_name: str | None = None) -> tuple[Study, Recipe
         raise ValueError(f"the recipe of study {study_name!r}: {one_line(error)}") from error
     if recipe is None:
         raise ValueError(f"study {study_name!r} was made without a recipe; give one.")
+    if not trust_study and (named := named_files(recipe)):
+        raise ValueError(
+            f"the recipe of study {study_name!r} names local files, and those of tasks may run code: "
+            f"{one_line(', '.join(named)):.200}. Give --trust-study (trust_study=True) if you trust all who can write "
+            "to the database."
+        )
     return study, recipe
 
 
-def stored_recipe(url: str, study_name: str | None = None) -> Recipe:
+def named_files(recipe: Recipe) -> list[str]:
+    """Returns the settings of a recipe that name files or folders, not models and data sets of the Hub, with values."""
+    sources = {"model": recipe.model, "pruning.calibration": recipe.pruning.calibration}
+    sources |= {f"data.{part}": getattr(recipe.data, part) for part in ("train", "validation", "report")}
+    named = [f"{key} {value}" for key, value in sources.items() if value is not None and not _is_of_hub(value)]
+    path = recipe.evaluation.include_path
+    return named if path is None else [*named, f"evaluation.include_path {path}"]
+
+
+def _is_of_hub(name: str) -> bool:
+    """Whether a name is one of the Hub, ``NAME``, ``OWNER/NAME`` or ``NAME:CONFIG``, and no file of this machine."""
+    path, _, _ = name.partition(":")
+    return _HUB_NAME.fullmatch(name) is not None and not os.path.exists(name) and not os.path.exists(path)
+
+
+def stored_recipe(url: str, study_name: str | None = None, trust_study: bool = False) -> Recipe:
     """Returns the recipe of a study; see ``stored_study``."""
-    return stored_study(url, study_name)[1]
+    return stored_study(url, study_name, trust_study)[1]
 
 
 def _only_study(storage: BaseStorage, url: str) -> str:

@@ -40,6 +40,8 @@ from sqlalchemy.types import NullType
 
 from rankadaptor_optuna.database import (
     UnreachableError,
+    check_file,
+    check_url,
     create_with_retries,
     error_line,
     exclusive_connection,
@@ -146,20 +148,33 @@ class PriorStore:
 
     def __init__(self, database: str | sqlalchemy.Engine) -> None:
         if isinstance(database, sqlalchemy.Engine):
-            self._engine, self.url = database, masked(str(database.url))
+            self._engine, self.url = database, masked(database.url)
             return
         self.url = masked(database)
         try:
+            check_url(database)
             self._engine = sqlalchemy.create_engine(database, poolclass=sqlalchemy.NullPool)
         except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise UnreachableError(f"the priors in {self.url} cannot be reached: {error_line(error)}") from None
+            raise UnreachableError(
+                f"the priors in {self.url} cannot be reached: {error_line(error, database)}"
+            ) from None
 
     @contextmanager
     def _named(self) -> Iterator[None]:
         try:
             yield
         except (SQLAlchemyError, ImportError, RuntimeError) as error:
-            raise UnreachableError(f"the priors in {self.url} cannot be reached: {error_line(error)}") from None
+            reason = error_line(error, self._engine.url)
+            raise UnreachableError(f"the priors in {self.url} cannot be reached: {reason}") from None
+
+    @property
+    def _is_readable(self) -> bool:
+        """Whether the tables exist; raises ``UnreachableError`` for a missing SQLite file, which is not created."""
+        try:
+            check_file(self._engine)
+        except ValueError as error:
+            raise UnreachableError(f"the priors in {self.url} cannot be reached: {error}") from None
+        return self._has_tables
 
     @property
     def _has_tables(self) -> bool:
@@ -250,7 +265,7 @@ class PriorStore:
     def versions(self) -> list[StoredVersion]:
         """Returns all versions by name and number; none where the tables do not exist yet."""
         with self._named():
-            if not self._has_tables:
+            if not self._is_readable:
                 return []
             size = func.length(_priors.c.weights)
             with self._engine.connect() as connection:

@@ -221,7 +221,7 @@ def load_pruned(path: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:  #
         ValueError: The checkpoint holds an ordinary model.
         OSError: There is no model.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
     if profile_of(model) is None:
         raise ValueError(
             f"{path} holds an ordinary {type(model).__name__}, not a pruned model: "

@@ -220,7 +220,7 @@ def _profile(config: LlamaConfig, state: Mapping[str, torch.Tensor]) -> tuple[li
 
 def _named_tokenizer(name: str | PathLike[str]) -> Any:  # noqa: ANN401
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"cannot load a tokenizer from {name}: {' '.join(str(error).split())}") from error
 

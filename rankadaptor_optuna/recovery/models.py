@@ -33,8 +33,10 @@ def load_model(
 
     source = os.fspath(model_dir() if path is None else path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or search_dtype(device))
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or search_dtype(device), trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot load a model from {source!r}: {' '.join(str(error).split())}") from error
     try:

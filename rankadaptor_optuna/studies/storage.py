@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
@@ -16,7 +15,14 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 
 from rankadaptor_optuna.attributes import RECIPE_ATTR, recipe_of
-from rankadaptor_optuna.database import create_with_retries, error_line, exclusive_connection, masked
+from rankadaptor_optuna.database import (
+    check_file,
+    check_url,
+    create_with_retries,
+    error_line,
+    exclusive_connection,
+    masked,
+)
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace
 
@@ -115,21 +121,23 @@ def open_storage(url: str, *, create: bool = True) -> RDBStorage:
 
     Args:
         url: Database URL.
-        create: Whether to create an SQLite file that is missing.
+        create: Whether to create what is missing: an SQLite file, Optuna's tables.
 
     Raises:
         ValueError: The database cannot be opened; the message has no password.
     """
     try:
+        check_url(url)
         engine = sqlalchemy.create_engine(url)
-        file = engine.url.database or ""
-        if not create and engine.dialect.name == "sqlite" and not file.startswith("file:") and not Path(file).exists():
-            raise ValueError(f"there is no file {file}")
+        if not create:
+            check_file(engine)
+            if not sqlalchemy.inspect(engine).has_table("studies"):
+                raise ValueError("it has no studies")
         with exclusive_connection(engine):
             storage = create_with_retries(lambda: _storage(url), engine)
         engine.dispose()
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot open the storage {masked(url)}: {error_line(error)}") from None
+        raise ValueError(f"cannot open the storage {masked(url)}: {error_line(error, url)}") from None
     return storage
 
 

@@ -78,7 +78,7 @@ def read_tasks(
     Raises:
         ValueError: The storage cannot be opened, or a pattern matches no study.
     """
-    opened = open_storage(storage) if isinstance(storage, str) else storage
+    opened = open_storage(storage, create=False) if isinstance(storage, str) else storage
     names = sorted(optuna.get_all_study_names(opened))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

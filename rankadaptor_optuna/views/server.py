@@ -34,7 +34,7 @@ def serve(
     The server asks for no password: whoever reaches ``host`` can read and change the studies.
 
     Args:
-        storage_url: URL of the database; missing tables are created.
+        storage_url: URL of the database, which is not created.
         host: Address to listen on. Default: this machine only.
         port: Port to listen on; 0 takes any free port.
         artifact_dir: Folder of the studies' artifacts; a missing folder is created. Default: no artifacts.
@@ -50,7 +50,7 @@ def serve(
 
     if not isinstance(prior, PriorChoice):
         prior = PriorChoice(prior, on_bad="pretrained")  # show a study whose prior is missing
-    storage = open_storage(storage_url)
+    storage = open_storage(storage_url, create=False)
     with _listening(host, port) as server:
         for name in optuna.get_all_study_names(storage):
             try:

@@ -54,6 +54,14 @@ def test_bad_input_is_refused_in_one_line(arguments, error, capsys):
     assert (err.count("\n"), out) == (1, "")
 
 
+@pytest.mark.parametrize("command", [["compare"], ["export", "out"], ["dashboard"], ["meta-train"], ["search"]])
+def test_a_mistyped_sqlite_path_makes_no_file(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--storage", "sqlite:///typo.db"]) == 2
+    assert "there is no file typo.db" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_and_option_has_a_description(command, capsys):
     assert main([command, "--help"]) == 0

@@ -42,6 +42,7 @@ def compared(searched, folder):
         "pruned": searched.out / "pruned",
         "methods": (DENSE, *COMPARED_METHODS),
         "seeds": 2,
+        "trust_study": True,
         "say": lambda line: None,
     }
     return compare(searched.storage, None, folder, **options)
@@ -53,6 +54,7 @@ def again(searched):
 
     def again(out, study_name=None, **options):
         options = {"methods": (DENSE, *COMPARED_METHODS), "seeds": 2, "say": lambda line: None, **options}
+        options |= {"trust_study": True}
         return compare(searched.storage, study_name, out, pruned=searched.out / "pruned", **options)
 
     return again
@@ -126,7 +128,7 @@ def test_the_recipes_tasks_and_its_metric_are_compared_by_default(recipe, tmp_pa
     recipe = replace(recipe, evaluation=evaluation)
     search(recipe, tmp_path / "out", trials=1, storage=url, say=lambda line: None)
     options = {"pruned": tmp_path / "out" / "pruned", "methods": (UNIFORM, OURS), "seeds": 2, "say": lambda line: None}
-    found = compare(url, "search", tmp_path / "c", **options)
+    found = compare(url, "search", tmp_path / "c", trust_study=True, **options)
     assert set(found.row(OURS).accuracies) == {"facts"}
     assert len(found.row(OURS).scores["margin"]) == 2
     assert found.paired(UNIFORM, "margin").verdict == "tie"

@@ -20,7 +20,10 @@ def adapters(model):
 def test_the_adapter_the_merged_model_and_the_pattern_agree(searched, tmp_path, ids):
     url, out, found = searched.storage, searched.out, searched.recommendation
     folder = tmp_path / "export"
-    assert export(url, "search", folder, pruned=out / "pruned", merge=True).recommendation.ranks == found.ranks
+    assert (
+        export(url, "search", folder, pruned=out / "pruned", merge=True, trust_study=True).recommendation.ranks
+        == found.ranks
+    )
     adapted = PeftModel.from_pretrained(load_pruned(out / "pruned"), folder / "adapter").eval()
     merged = load_pruned(folder / "merged")
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
@@ -41,7 +44,7 @@ def test_one_alpha_for_all_layers_is_trained_recommended_and_written(searched, t
     found = search(recipe, tmp_path / "fixed", trials=1, storage=url, say=lambda line: None).recommendation
     assert set(found.alpha_pattern.values()) == {6}
     assert json.loads((tmp_path / "fixed" / "recommendation.json").read_text())["alpha_pattern"] == found.alpha_pattern
-    export(url, "search", tmp_path / "export", pruned=out / "pruned")
+    export(url, "search", tmp_path / "export", pruned=out / "pruned", trust_study=True)
     adapted = PeftModel.from_pretrained(load_pruned(out / "pruned"), tmp_path / "export" / "adapter")
     pattern = LoraConfig(**json.loads((tmp_path / "export" / "rank_pattern.json").read_text()))
     for model in (adapted, get_peft_model(load_pruned(out / "pruned"), pattern)):
@@ -52,7 +55,7 @@ def test_one_alpha_for_all_layers_is_trained_recommended_and_written(searched, t
 
 def test_more_steps_another_seed_or_no_pruned_model_at_hand(searched, tmp_path):
     def weights(name, *options):
-        assert main(["export", str(tmp_path / name), "--storage", searched.storage, *options]) == 0
+        assert main(["export", str(tmp_path / name), "--storage", searched.storage, "--trust-study", *options]) == 0
         return (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
 
     pruned = ["--pruned", str(searched.out / "pruned")]
@@ -73,6 +76,6 @@ def test_what_cannot_be_exported_is_refused(searched, make_model, tokenizer, tmp
         (["x", "--pruned", str(tmp_path / "other")], "not those that study 'search' searched"),
         (["full"], "exists and is not empty"),
     ):
-        assert main(["export", str(tmp_path / arguments[0]), "--storage", url, *arguments[1:]]) == 2
+        assert main(["export", str(tmp_path / arguments[0]), "--storage", url, "--trust-study", *arguments[1:]]) == 2
         assert says in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

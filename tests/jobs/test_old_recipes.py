@@ -81,13 +81,15 @@ def old_study(model, tokenizer, texts, tmp_path, monkeypatch):
 
 
 def test_a_study_of_format_1_goes_on_and_is_exported(old_study):
-    study, recipe = stored_study(old_study)
+    study, recipe = stored_study(old_study, trust_study=True)
     before = study.user_attrs[RECIPE_ATTR]
     assert "format" not in before
     found = search(recipe, Path("out"), trials=5, storage=old_study, say=lambda line: None)
     assert [trial.state.name for trial in found.study.trials] == ["COMPLETE"] * 5
     assert found.study.user_attrs[RECIPE_ATTR] == before, "workers of both versions may share the study"
-    exported = export(old_study, None, Path("export"), pruned=Path("out/pruned"), say=lambda line: None)
+    exported = export(
+        old_study, None, Path("export"), pruned=Path("out/pruned"), trust_study=True, say=lambda line: None
+    )
     assert exported.loss < exported.loss_before
     with pytest.raises(ValueError, match="'search' belongs to other settings: seed was 0, now 1"):
         search(Recipe.from_dict({**before, "seed": 1}), Path("other"), trials=5, storage=old_study)
@@ -96,7 +98,7 @@ def test_a_study_of_format_1_goes_on_and_is_exported(old_study):
 def test_a_comparison_of_format_1_is_complete(old_study, monkeypatch):
     shutil.copytree(DATA / "compare-1", "c")
     monkeypatch.setattr(compare_module, "_recover_and_measure", lambda *args: pytest.fail("computed again"))
-    found = compare(old_study, "search", Path("c"), seeds=2, say=lambda line: None)
+    found = compare(old_study, "search", Path("c"), seeds=2, trust_study=True, say=lambda line: None)
     results = kept("compare-1/results.json")
     for row in found.rows:
         assert row.losses[0] == results[f"{row.method}, seed 1000"]["loss"]

@@ -90,7 +90,7 @@ def test_an_adapter_of_other_ranks_is_replaced(first, tmp_path, monkeypatch):
 
 def test_its_study_is_compared_and_exported_by_the_commands(first, tmp_path):
     _, out, found = first
-    arguments = ["--storage", f"sqlite:///{out / 'study.db'}", "--pruned", str(out / "pruned")]
+    arguments = ["--storage", f"sqlite:///{out / 'study.db'}", "--pruned", str(out / "pruned"), "--trust-study"]
     shutil.copytree(out / "compare", tmp_path / "c")  # references are added to the rows that it has
     assert main(["compare", "--study", "quickstart", "--out", str(tmp_path / "c"), "--seeds", "2", *arguments]) == 0
     rows = json.loads((tmp_path / "c" / "compare.json").read_text())["rows"]

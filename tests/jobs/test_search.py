@@ -78,8 +78,8 @@ def test_pruned_trials_count_among_those_to_reach(values, tmp_path, monkeypatch)
 def test_another_worker_needs_the_storage_alone(recipe, tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     search(recipe, tmp_path / "one", trials=1, storage=url, study_name="s", say=lambda line: None)
-    assert stored_recipe(url, "s") == recipe
-    assert main(["search", "--storage", url, "--out", str(tmp_path / "two"), "--trials", "2"]) == 0
+    assert stored_recipe(url, "s", trust_study=True) == recipe
+    assert main(["search", "--storage", url, "--out", str(tmp_path / "two"), "--trials", "2", "--trust-study"]) == 0
     assert len(complete(url, "s")) == 2
     assert (tmp_path / "two" / "recommendation.json").exists()
 
@@ -121,7 +121,7 @@ def test_whole_blocks_away_every_layer_left_is_searched_compared_and_exported(va
     found = search(Recipe.from_dict(values), out, trials=2, storage=url, say=lambda line: None)
     assert list(found.recommendation.ranks) == [*range(6)]
     assert len(load_pruned(out / "pruned").model.layers) == 6
-    options = {"pruned": out / "pruned", "say": lambda line: None}
+    options = {"pruned": out / "pruned", "trust_study": True, "say": lambda line: None}
     methods = ["LoRA, uniform", "EVA"]
     rows = compare(url, "search", tmp_path / "c", seeds=2, methods=methods, **options).rows
     assert all(0 < row.parameters <= 1.005 * rows[0].parameters for row in rows)
@@ -173,7 +173,7 @@ def test_a_search_starts_from_a_prior_of_its_database_or_from_the_shipped_one_if
         search(recipe, tmp_path / "a", trials=1, prior="db:mine")
     assert not (tmp_path / "a").exists()
     search(recipe, tmp_path / "a", trials=1, storage=url, prior="db:mine", say=lambda _: None)
-    command = ["search", "--storage", url, "--trials", "1", "--out", str(tmp_path / "b")]
+    command = ["search", "--storage", url, "--trials", "1", "--trust-study", "--out", str(tmp_path / "b")]
     assert main([*command, "--prior", "nowhere"]) == 2
     assert "cannot read the prior 'nowhere'" in capsys.readouterr().err
     assert main([*command, "--prior", "none"]) == 0

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import optuna
 import pytest
 
@@ -40,3 +42,33 @@ def test_what_cannot_be_found_is_named_and_no_file_is_made(url, tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         stored_study(f"sqlite:///{tmp_path / 'typo.db'}")
     assert [path.name for path in tmp_path.iterdir()] == ["study.db"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"evaluation": {"include_path": "tasks"}}, "evaluation.include_path tasks"),
+        ({"model": "/models/llama"}, "model /models/llama"),
+        ({"model": "../llama"}, "model ../llama"),
+        ({"model": "here"}, "model here"),
+        ({"data": {"train": "/etc/passwd"}}, "data.train /etc/passwd"),
+        ({"data": {"report": "here:main"}}, "data.report here:main"),
+        ({"data": {"validation": "https://host/data"}}, "data.validation https://host/data"),
+        ({"pruning": {"calibration": "~/text"}}, "pruning.calibration ~/text"),
+    ],
+)
+def test_local_files_of_a_stored_recipe_need_consent(tmp_path, monkeypatch, settings, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    recipe = Recipe.from_dict(settings)
+    create_study(storage="sqlite:///study.db", study_name="s", recipe=recipe.to_dict())
+    with pytest.raises(ValueError, match=rf"names local files.*: {re.escape(named)}\. Give --trust-study"):
+        stored_study("sqlite:///study.db")
+    assert stored_recipe("sqlite:///study.db", trust_study=True) == recipe
+
+
+def test_models_and_data_sets_of_the_hub_need_no_consent(tmp_path):
+    data = {"train": "yahma/alpaca-cleaned", "report": "Salesforce/wikitext:wikitext-2-raw-v1"}
+    recipe = Recipe.from_dict({"model": "Qwen/Qwen2.5-0.5B", "data": data, "pruning": {"calibration": "c4"}})
+    create_study(storage=f"sqlite:///{tmp_path / 's.db'}", study_name="s", recipe=recipe.to_dict())
+    assert stored_recipe(f"sqlite:///{tmp_path / 's.db'}") == recipe

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ def url(tmp_path):
 
 @pytest.fixture
 def store(url):
+    Path(url.removeprefix("sqlite:///")).touch()  # to SQLite, a database without tables
     return PriorStore(url)
 
 

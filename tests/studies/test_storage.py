@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import sqlite3
+
 import optuna
 import pytest
 from optuna.samplers import RandomSampler
 
 from rankadaptor_optuna import RankSpace, create_study
 from rankadaptor_optuna.attributes import RECIPE_ATTR
-from rankadaptor_optuna.database import masked
 from rankadaptor_optuna.studies.storage import check_same_settings, open_storage
 
 SPACE = RankSpace(
@@ -65,6 +66,22 @@ def test_a_missing_database_file_is_refused_where_a_study_must_exist(tmp_path):
         with pytest.raises(ValueError, match=f"cannot open the storage .*: there is no file {path}"):
             open_storage(f"sqlite:///{path}", create=False)
     assert list(tmp_path.iterdir()) == []
+    for url in (f"sqlite:///file:{tmp_path}/typo.db?uri=true", f"sqlite:///{tmp_path}", "sqlite://"):
+        with pytest.raises(ValueError, match="cannot open the storage"):
+            open_storage(url, create=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_database_of_something_else_gets_no_tables_where_a_study_must_exist(tmp_path):
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("CREATE TABLE cats (name TEXT)")
+    before = (tmp_path / "other.db").read_bytes()
+    with pytest.raises(ValueError, match="it has no studies"):
+        open_storage(f"sqlite:///{tmp_path / 'other.db'}", create=False)
+    assert (tmp_path / "other.db").read_bytes() == before
+    (tmp_path / "text.db").write_text("no database" * 100)
+    with pytest.raises(ValueError, match="file is not a database"):
+        open_storage(f"sqlite:///{tmp_path / 'text.db'}", create=False)
 
 
 def test_a_recipe_is_the_same_again_after_json_made_lists_of_its_tuples(url):
@@ -93,6 +110,11 @@ def test_a_database_of_an_url_gets_a_heartbeat_that_retries(url):
         "nodatabase://me:s3cret@127.0.0.1/studies",
         "oracle://me:s3cret@127.0.0.1/studies",
         "postgresql://me:s3cret@127.0.0.1:port/studies",
+        "postgresql+psycopg://me:pass@s3cret@127.0.0.1:1/studies",
+        "postgresql+psycopg://me:p/s3cret@127.0.0.1:1/studies",
+        "postgresql+psycopg://me:p@x?s3cret@127.0.0.1:1/studies",
+        "postgresql+psycopg://127.0.0.1:1/studies?user=me&password=s3cret",
+        "mysql+pymysql://127.0.0.1:1/studies?user=me&passwd=s3cret",
         "study.db",
     ],
 )
@@ -102,9 +124,3 @@ def test_a_storage_that_cannot_be_opened_is_named_without_its_password(url):
     assert "s3cret" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is None
-
-
-def test_a_masked_url_keeps_all_but_the_password():
-    assert masked("postgresql+psycopg://me:s3cret@host:5432/db") == "postgresql+psycopg://me:***@host:5432/db"
-    assert masked("sqlite:///study.db") == "sqlite:///study.db"
-    assert masked("s3cret") == "(not a database URL)"

@@ -29,6 +29,7 @@ def test_a_study_whose_prior_is_missing_is_shown(make_study, tmp_path, monkeypat
 
 
 def test_a_taken_port_is_refused(tmp_path):
+    optuna.create_study(storage=f"sqlite:///{tmp_path / 'study.db'}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"cannot listen on port {port} .* choose another port"):
