@@ -15,11 +15,13 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
 from rankadaptor_optuna.attributes import ITEMS_ATTR
+from rankadaptor_optuna.model_layers import ModelLayers, read_layers
 from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS, LoraSettings, Ranks
 from rankadaptor_optuna.recovery.data import examples_of
 from rankadaptor_optuna.recovery.evaluate import block_losses
-from rankadaptor_optuna.recovery.lora import attached, lora_config
+from rankadaptor_optuna.recovery.lora import attached, check_attachable, check_count, lora_config, trainable_parameters
 from rankadaptor_optuna.recovery.memory import free_memory, peak_memory
+from rankadaptor_optuna.recovery.models import check_language_model
 from rankadaptor_optuna.recovery.processes import broadcast, fail_together, process_index
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
@@ -67,7 +69,7 @@ class RecoveryObjective:
         block_length: Tokens per block, or largest number of tokens of a record.
         validation_blocks: Largest number of blocks or records to score on.
         mask_prompt: Whether only the response of a record counts in the loss.
-        targets: Names of the adapted modules.
+        targets: Names of the adapted modules. Default: the space's; every linear module of a layer if it knows none.
         alpha_ratio: LoRA's alpha as a multiple of the rank.
         alpha: One LoRA alpha for all layers, whatever their ranks. Default: by ``alpha_ratio``.
         dropout: LoRA's dropout.
@@ -85,8 +87,9 @@ class RecoveryObjective:
         direction: Direction for ``create_study``: ``"minimize"`` for the loss, else ``"maximize"``.
 
     Raises:
-        ValueError: A text is too short for one block, a record lacks a field, a setting is out of range, reports are of
-            both kinds or do not fit the metric, or no task has the metric.
+        ValueError: The model cannot be adapted, the space counts other parameters than its adapters have, a text is too
+            short for one block, a record lacks a field, a setting is out of range, reports are of both kinds or do not
+            fit the metric, or no task has the metric.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class RecoveryObjective:
         block_length: int = 256,
         validation_blocks: int = 12,
         mask_prompt: bool = True,
-        targets: Sequence[str] = TARGETS,
+        targets: Sequence[str] | None = None,
         alpha_ratio: float = ALPHA_RATIO,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -128,7 +131,11 @@ class RecoveryObjective:
         self.space = space
         self.seed = seed
         self.on_step = on_step
-        self.lora = LoraSettings(tuple(targets), alpha_ratio, alpha, dropout)
+        check_language_model(self.model)
+        layers = read_layers(self.model, targets or space.targets or TARGETS, space.granularity)
+        self.lora = LoraSettings(layers.targets, alpha_ratio, alpha, dropout)
+        check_counts(space, layers)
+        check_attachable(self.model, self.lora, layers)
         self._report_every, self._report_items = report_every, report_items
         read = partial(examples_of, tokenizer, length=block_length, mask_prompt=mask_prompt)
         self.train = read(train)
@@ -143,6 +150,7 @@ class RecoveryObjective:
         *,
         seed: int | None = None,
         on_step: Callable[[Any, int], None] | None = None,
+        on_attached: Callable[[int], None] | None = None,
         on_trained: Callable[[TrainingResult], None] | None = None,
     ) -> Iterator[Any]:
         """Recovers the model with some ranks of the searched layers for the time of the context.
@@ -151,15 +159,18 @@ class RecoveryObjective:
             ranks: Rank of each searched layer or sublayer.
             seed: Seed of data order and initialisation. Default: the study's.
             on_step: Called after each step with the model and the number of steps done.
+            on_attached: Called with the number of trainable parameters.
             on_trained: Called with the result of the training.
 
         Raises:
-            ValueError: A searched layer, or sublayer, has no rank.
+            ValueError: A searched layer, or sublayer, has no rank, or the space counts other parameters than train.
             FloatingPointError: The loss is not finite.
         """
         seed = self.seed if seed is None else seed
         adapted = self.space.with_fixed(ranks)
         if not any(adapted.values()):  # nothing to train: the pruned model as it is
+            if on_attached is not None:
+                on_attached(0)
             yield self.model
             return
         device = next(self.model.parameters()).device
@@ -169,6 +180,9 @@ class RecoveryObjective:
         with ExitStack() as stack:
             with fail_together(device):
                 model = stack.enter_context(attached(self.model, config, seed=seed))
+                check_count(model, self.space.cost(ranks))
+            if on_attached is not None:
+                on_attached(trainable_parameters(model))
 
             def after(step: int, loss: float) -> None:
                 if self.on_step is not None:
@@ -205,9 +219,11 @@ class RecoveryObjective:
             optuna.TrialPruned: The study's pruner stopped the trial.
         """
         ranks = self.space.suggest(trial)
-        trial.set_user_attr("trainable_parameters", int(self.space.cost(ranks)))
         seed = verification_seed(trial)
         on_step = partial(self._report_step, trial) if seed is None and self._report_every else None
+
+        def note_size(n: int) -> None:
+            trial.set_user_attr("trainable_parameters", n)
 
         def note(result: TrainingResult) -> None:
             trial.set_user_attr("tokens_per_second", round(result.tokens / result.seconds, 1))
@@ -216,7 +232,7 @@ class RecoveryObjective:
         try:
             with (
                 peak_memory(next(self.model.parameters()).device, trial.set_user_attr),
-                self.recovered(ranks, seed=seed, on_step=on_step, on_trained=note) as model,
+                self.recovered(ranks, seed=seed, on_step=on_step, on_attached=note_size, on_trained=note) as model,
             ):
                 score = self._score(trial, model, by_item=self._report_items and seed is None)
                 note_sensitivity(trial, self.space, model, self.held_out)
@@ -272,6 +288,26 @@ class RecoveryObjective:
             for row in rows:
                 trial.report(float(losses[row]), row)
         return losses
+
+
+def check_counts(space: RankSpace, layers: ModelLayers) -> None:
+    """Checks that a space counts the parameters of a model's adapters.
+
+    Raises:
+        ValueError: It does not; the message gives both numbers at uniform ranks.
+    """
+    ranks = space.uniform()
+    adapted = space.with_fixed(ranks)
+    unknown = [module for module in adapted if module not in layers.costs]
+    if unknown:
+        raise ValueError(f"the space has ranks for {unknown[:3]}, where the model has nothing to adapt.")
+    has, counted = sum(rank * layers.costs[module] for module, rank in adapted.items()), space.cost(ranks)
+    different = [m for m, cost in zip(space.modules, space.costs, strict=True) if cost != layers.costs[m]]
+    if has != counted or different:
+        raise ValueError(
+            f"the space counts {counted:,.0f} trainable parameters at uniform ranks, but the adapters of "
+            f"{', '.join(layers.targets[:8])} have {has:,}; make it by RankSpace.from_model with the same targets."
+        )
 
 
 def check_reports(report_every: int | None, report_items: bool, metric: Metric) -> None:

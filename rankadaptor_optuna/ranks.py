@@ -18,7 +18,7 @@ class LoraSettings:
     """The settings of the adapters except their ranks.
 
     Attributes:
-        targets: Names of the adapted modules (last path components).
+        targets: Names of the adapted modules: last path components, or ``PATH.*.NAME``, ``*`` being the layer's index.
         alpha_ratio: Alpha as a multiple of each module's rank: all modules have the same scaling, alpha / rank.
         alpha: One alpha for all modules instead, as in LLM-Pruner's recovery: low ranks are scaled up.
         dropout: Dropout before the adapters, in [0, 1).
@@ -101,8 +101,15 @@ class Ranks(dict[Module, int]):
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """PEFT's ``rank_pattern`` without modules of rank 0, which ``lora_arguments`` excludes."""
-        return {_pattern(module): rank for module, rank in self.adapted.items()}
+        """PEFT's ``rank_pattern`` without modules of rank 0, which ``lora_arguments`` excludes.
+
+        For models whose list of layers is named ``layers``; see ``rank_pattern_of``.
+        """
+        return self.rank_pattern_of(LoraSettings())
+
+    def rank_pattern_of(self, settings: LoraSettings) -> dict[str, int]:
+        """Returns ``rank_pattern`` for models whose list of layers is named as in the settings' targets."""
+        return {_pattern(module, settings.targets): rank for module, rank in self.adapted.items()}
 
     def alpha_pattern(self, settings: LoraSettings | None = None) -> dict[str, float]:
         """Returns PEFT's ``alpha_pattern``: alpha in proportion to rank, or one alpha for all, as the settings say.
@@ -110,7 +117,7 @@ class Ranks(dict[Module, int]):
         Alpha in proportion to rank makes the effective learning rate independent of the ranks.
         """
         settings = settings or LoraSettings()
-        return {_pattern(module): settings.alpha_of(rank) for module, rank in self.adapted.items()}
+        return {_pattern(module, settings.targets): settings.alpha_of(rank) for module, rank in self.adapted.items()}
 
     def lora_arguments(self, settings: LoraSettings | None = None) -> dict[str, Any]:
         """Returns the arguments of ``peft.LoraConfig``, JSON-able; modules of rank 0 are excluded by name.
@@ -122,15 +129,18 @@ class Ranks(dict[Module, int]):
         if not adapted:
             raise ValueError("every layer has rank 0: there is nothing to train.")
         default = max(adapted.values())
+        targets = sorted(settings.targets)
         where: dict[str, Any] = {"layers_to_transform": sorted(adapted), "layers_pattern": "layers"}
-        if any(isinstance(module, str) for module in adapted):
+        if any("*" in target for target in targets):
+            targets, where = _full_names(adapted, settings.targets), {}
+        elif any(isinstance(module, str) for module in adapted):
             where = {"exclude_modules": _all_but(adapted)}
         return {
             "r": default,
             "lora_alpha": settings.lora_alpha(default),
-            "rank_pattern": adapted.rank_pattern,
+            "rank_pattern": adapted.rank_pattern_of(settings),
             "alpha_pattern": adapted.alpha_pattern(settings),
-            "target_modules": sorted(settings.targets),
+            "target_modules": targets,
             **where,
             "lora_dropout": settings.dropout,
             "bias": "none",
@@ -138,9 +148,27 @@ class Ranks(dict[Module, int]):
         }
 
 
-def _pattern(module: Module) -> str:
+def layers_path(targets: Iterable[str]) -> str:
+    """Returns the dotted name of the list of layers in names of adapted modules; ``layers`` if they do not tell."""
+    return next((target.partition(".*.")[0] for target in targets if ".*." in target), "layers")
+
+
+def _pattern(module: Module, targets: Iterable[str]) -> str:
     """Returns the regular expression by which PEFT finds the submodules of a module."""
-    return rf"layers\.{re.escape(str(module))}\..*"  # escaped: "layers.1.*" would match layers 10 and 11, too
+    layers = re.escape(layers_path(targets).rpartition(".")[2])
+    return rf"{layers}\.{re.escape(str(module))}\..*"  # escaped: "layers.1.*" would match layers 10 and 11, too
+
+
+def _full_names(modules: Iterable[Module], targets: Iterable[str]) -> list[str]:
+    """Returns the dotted names of the submodules to adapt in some modules; ``targets`` are of the form PATH.*.NAME."""
+    names = []
+    for module in modules:
+        layer, _, sublayer = str(module).partition(".")
+        for target in targets:
+            path, _, name = target.partition(".*.")
+            if not sublayer or name.startswith(f"{sublayer}."):
+                names.append(f"{path}.{layer}.{name}")
+    return names
 
 
 def _all_but(modules: Iterable[Module]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 
 from rankadaptor_optuna.model_layers import SUBLAYERS, layer_of, module_of, modules_of, read_layers
 from rankadaptor_optuna.model_layers import Granularity as Granularity
-from rankadaptor_optuna.ranks import Module, Ranks
+from rankadaptor_optuna.ranks import TARGETS, Module, Ranks, layers_path
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -46,6 +47,7 @@ class RankSpace:
         fixed_cost: Trainable parameters of the fixed layers.
         profile: Share of each searched layer (or sublayer) that pruning removed, in [0, 1]. Default: unknown (zeros).
         granularity: Whether each ``"layer"`` or each ``"sublayer"`` has a rank.
+        targets: Names of the adapted modules, see ``LoraSettings``. Default: not known.
 
     Attributes:
         modules: The searched layers or sublayers in depth order: the keys of a configuration.
@@ -66,12 +68,14 @@ class RankSpace:
         fixed_cost: float = 0,
         profile: Sequence[float] | None = None,
         granularity: Granularity = "layer",
+        targets: Sequence[str] | None = None,
     ) -> None:
         if n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, got {n_layers}.")
         if granularity not in _FORMATS:
             raise ValueError(f'granularity must be "layer" or "sublayer", got {granularity!r}.')
         self.granularity = granularity
+        self.targets = None if targets is None else tuple(targets)
         self.n_layers = int(n_layers)
         self.layers = tuple(range(n_layers)) if layers is None else tuple(int(i) for i in layers)
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
@@ -135,9 +139,10 @@ class RankSpace:
     ) -> RankSpace:
         """Makes the space of a (pruned) model: its layers, their costs and the layer profile.
 
-        A layer is any module path ``...layers.<i>...``, a sublayer ``...layers.<i>.self_attn...`` or
-        ``...layers.<i>.mlp...``. Its cost per rank is the sum of in + out features over its adapted linear modules. Its
-        profile is the share of linear weights missing against the largest layer (or sublayer of its kind).
+        A layer is a block of the text decoder's list of layers, a sublayer its ``self_attn`` or its ``mlp``. Its cost
+        per rank is the sum of in + out features over its adapted linear modules. Its profile is the share of linear
+        weights missing against the largest layer (or sublayer of its kind), relative to the shapes that the model's
+        configuration gives them. A warning names linear modules that get no adapter, such as those of a vision tower.
 
         Args:
             model: A ``torch.nn.Module``, or anything with such a ``.model`` (a ``PrunedModel``).
@@ -146,15 +151,25 @@ class RankSpace:
             unpruned_rank: Rank of the layers from which pruning removed nothing, which are not searched (8 in the
                 paper). None searches every layer; so does a model without pruned layers. Both sublayers of a pruned
                 layer are searched.
-            targets: Last path components of the adapted modules. Default: every linear module of a layer.
+            targets: Names of the adapted modules (ends of their dotted names); each must exist. LLaMA's seven names
+                stand for every linear module where one is missing. Default: every linear module of a layer.
             granularity: See the class.
 
         Raises:
-            ValueError: The model has no ``layers.<i>`` with linear modules of these names, or, by sublayers, a layer
-                has none in one of them or some outside both.
+            ValueError: The model cannot be adapted (``read_layers``), or its layers differ for an unknown reason and
+                ``unpruned_rank`` is not None.
         """
-        found = read_layers(model if hasattr(model, "named_modules") else model.model, targets, granularity)
-        pruned = {layer_of(module) for module, share in found.removed.items() if share > 0 or unpruned_rank is None}
+        model = model if hasattr(model, "named_modules") else model.model
+        found = read_layers(model, targets, granularity)
+        for note in found.notes:
+            warnings.warn(f"{type(model).__name__}: {note}.", stacklevel=2)
+        removed = found.removed or dict.fromkeys(found.costs, 0.0)
+        if found.removed is None and unpruned_rank is not None:
+            raise ValueError(
+                f"the layers of {type(model).__name__} have different modules, and its configuration does not tell "
+                "whether pruning did this; pass unpruned_rank=None (in a recipe -1) to search all layers."
+            )
+        pruned = {layer_of(module) for module, share in removed.items() if share > 0 or unpruned_rank is None}
         searched = sorted(pruned) or found.layers
         fixed = {} if unpruned_rank is None else {i: unpruned_rank for i in found.layers if i not in searched}
         modules = modules_of(searched, granularity)
@@ -166,15 +181,16 @@ class RankSpace:
             costs=[found.costs[module] for module in modules],
             fixed_ranks=fixed,
             fixed_cost=sum(fixed.get(layer_of(module), 0) * cost for module, cost in found.costs.items()),
-            profile=[found.removed[module] for module in modules],
+            profile=[removed[module] for module in modules],
             granularity=granularity,
+            targets=found.targets,
         )
 
     def by_module(self, values: Mapping[str, float]) -> dict[Any, float]:
         """Returns the sum of values over each searched layer (or sublayer), given values by submodule name."""
         sums: dict[Any, float] = dict.fromkeys(self.modules, 0.0)
         for name, value in values.items():
-            if (module := module_of(name, self.granularity)) in sums:
+            if (module := module_of(name, self.granularity, layers_path(self.targets or ()))) in sums:
                 sums[module] += value
         return sums
 
@@ -282,7 +298,9 @@ class RankSpace:
             "fixed_cost": self.fixed_cost,
             "profile": [round(p, 6) for p in self.profile],
         }
-        # without the key, workers of versions that know layers only can read it
+        # without these keys, workers of versions that do not know them can read it
+        if self.targets is not None and set(self.targets) != set(TARGETS):
+            described["targets"] = list(self.targets)
         return described if self.granularity == "layer" else {**described, "granularity": self.granularity}
 
     @classmethod

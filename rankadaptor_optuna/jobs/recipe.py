@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rankadaptor_optuna.jobs.old_recipes import FORMAT, upgraded
 from rankadaptor_optuna.jobs.output import progress_bar
 from rankadaptor_optuna.jobs.settings import CONTINUATION, Data, Evaluation, Pruner, Pruning, Space, validated
+from rankadaptor_optuna.model_layers import read_layers
 from rankadaptor_optuna.objective import check_reports
 from rankadaptor_optuna.pruning.config import llm_pruner_preset
 from rankadaptor_optuna.ranks import LoraSettings
@@ -172,8 +173,11 @@ class Recipe:
         """
         from rankadaptor_optuna.pruning import profile_of, prune
         from rankadaptor_optuna.pruning.checkpoint import check_prunable
+        from rankadaptor_optuna.recovery.models import check_language_model
 
         model, tokenizer = self.open_dense()
+        check_language_model(model)
+        read_layers(model, self.lora.targets, self.space.granularity)  # refuses targets before pruning
         if self.pruning.method == "none" or profile_of(model) is not None:
             return model, tokenizer, None
         check_prunable(model)
@@ -211,7 +215,7 @@ class Recipe:
             block_length=self.data.block_length,
             validation_blocks=self.data.validation_blocks,
             mask_prompt=self.data.mask_prompt,
-            targets=self.lora.targets,
+            targets=space.targets,
             alpha_ratio=self.lora.alpha_ratio,
             alpha=self.lora.alpha,
             dropout=self.lora.dropout,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankadaptor_optuna.model_layers import ModelLayers
 from rankadaptor_optuna.ranks import LoraSettings, Ranks
 
 if TYPE_CHECKING:
@@ -63,14 +64,53 @@ def detached(model: Any) -> Iterator[None]:  # noqa: ANN401
     try:
         yield
     finally:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                model.set_submodule(name, module.get_base_layer())
+        wrapped = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        for name in reversed(wrapped):  # inner wrappers first, where an adapter of PEFT's wraps another
+            base: Any = model.get_submodule(name)
+            while isinstance(base, BaseTunerLayer):
+                base = base.base_layer
+            model.set_submodule(name, base)
         if hasattr(model, "peft_config"):
             del model.peft_config
         model.train(was_training)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def trainable_parameters(model: Any) -> int:  # noqa: ANN401
+    """Number of parameters that require gradients."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def check_count(model: Any, expected: float) -> None:  # noqa: ANN401
+    """Checks the number of trainable parameters of a model with an adapter.
+
+    Raises:
+        ValueError: It is another than expected; the message gives both numbers.
+    """
+    if (found := trainable_parameters(model)) != expected:
+        raise ValueError(
+            f"the adapter has {found:,} trainable parameters, but the rank space counts {expected:,.0f}; "
+            "make the space by RankSpace.from_model with the targets of the adapter."
+        )
+
+
+def check_attachable(model: Any, settings: LoraSettings, layers: ModelLayers) -> None:  # noqa: ANN401
+    """Checks, without allocating it, that PEFT attaches an adapter to exactly the modules that were read off a model.
+
+    Raises:
+        ValueError: PEFT refuses the model, or adapts other modules.
+    """
+    from peft import get_peft_model
+
+    config = lora_config(Ranks.uniform(layers.costs, 1), settings)
+    with detached(model):
+        try:
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        except (ValueError, NotImplementedError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"PEFT cannot adapt {type(model).__name__}: {reason}") from error
+        check_count(adapted, sum(layers.costs.values()))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import warnings
 from typing import Any
 
+from rankadaptor_optuna.adaptable import features
 from rankadaptor_optuna.recovery.embedded import model_dir
 
 
@@ -46,9 +47,27 @@ def load_model(
     return model, tokenizer
 
 
+def check_language_model(model: Any) -> None:  # noqa: ANN401
+    """Checks that a transformers model predicts tokens.
+
+    Raises:
+        ValueError: It has no language-model head.
+    """
+    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head, so it has no loss on text; "
+            "load the model with AutoModelForCausalLM."
+        )
+
+
 def n_parameters(model: Any) -> int:  # noqa: ANN401
-    """Number of parameters of a model; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters of a model; tied ones count once, quantised ones by their features."""
+    packed = {}
+    for module in model.modules():
+        weight, size = getattr(module, "weight", None), features(module)
+        if size is not None and weight is not None and not weight.is_floating_point():
+            packed[id(weight)] = size[0] * size[1]
+    return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
 def quiet() -> None:

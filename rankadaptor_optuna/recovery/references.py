@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankadaptor_optuna.model_layers import layer_of, read_layers
 from rankadaptor_optuna.ranks import TARGETS, LoraSettings, Ranks
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.lora import detached, fixed_rng
@@ -35,8 +36,8 @@ def adapter_parameters(model: Any) -> int:  # noqa: ANN401
             continue
         for name, weight in ranks.items():
             rank = int((weight != 0).sum()) if getattr(module, "lora_E", None) else weight.out_features
-            shape = module.get_base_layer().weight.shape
-            total += rank * (shape[0] + shape[1]) if name in module.active_adapters else 0
+            # features, not the weight's shape: quantised weights are packed
+            total += rank * (module.in_features + module.out_features) if name in module.active_adapters else 0
     return total
 
 
@@ -96,7 +97,7 @@ def adalora(
         deltaT=max(1, steps // 100),
         total_step=steps,
         lora_alpha=lora.lora_alpha(rank),
-        target_modules=list(lora.targets),
+        target_modules=list(read_layers(model, lora.targets, "layer").modules),
         lora_dropout=lora.dropout,
         task_type="CAUSAL_LM",
     )
@@ -148,7 +149,7 @@ def eva(
         lora_alpha=lora.lora_alpha(rank),
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=_EVA_RHO, adjust_scaling_factors=lora.alpha is None),
-        target_modules=list(lora.targets),
+        target_modules=list(read_layers(model, lora.targets, "layer").modules),
         lora_dropout=lora.dropout,
         task_type="CAUSAL_LM",
     )
@@ -228,16 +229,20 @@ def fisher_information(
 
     Returns:
         ``{layer index: mean over examples of the sum of squared gradients}``.
+
+    Raises:
+        ValueError: An adapted module is quantised.
     """
     import torch
 
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training, device = model.training, next(model.parameters()).device
     weights: dict[int, list[Any]] = {}
-    for name, module in model.named_modules():
-        parts = name.split(".")
-        if parts[-1] in targets and "layers" in parts:
-            weights.setdefault(int(parts[parts.index("layers") + 1]), []).append(module.weight)
+    for name, layer in read_layers(model, targets, "layer").modules.items():
+        weight = model.get_submodule(name).weight
+        if not weight.is_floating_point():
+            raise ValueError(f"{name} is quantised, so it has no Fisher information; load the model unquantised.")
+        weights.setdefault(layer_of(layer), []).append(weight)
     found = dict.fromkeys(weights, 0.0)
     try:
         model.eval()

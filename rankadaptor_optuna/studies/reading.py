@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -65,8 +66,10 @@ class StudyReading:
 
     @property
     def lora(self) -> LoraSettings:
-        """The adapters' settings beside their ranks: those of the recipe, else the defaults."""
-        return LoraSettings.of(self.recipe.get("lora", {}))
+        """The adapters' settings beside their ranks: those of the recipe, else the defaults; the space's targets."""
+        settings = LoraSettings.of(self.recipe.get("lora", {}))
+        targets = None if self.space is None else self.space.targets
+        return settings if targets is None else replace(settings, targets=targets)
 
     @cached_property
     def rank_names(self) -> dict[str, Module]:

@@ -73,7 +73,7 @@ class Recommendation:
     @property
     def rank_pattern(self) -> dict[str, int]:
         """``rank_pattern`` of ``peft.LoraConfig``; empty where ``ranks`` is."""
-        return self.all_ranks.rank_pattern
+        return self.all_ranks.rank_pattern_of(self.lora)
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
