@@ -15,6 +15,7 @@ from typing import Any
 # Kernels of state-space mixers read these weights themselves, so an adapter would have no effect (transformers,
 # models/mamba/modeling_mamba.py: cuda_kernels_forward; models/mamba2: out_proj of mamba_split_conv1d_scan_combined).
 _READ_BY_KERNELS = ("out_proj", "x_proj", "dt_proj")
+_READ_BY_MODEL = ("correction_coefs",)  # Gemma3n clamps this weight in training (models/gemma3n/modeling_gemma3n.py)
 # PEFT takes these names for fused experts (peft/utils/transformers_weight_conversion.py: _MOE_TARGET_MODULE_MAPPING)
 _NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")  # the outermost list on the way to a module
@@ -83,7 +84,8 @@ def adaptable_linears(model: Any) -> Linears:  # noqa: ANN401
     uses = Counter(id(weight) for _, module in named if (weight := getattr(module, "weight", None)) is not None)
     modules = dict(named)
     inside = [name for name in found if name.startswith(f"{path}.")]
-    experts = _fused_experts(named, path)
+    stacked = _stacked(named, path)
+    has_experts = any("expert" in kind.lower() for kind in stacked.values())
     skipped: dict[str, list[str]] = {}
     adaptable = {}
     for name in inside:
@@ -92,17 +94,19 @@ def adaptable_linears(model: Any) -> Linears:  # noqa: ANN401
             reason = "shared by several layers"
         elif last in _READ_BY_KERNELS and hasattr(parent, "A_log") and hasattr(parent, "D"):
             reason = "bypassed by the kernels of state-space mixers"
-        elif experts and last in _NAMES_OF_EXPERTS:
+        elif last in _READ_BY_MODEL:
+            reason = "its weight is read without the module"
+        elif has_experts and last in _NAMES_OF_EXPERTS:
             reason = "named like the experts by PEFT"
-        elif type(module).__module__.startswith("transformers.models."):
-            reason = f"{type(module).__name__}, which is more than linear"
+        elif "Router" in type(module).__name__:
+            reason = "a router, more than linear"
         else:
             adaptable[name] = found[name]
             continue
         skipped.setdefault(reason, []).append(_inside(name, path))
     notes = [f"{', '.join(dict.fromkeys(names))} ({reason})" for reason, names in skipped.items()]
-    if experts:
-        notes.append(f"{', '.join(experts)} (fused experts, no linear modules)")
+    if stacked:
+        notes.append(f"{', '.join(stacked)} ({'fused experts' if has_experts else 'stacked'}, no linear modules)")
     if others:
         notes.append(f"{', '.join(others)} (not part of the text decoder {path})")
     if not adaptable:
@@ -115,15 +119,15 @@ def _inside(name: str, path: str) -> str:
     return name[len(path) + 1 :].partition(".")[2]
 
 
-def _fused_experts(named: Iterable[tuple[str, Any]], path: str) -> list[str]:
-    """Returns the names within a layer of parameters that stack one matrix per expert."""
-    names: dict[str, None] = {}
+def _stacked(named: Iterable[tuple[str, Any]], path: str) -> dict[str, str]:
+    """Returns the names within a layer of parameters that stack several matrices, with the module that has them."""
+    names: dict[str, str] = {}
     for name, module in named:
         if name.startswith(f"{path}.") and not hasattr(module, "kernel_size"):
             for parameter, value in module.named_parameters(recurse=False):
-                if value.ndim == 3:
-                    names[f"{_inside(name, path)}.{parameter}"] = None
-    return list(names)
+                if value.ndim == 3 and value.shape[0] > 1 and value.shape[1] > 1:
+                    names[f"{_inside(name, path)}.{parameter}"] = f"{name} {type(module).__name__}"
+    return names
 
 
 def _path_of_layers(model: Any, linears: Iterable[str]) -> tuple[str, list[str]]:  # noqa: ANN401

@@ -83,7 +83,8 @@ def test_each_seed_is_another_recovery_and_a_verification_trial_takes_its_own(jo
 
 
 def test_fixed_layers_are_recovered_too(model, tokenizer, texts):
-    space = RankSpace(4, layers=[1, 2], fixed_ranks={0: 6})
+    cost = RankSpace.from_model(model).costs[0]
+    space = RankSpace(4, layers=[1, 2], costs=[cost, cost], fixed_ranks={0: 6}, fixed_cost=6 * cost)
     job = RecoveryObjective(model, tokenizer, space, train=texts, validation=texts, training=TRAINING, block_length=32)
     with job.recovered({1: 2, 2: 4}) as adapted:
         ranks = {n.split(".")[4]: m.r["default"] for n, m in adapted.named_modules() if getattr(m, "lora_A", None)}

@@ -65,9 +65,9 @@ def detached(model: Any) -> Iterator[None]:  # noqa: ANN401
         yield
     finally:
         wrapped = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-        for name in reversed(wrapped):  # inner wrappers first, where an adapter of PEFT's wraps another
+        for name in reversed(wrapped):  # inner wrappers first: PEFT wraps fused experts more than once
             base: Any = model.get_submodule(name)
-            while isinstance(base, BaseTunerLayer):
+            while hasattr(base, "base_layer"):
                 base = base.base_layer
             model.set_submodule(name, base)
         if hasattr(model, "peft_config"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,8 @@ def train(
                                 f"training loss is {float(total)} at step {step}; lower the learning rate."
                             )
                         loss.backward()
+                if step == 0:
+                    _warn_of_idle(model)
                 sum_over_processes([total, *shared_gradients(parameters)])
                 losses.append(float(total))
                 tokens += sum(len(examples.ids[row]) for row in rows)
@@ -181,3 +184,11 @@ def train(
         model.train(was_training)
     tail = losses[-max(1, len(losses) // 4) :]
     return TrainingResult(float(np.mean(tail)), tokens, time.perf_counter() - start)
+
+
+def _warn_of_idle(model: Any) -> None:  # noqa: ANN401
+    """Warns of trainable parameters that no gradient has reached: they count, and have no effect."""
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if idle and n_processes() == 1:
+        shown = ", ".join(idle[:3])
+        warnings.warn(f"no gradient reached {len(idle)} trainable tensors in the first step: {shown}.", stacklevel=3)

@@ -207,3 +207,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory(model, blocks):
     _, same = trained(model, blocks, config=replace(config, gradient_checkpointing=True))
     torch.testing.assert_close(same, weights)
     assert not model.is_gradient_checkpointing
+
+
+def test_parameters_that_no_gradient_reaches_are_named(model, ids):
+    model.idle = torch.nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match=r"no gradient reached 2 trainable tensors.*: idle\.weight, idle"):
+        train(model, ids, TrainingConfig(steps=1), seed=0)
