@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ import numpy as np
 from rankadaptor_optuna.jobs.output import OutputFolder, bar, write_json
 from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
 from rankadaptor_optuna.jobs.results import (
-    BUDGET_TOLERANCE,
     COMPARED_METHODS,
     DENSE,
     NONE,
@@ -62,7 +60,7 @@ def compare(
     """Recovers with the recommended ranks and with the references, on fresh seeds, and measures them.
 
     All train on the same data in the same order with the recipe's settings, and are scored on data, and items of tasks,
-    that the search has not seen. No method exceeds the budget; AdaLoRA and EVA may by 0.5%. The results are in
+    that the search has not seen. No method exceeds the budget, which includes fixed layers. The results are in
     ``out/compare.json``; run again with the same settings, it measures only what is missing.
 
     Args:
@@ -109,10 +107,7 @@ def compare(
         rows.append(_row(method, measured))
     settings = {**settings, "ranks": found.ranks.to_json()}
     write_json(out / "compare.json", {"settings": settings, "rows": [vars(row) for row in rows]})
-    comparison = Comparison(rows, settings, space.budget, fresh, found.ranks, uniform, out)
-    if comparison.over_budget:
-        say(f"Over the budget of {space.budget:,.0f} parameters: {', '.join(comparison.over_budget)}")
-    return comparison
+    return Comparison(rows, settings, space.budget, fresh, found.ranks, uniform, out)
 
 
 def _read_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,17 +181,12 @@ def _recover_and_measure(
 ) -> dict[str, Any]:
     if method == NONE:
         return {**measure(job.model), "seconds": 0.0}
-    limit = (job.space.budget or math.inf) * BUDGET_TOLERANCE
-    rank = next(iter(job.space.uniform().values()))
-    while True:
-        with bar(method, job.training.steps) as shown:
-            start = time.perf_counter()
-            with _recovered(method, job, ranks, rank, seed, lambda step, loss: shown.update(1)) as adapted:
-                seconds = time.perf_counter() - start
-                shown.close()
-                if rank == 1 or adapter_parameters(adapted) <= limit or method not in _ADAPTIVE:
-                    return {**measure(adapted), "seconds": seconds}
-        rank -= 1  # adaptive methods move rank to modules that cost more: start from less
+    with bar(method, job.training.steps) as shown:
+        start = time.perf_counter()
+        with _recovered(method, job, ranks, seed, lambda step, loss: shown.update(1)) as adapted:
+            seconds = time.perf_counter() - start
+            shown.close()
+            return {**measure(adapted), "seconds": seconds}
 
 
 @contextmanager
@@ -204,15 +194,13 @@ def _recovered(
     method: str,
     job: RecoveryObjective,
     ranks: Ranks,
-    rank: int,
     seed: int,
     on_step: Callable[[int, float], None],
 ) -> Iterator[Any]:
-    """Yields the recovered model; ``ranks`` are the recommended ranks, adaptive methods start from ``rank``."""
+    """Yields the recovered model; ``ranks`` are the recommended ranks."""
     if adaptive := _ADAPTIVE.get(method):
-        with adaptive(
-            job.model, job.train, job.training, rank=rank, seed=seed, on_step=on_step, lora=job.lora
-        ) as model:
+        options = {"parameters": job.space.budget, "seed": seed, "on_step": on_step, "lora": job.lora}
+        with adaptive(job.model, job.train, job.training, **options) as model:
             yield model
         return
     job.on_step = on_step
@@ -227,14 +215,20 @@ def _recovered(
 
 
 def fisher_ranks(job: RecoveryObjective) -> Ranks:
-    """Returns ranks of the searched layers in proportion to their Fisher information, within the budget."""
+    """Returns ranks of the searched layers in proportion to their Fisher information, within the budget.
+
+    They are integers from the smallest candidate to the largest: the candidates alone may leave much of the budget.
+    """
     space = job.space
     shares = fisher_information(job.model, job.train, targets=job.lora.targets)
     layers = dict.fromkeys(space.layers, 0.0)
     for module, cost in zip(space.modules, space.costs, strict=True):
         layers[layer_of(module)] += cost
     found = proportional_ranks(
-        {layer: shares[layer] for layer in layers}, layers, space.candidates, space.searched_budget
+        {layer: shares[layer] for layer in layers},
+        layers,
+        range(space.candidates[0], space.candidates[-1] + 1),
+        space.searched_budget,
     )
     return Ranks({module: found[layer_of(module)] for module in space.modules})
 

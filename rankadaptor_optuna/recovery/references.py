@@ -5,6 +5,7 @@ AdaLoRA (arXiv 2303.10512) and EVA (arXiv 2410.07170) by PEFT, and ranks in prop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,7 +58,7 @@ def adalora(
     data: Examples,
     training: TrainingConfig,
     *,
-    rank: int,
+    parameters: float,
     seed: int,
     lora: LoraSettings | None = None,
     on_step: Callable[[int, float], None] | None = None,
@@ -65,13 +66,14 @@ def adalora(
     """Recovers a model by AdaLoRA, which removes ranks during training; removes the adapter on exit.
 
     Training starts from 1.5 times the final mean rank, as PEFT's defaults do. Ranks are constant for the first tenth of
-    the steps and in the last third (set by hand).
+    the steps and in the last third (set by hand). AdaLoRA's budget is a number of ranks; here it is one of parameters,
+    as a rank costs more in some modules of a pruned model than in others.
 
     Args:
         model: The pruned model.
         data: Training examples.
         training: Settings of the training loop.
-        rank: Mean final rank of all adapted modules.
+        parameters: Most adapter parameters in use at the end.
         seed: Seed of the initialisation and the data order.
         lora: The adapters' other settings. Default: ``LoraSettings()``.
         on_step: Called with (step, loss) after each step.
@@ -80,7 +82,8 @@ def adalora(
         The recovered model, with its adapter.
 
     Raises:
-        ValueError: The training has fewer than 4 steps, too few for AdaLoRA's three phases.
+        ValueError: The training has fewer than 4 steps, too few for AdaLoRA's three phases, or no module has a target's
+            name.
         FloatingPointError: The loss is not finite.
     """
     from peft import AdaLoraConfig, get_peft_model
@@ -88,7 +91,7 @@ def adalora(
     lora = lora or LoraSettings()
     training = training.for_examples(len(data))
     check_adalora(training)
-    steps = training.steps
+    steps, rank = training.steps, _mean_rank(model, lora, parameters)
     config = AdaLoraConfig(
         target_r=rank,
         init_r=max(rank + 1, round(_INITIAL * rank)),
@@ -104,9 +107,49 @@ def adalora(
     with detached(model):
         with fixed_rng(seed):
             adapted: Any = get_peft_model(model, config)
+        _keep_parameters(adapted.base_model.rankallocator, adapted, parameters)
         allocate = adapted.base_model.update_and_allocate
         train(adapted, data, training, seed=seed, on_step=on_step, before_zero_grad=allocate)
         yield adapted
+
+
+def _mean_rank(model: Any, lora: LoraSettings, parameters: float) -> int:  # noqa: ANN401
+    """Returns the rank in all adapted modules that comes closest to a number of parameters, at least 1.
+
+    Raises:
+        ValueError: No module has a target's name.
+    """
+    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in lora.targets]
+    if not modules:
+        raise ValueError(f"the model has no modules named {', '.join(lora.targets)}.")
+    return max(1, round(parameters / sum(module.in_features + module.out_features for module in modules)))
+
+
+def _keep_parameters(allocator: Any, adapted: Any, parameters: float) -> None:  # noqa: ANN401
+    """Makes PEFT's allocator of AdaLoRA remove the least important ranks down to a number of parameters."""
+    costs = {
+        f"{name.removeprefix('base_model.model.')}.lora_E.{allocator.adapter_name}": _cost_per_rank(module)
+        for name, module in adapted.named_modules()
+        if getattr(module, "lora_E", None)
+    }
+    mask, target, largest = allocator.mask_to_budget, allocator.target_bgt, max(costs.values())
+
+    def mask_to_budget(model: Any, budget: int) -> dict[str, list[bool]]:  # noqa: ANN401
+        allowed, kept = parameters * budget / target, allocator.init_bgt
+        excess = allocator.peft_config.init_r * sum(costs.values()) - allowed
+        while True:
+            kept = max(1, kept - max(1, math.ceil(excess / largest)))
+            pattern: dict[str, list[bool]] = mask(model, kept)
+            excess = sum(costs[name] * sum(in_use) for name, in_use in pattern.items()) - allowed
+            if excess <= 0 or kept == 1:
+                return pattern
+
+    allocator.mask_to_budget = mask_to_budget
+
+
+def _cost_per_rank(module: Any) -> int:  # noqa: ANN401
+    base = module.get_base_layer()
+    return int(base.in_features + base.out_features)
 
 
 @contextmanager
@@ -115,7 +158,7 @@ def eva(
     data: Examples,
     training: TrainingConfig,
     *,
-    rank: int,
+    parameters: float,
     seed: int,
     lora: LoraSettings | None = None,
     on_step: Callable[[int, float], None] | None = None,
@@ -130,7 +173,7 @@ def eva(
         model: The pruned model.
         data: Training examples.
         training: Settings of the training loop.
-        rank: Mean rank of all adapted modules.
+        parameters: Most adapter parameters.
         seed: Seed of the data order and the initialisation.
         lora: The adapters' other settings. Default: ``LoraSettings()``.
         on_step: Called with (step, loss) after each step.
@@ -144,6 +187,7 @@ def eva(
     from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 
     lora = lora or LoraSettings()
+    rank = _mean_rank(model, lora, parameters)
     config = LoraConfig(
         r=rank,
         lora_alpha=lora.lora_alpha(rank),
@@ -157,19 +201,25 @@ def eva(
     with detached(model):
         with fixed_rng(seed):
             adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-            components = _eva_components(adapted, data.batch(rows), rank)
+            components = _eva_components(adapted, data.batch(rows), rank, parameters)
             initialize_lora_eva_weights(adapted, eva_state_dict=components)
         train(adapted, data, training, seed=seed, on_step=on_step)
         yield adapted
 
 
-def _eva_components(adapted: Any, batch: dict[str, torch.Tensor], rank: int) -> dict[str, Any]:  # noqa: ANN401
+def _eva_components(
+    adapted: Any,  # noqa: ANN401
+    batch: dict[str, torch.Tensor],
+    rank: int,
+    parameters: float,
+) -> dict[str, Any]:
     """Computes EVA's initialisation: the principal components of each module's inputs that are among the best of all.
 
     Args:
         adapted: A PEFT model.
         batch: Model inputs, from ``Examples.batch``.
         rank: Mean rank of the modules.
+        parameters: Most parameters of all components; PEFT's limit is the number of components.
 
     Returns:
         ``{module name: (its rank, in features)}``, for ``peft.initialize_lora_eva_weights``.
@@ -207,7 +257,9 @@ def _eva_components(adapted: Any, batch: dict[str, torch.Tensor], rank: int) -> 
             hook.remove()
         adapted.train(was_training)
     explained = torch.stack([found[name][1] for name, _ in layers])
-    best = explained.flatten().argsort(descending=True)[: rank * len(layers)] // explained.shape[1]
+    best = explained.flatten().argsort(descending=True) // explained.shape[1]
+    costs = torch.tensor([_cost_per_rank(module) for _, module in layers], device=best.device)
+    best = best[costs[best].cumsum(0) <= parameters]
     ranks = torch.bincount(best, minlength=len(layers)).tolist()
     return {name: found[name][0][:r].clone() for (name, _), r in zip(layers, ranks, strict=True)}
 
@@ -268,7 +320,10 @@ def fisher_information(
 def proportional_ranks(
     shares: Mapping[int, float], costs: Mapping[int, float], candidates: Sequence[int], budget: float
 ) -> Ranks:
-    """Allocates ranks in proportion to each layer's share, within a budget: scaled alike, then rounded to candidates.
+    """Allocates ranks in proportion to each layer's share, within a budget.
+
+    All shares are scaled alike and rounded to candidates; the rest of the budget raises the layers that rounding cut
+    most.
 
     Args:
         shares: Share by layer, such as Fisher information; not negative.
@@ -277,20 +332,28 @@ def proportional_ranks(
         budget: Most parameters in all.
 
     Returns:
-        The ranks at the largest scale within the budget; the smallest candidates if no scale is.
+        The ranks; the smallest candidates if the budget allows no others.
     """
     layers = list(shares)
     worth = np.asarray([max(float(shares[layer]), 1e-30) for layer in layers])
     cost = np.asarray([costs[layer] for layer in layers])
     choices = np.asarray(candidates, dtype=np.float64)
 
-    def at(log_scale: float) -> NDArray[np.float64]:
+    def wanted(log_scale: float) -> NDArray[np.float64]:
         # far beyond the largest candidate, rounding would make the distances to all candidates equal
-        wanted = np.minimum(np.exp(log_scale) * worth / worth.max(), choices[-1])
-        return np.asarray(choices[np.abs(choices - wanted[:, None]).argmin(1)])
+        return np.minimum(np.exp(log_scale) * worth / worth.max(), choices[-1])
+
+    def at(log_scale: float) -> NDArray[np.int64]:
+        return np.abs(choices - wanted(log_scale)[:, None]).argmin(1)
 
     low, high = -30.0, 30.0 + float(np.log(worth.max() / worth.min()))
     for _ in range(80):  # bisection to double precision
         middle = (low + high) / 2
-        low, high = (middle, high) if at(middle) @ cost <= budget else (low, middle)
-    return Ranks(zip(layers, at(low), strict=True))
+        low, high = (middle, high) if choices[at(middle)] @ cost <= budget else (low, middle)
+    chosen, last = at(low), len(choices) - 1
+    while True:
+        rise = (choices[np.minimum(chosen + 1, last)] - choices[chosen]) * cost
+        possible = np.flatnonzero((chosen < last) & (choices[chosen] @ cost + rise <= budget))
+        if not len(possible):
+            return Ranks(zip(layers, choices[chosen], strict=True))
+        chosen[possible[(wanted(low) - choices[chosen])[possible].argmax()]] += 1

@@ -51,9 +51,16 @@ def comparison_verdict(comparison: Comparison) -> str:
         lines.append(f"{OURS} by {name}, paired differences on {len(comparison.seeds)} fresh seeds:\n")
         for method in comparison.references:
             paired = comparison.paired(method, measure)
-            lines.append(f"* {_VERDICTS[paired.verdict]} {method}: {difference_text(paired)}")
+            lines.append(
+                f"* {_VERDICTS[paired.verdict]} {method}: {difference_text(paired)}{_cost_note(comparison, method)}"
+            )
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _cost_note(comparison: Comparison, method: str) -> str:
+    difference = comparison.cost_difference(method)
+    return f", with {difference:+.1%} trainable parameters" if difference else ""
 
 
 def difference_text(paired: PairedDifference) -> str:

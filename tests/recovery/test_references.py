@@ -39,13 +39,13 @@ def ranks_in_use(adapted):
 
 
 @pytest.mark.parametrize("method", [adalora, eva])
-def test_it_recovers_by_ranks_of_the_mean_asked_for_and_leaves_the_model_as_it_was(model, data, blocks, method):
+def test_it_recovers_by_ranks_of_its_own_and_leaves_the_model_as_it_was(model, data, blocks, method):
     before = block_losses(model, blocks)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with method(model, data, CONFIG, rank=4, seed=0) as adapted:
+    with method(model, data, CONFIG, parameters=16 * COST, seed=0) as adapted:
         assert block_losses(adapted, blocks).mean() < before.mean() - 0.5
         ranks = ranks_in_use(adapted)
-    assert sum(ranks) == 4 * 28
+    assert 100 < sum(ranks) < 150
     assert len(set(ranks)) > 1
     assert {name for name, _ in model.named_parameters()} == set(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -56,9 +56,19 @@ def test_it_recovers_by_ranks_of_the_mean_asked_for_and_leaves_the_model_as_it_w
 def test_the_same_seed_gives_the_same_recovery(model, data, blocks, method):
     losses = []
     for seed in (0, 0, 1):
-        with method(model, data, SHORT, rank=4, seed=seed) as adapted:
+        with method(model, data, SHORT, parameters=16 * COST, seed=seed) as adapted:
             losses.append(block_losses(adapted, blocks).mean())
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("method", [adalora, eva])
+@pytest.mark.parametrize("parameters", [9_000, 13_337, 30_000])
+def test_it_uses_the_parameters_given_to_within_one_rank_of_one_module(model, data, method, parameters):
+    model.model.layers[1].mlp.gate_proj = torch.nn.Linear(32, 40, bias=False)
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 40, bias=False)
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(40, 32, bias=False)
+    with method(model, data, SHORT, parameters=parameters, seed=0) as adapted:
+        assert parameters - 96 < adapter_parameters(adapted) <= parameters
 
 
 def test_eva_starts_from_the_principal_components_of_each_modules_inputs(model, data):
@@ -73,8 +83,7 @@ def test_eva_starts_from_the_principal_components_of_each_modules_inputs(model, 
     config = LoraConfig(r=4, target_modules=["down_proj", "q_proj", "k_proj"], init_lora_weights="eva")
     with detached(model):
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        found = _eva_components(adapted, data.batch([0, 1, 2, 3]), rank=4)
-    assert sum(len(components) for components in found.values()) == 4 * 12
+        found = _eva_components(adapted, data.batch([0, 1, 2, 3]), rank=4, parameters=4 * 12 * 80)
     found = {name.split("layers.")[1]: components for name, components in found.items()}
     x = torch.cat(inputs)
     exact = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh
@@ -86,7 +95,7 @@ def test_eva_starts_from_the_principal_components_of_each_modules_inputs(model, 
 
 @pytest.mark.parametrize(("alpha", "scaling"), [(None, lambda rank: 2.0), (6, lambda rank: 6 / rank)])
 def test_eva_scales_by_the_same_policy_of_alpha(model, data, alpha, scaling):
-    with eva(model, data, SHORT, rank=4, seed=0, lora=LoraSettings(alpha=alpha)) as adapted:
+    with eva(model, data, SHORT, parameters=16 * COST, seed=0, lora=LoraSettings(alpha=alpha)) as adapted:
         found = {(m.r["default"], m.scaling["default"]) for m in adapted.modules() if getattr(m, "lora_A", None)}
     assert len(found) > 1
     assert all(value == pytest.approx(scaling(rank)) for rank, value in found)
@@ -96,7 +105,7 @@ def test_parameters_in_use_are_rank_times_in_plus_out(model, data):
     with attached(model, lora_config({0: 2, 3: 8}), seed=0) as adapted:
         assert adapter_parameters(adapted) == 10 * COST
         assert adapter_parameters(adapted) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    with adalora(model, data, CONFIG, rank=4, seed=0, lora=LoraSettings(("q_proj",))) as adapted:
+    with adalora(model, data, CONFIG, parameters=1024, seed=0, lora=LoraSettings(("q_proj",))) as adapted:
         assert adapter_parameters(adapted) == sum(ranks_in_use(adapted)) * 64 == 4 * 4 * 64
     assert adapter_parameters(model) == 0
 
@@ -104,7 +113,7 @@ def test_parameters_in_use_are_rank_times_in_plus_out(model, data):
 def test_adalora_needs_steps_for_its_phases(model, data):
     with (
         pytest.raises(ValueError, match="at least 4 training steps, got 3"),
-        adalora(model, data, TrainingConfig(steps=3), rank=4, seed=0),
+        adalora(model, data, TrainingConfig(steps=3), parameters=999, seed=0),
     ):
         pass
 
@@ -129,8 +138,8 @@ def test_ranks_follow_the_shares_and_use_the_budget():
     shares, costs = {0: 1.0, 1: 2.0, 2: 4.0, 3: 1.0}, dict.fromkeys(range(4), 10)
     assert proportional_ranks(shares, costs, range(1, 65), 8 * 4 * 10) == {0: 4, 1: 8, 2: 16, 3: 4}
     found = proportional_ranks(shares, costs, (2, 4, 6, 8, 10, 12), 8 * 4 * 10)
-    assert found[2] >= found[1] >= found[0] == found[3]
-    assert 260 <= sum(10 * rank for rank in found.values()) <= 320
+    assert found[2] >= found[1] >= max(found[0], found[3])
+    assert sum(10 * rank for rank in found.values()) == 320
 
 
 def test_where_no_scale_fits_the_smallest_candidates_are_taken():

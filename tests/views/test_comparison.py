@@ -41,6 +41,14 @@ def test_the_verdict_says_wins_and_losses_alike():
     assert verdicts[0].endswith(": -26.16% (95% interval -27.22% to -25.10%)")
 
 
+def test_the_verdict_says_where_trainable_parameters_differ():
+    rows = [row(method, parameters=8 if method == "EVA" else 10) for method in COMPARED_METHODS]
+    text = comparison_verdict(comparison(rows))
+    assert text.count("trainable parameters") == 1
+    line = next(line for line in text.splitlines() if "EVA" in line)
+    assert line.endswith("), with +25.0% trainable parameters")
+
+
 def test_the_verdict_is_also_about_the_searched_metric():
     scores = {method: {"margin": [-loss for loss in losses]} for method, losses in LOSSES.items()}
     text = comparison_verdict(comparison([row(method, scores=scores[method]) for method in COMPARED_METHODS]))
