@@ -29,12 +29,7 @@ train, held_out = blocks(texts.train, 2 * STEPS), blocks(texts.validation, 4)
 
 def objective(trial: optuna.Trial) -> float:
     ranks = space.with_fixed(space.suggest(trial))  # within the budget; those of layers left whole are fixed
-    config = LoraConfig(
-        rank_pattern={rf"layers\.{layer}\..*": rank for layer, rank in ranks.items()},
-        alpha_pattern={rf"layers\.{layer}\..*": 2 * rank for layer, rank in ranks.items()},
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+    config = LoraConfig(**ranks.lora_arguments())  # rank_pattern and the like; layers of rank 0 are left out
     torch.manual_seed(0)  # the same for every trial, so that they differ by their ranks
     adapted = get_peft_model(model, config)
     try:
@@ -54,4 +49,4 @@ study = optuna.create_study(direction="minimize", sampler=RankAdaptorSampler(spa
 study.optimize(objective, n_trials=5)
 best = recommend(study)
 print(best.evidence.statement)
-print("rank_pattern =", best.rank_pattern)
+print("LoraConfig arguments:", best.lora_arguments)

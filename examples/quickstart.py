@@ -25,4 +25,4 @@ study = optuna.create_study(
 study.optimize(objective, n_trials=8)
 best = recommend(study)
 print(best.evidence.statement)
-print("rank_pattern =", best.rank_pattern)
+print("LoraConfig arguments:", best.lora_arguments)

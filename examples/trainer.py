@@ -57,5 +57,5 @@ trainer.hyperparameter_search(
 )
 best = recommend(optuna.load_study(study_name=NAME, storage=STORAGE))
 print(best.evidence.statement)
-print("rank_pattern =", best.rank_pattern)
+print("LoraConfig arguments:", best.lora_arguments)
 print("learning rate =", best.params["learning_rate"])

@@ -17,6 +17,7 @@ from rankadaptor_optuna.plain_text import one_line
 SPACE_ATTR = "rankadaptor:space"  # the rank space, as RankSpace.to_dict returns it
 PRIOR_ATTR = "rankadaptor:prior"  # identity of the prior that the study began with
 RECIPE_ATTR = "rankadaptor:recipe"  # settings of its trials
+DIGESTS_ATTR = "rankadaptor:digests"  # digests of the data of its trials
 SENSITIVITY_ATTR = "rankadaptor:sensitivity"  # sensitivity of the loss to each layer's adapter, by rank parameter
 CONVERGED_ATTR = "rankadaptor:converged"  # statement of StopWhenConverged
 
@@ -70,6 +71,15 @@ def recipe_of(user_attrs: Mapping[str, Any]) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{unusable(RECIPE_ATTR, value, 'an object of settings')}.")
     return value
+
+
+def digests_of(user_attrs: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the digests of the data of a study's trials; empty where there are none."""
+    value = user_attrs.get(DIGESTS_ATTR, {})
+    if isinstance(value, dict) and all(isinstance(each, str) for each in value.values()):
+        return value
+    warn_once(f"{unusable(DIGESTS_ATTR, value, 'an object of texts')}: ignored.")
+    return {}
 
 
 def identity_of(user_attrs: Mapping[str, Any]) -> str | None:

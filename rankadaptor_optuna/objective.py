@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,7 +19,7 @@ from optuna.trial import Trial
 from rankadaptor_optuna.attributes import ITEMS_ATTR
 from rankadaptor_optuna.model_layers import ModelLayers, read_layers
 from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS, LoraSettings, Ranks
-from rankadaptor_optuna.recovery.data import examples_of
+from rankadaptor_optuna.recovery.data import Examples, examples_of
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, check_attachable, check_count, lora_config, trainable_parameters
 from rankadaptor_optuna.recovery.memory import free_memory, peak_memory
@@ -29,6 +31,7 @@ from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.sensitivity_note import note_sensitivity
 
+_logger = logging.getLogger(__name__)
 # Failures of a trial, not of the program. Out of memory and a killed data loader are RuntimeErrors of torch.
 _FAILURES = (RuntimeError, FloatingPointError, MemoryError, OSError)
 _ITEMS_AT_ONCE = 4  # held-out blocks between two decisions of the pruner; one forward pass of block_losses
@@ -42,7 +45,8 @@ class RecoveryObjective:
     study with ``direction=objective.direction``.
 
     A trial that fails (loss not finite, out of memory, unreadable data) becomes a FAIL trial with its reason in the
-    user attribute ``fail_reason``; its memory is freed, and the study goes on.
+    user attribute ``fail_reason``; its traceback is logged, its memory is freed, and the study goes on. An error of
+    ``on_step`` or of the study's pruner ends the study.
 
     The first trial of uniform ranks also measures how sensitive the loss is to each layer's adapter, see
     ``note_sensitivity``.
@@ -63,8 +67,8 @@ class RecoveryObjective:
         tokenizer: Its tokenizer.
         space: The rank space.
         train: Training data: texts, packed into blocks; or records with ``instruction``, ``output`` and, optionally,
-            ``input``, one example each, see ``instruction_examples``.
-        validation: Texts or records to score on.
+            ``input``, one example each, see ``instruction_examples``; or examples.
+        validation: Texts, records or examples to score on.
         training: Settings of the training loop.
         block_length: Tokens per block, or largest number of tokens of a record.
         validation_blocks: Largest number of blocks or records to score on.
@@ -98,8 +102,8 @@ class RecoveryObjective:
         tokenizer: Any,  # noqa: ANN401
         space: RankSpace,
         *,
-        train: Sequence[str] | Sequence[Mapping[str, Any]],
-        validation: Sequence[str] | Sequence[Mapping[str, Any]],
+        train: Sequence[str] | Sequence[Mapping[str, Any]] | Examples,
+        validation: Sequence[str] | Sequence[Mapping[str, Any]] | Examples,
         training: TrainingConfig | None = None,
         block_length: int = 256,
         validation_blocks: int = 12,
@@ -137,6 +141,7 @@ class RecoveryObjective:
         check_counts(space, layers)
         check_attachable(self.model, self.lora, layers)
         self._report_every, self._report_items = report_every, report_items
+        self._propagated: Exception | None = None
         read = partial(examples_of, tokenizer, length=block_length, mask_prompt=mask_prompt)
         self.train = read(train)
         self.training = (training or TrainingConfig()).for_examples(len(self.train))
@@ -186,7 +191,8 @@ class RecoveryObjective:
 
             def after(step: int, loss: float) -> None:
                 if self.on_step is not None:
-                    self.on_step(step, loss)
+                    with self._propagating():
+                        self.on_step(step, loss)
                 if on_step is not None:
                     on_step(model, step + 1)
 
@@ -239,7 +245,10 @@ class RecoveryObjective:
             if not math.isfinite(score):
                 raise FloatingPointError(f"the {self.metric} on held-out data is {score}.")
         except _FAILURES as error:
+            if error is self._propagated:
+                raise
             failed = f"{type(error).__name__}: {error}"[:500]
+            _logger.warning("Trial %d failed.\n%s", trial.number, traceback.format_exc())
         if failed is not None:  # here the error no longer keeps its frames and their tensors alive
             trial.set_user_attr("fail_reason", failed)
             free_memory()
@@ -257,8 +266,21 @@ class RecoveryObjective:
         if done % self._report_every == 0 and done < self.training.steps:
             loss = float(block_losses(model, self._report).mean())
             trial.report(loss if self.direction == "minimize" else -loss, done)
-            if trial.should_prune():
+            if self._should_prune(trial):
                 raise TrialPruned(f"stopped after {done} of {self.training.steps} steps")
+
+    @contextmanager
+    def _propagating(self) -> Iterator[None]:
+        """Marks an error of the user's code, which is no failure of the trial."""
+        try:
+            yield
+        except Exception as error:
+            self._propagated = error
+            raise
+
+    def _should_prune(self, trial: Trial) -> bool:
+        with self._propagating():
+            return trial.should_prune()
 
     def _score(self, trial: Trial, model: Any, *, by_item: bool) -> float:  # noqa: ANN401
         losses = self._losses_by_item(trial, model) if by_item else block_losses(model, self.held_out)
@@ -281,7 +303,7 @@ class RecoveryObjective:
         losses = np.zeros(len(self.held_out))
         order = np.random.default_rng([self.seed, trial.number]).permutation(len(losses)).tolist()
         for start in range(0, len(order), _ITEMS_AT_ONCE):
-            if start and trial.should_prune():
+            if start and self._should_prune(trial):
                 raise TrialPruned(f"evaluation stopped after {start} of {len(order)} items")
             rows = order[start : start + _ITEMS_AT_ONCE]
             losses[rows] = block_losses(model, self.held_out.of_rows(rows))

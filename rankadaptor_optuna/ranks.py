@@ -33,6 +33,8 @@ class LoraSettings:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.targets:
+            raise ValueError("targets must name at least one module, such as q_proj, got none.")
         for name in ("alpha_ratio", "alpha"):
             value = getattr(self, name)
             if value is not None and not value > 0:

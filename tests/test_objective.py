@@ -206,11 +206,33 @@ def test_a_score_that_is_not_finite_fails_with_its_reason_and_the_next_trial_run
     assert study.trials[0].user_attrs["fail_reason"] == "FloatingPointError: the loss on held-out data is nan."
 
 
-def test_a_diverged_trial_fails_with_the_step(make_job, tokenizer):
+def test_a_diverged_trial_fails_with_the_step_and_its_traceback_is_logged(make_job, tokenizer, caplog):
     job = make_job(tokenizer, training=TrainingConfig(steps=4, learning_rate=1e30))
     study = run(job, 1)
     assert study.trials[0].state is TrialState.FAIL
     assert study.trials[0].user_attrs["fail_reason"].startswith("FloatingPointError: training loss is nan at step")
+    assert "Trial 0 failed.\nTraceback (most recent call last):" in caplog.text
+    assert "FloatingPointError: training loss is nan" in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("no such file"), KeyError("key")])
+def test_an_error_of_the_users_callback_or_pruner_ends_the_study(make_job, tokenizer, error):
+    def fails(*_):
+        raise error
+
+    pruner = optuna.pruners.NopPruner()
+    pruner.prune = fails
+    for job in (
+        make_job(tokenizer, on_step=fails),
+        make_job(tokenizer, report_every=1),
+        make_job(tokenizer, report_items=True),
+    ):
+        study = create_study(direction="minimize", sampler=RankAdaptorSampler(job.space, prior=None), pruner=pruner)
+        with pytest.raises(type(error)) as raised:
+            study.optimize(job, n_trials=2)
+        assert raised.value is error
+        assert len(study.trials) == 1
+        assert not any("lora" in name for name, _ in job.model.named_parameters())
 
 
 def test_a_mistake_in_the_program_is_not_hidden_as_a_failed_trial(job, monkeypatch):

@@ -64,4 +64,4 @@ def search(
         say=say,
     )
     if process_index() == 0:
-        say(f"Ranks, rank_pattern and alpha_pattern: {result.out / 'recommendation.json'}")
+        say(f"Ranks and arguments of peft.LoraConfig: {result.out / 'recommendation.json'}")

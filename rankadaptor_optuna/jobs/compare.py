@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optuna.study import Study
 
+from rankadaptor_optuna.jobs.inputs import Inputs
 from rankadaptor_optuna.jobs.output import OutputFolder, bar, write_json
-from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
+from rankadaptor_optuna.jobs.recipe import Recipe, comparable
 from rankadaptor_optuna.jobs.results import (
     COMPARED_METHODS,
     DENSE,
@@ -24,11 +26,10 @@ from rankadaptor_optuna.jobs.results import (
     Row,
 )
 from rankadaptor_optuna.jobs.settings import Evaluation
-from rankadaptor_optuna.jobs.stored import load_pruned_job, stored_study
+from rankadaptor_optuna.jobs.stored import check_digests, check_modules, stored_study
 from rankadaptor_optuna.model_layers import layer_of
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.ranks import Ranks
-from rankadaptor_optuna.recovery.data import examples_of
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.models import n_parameters
 from rankadaptor_optuna.recovery.references import (
@@ -89,11 +90,12 @@ def compare(
         check_adalora(recipe.training)
     found, space = recommend(study), study_space(study)
     assert space is not None  # stored by the sampler of the first trial
-    settings = {"recipe": recipe.to_dict(), "tasks": list(tasks), "limit": limit}
-    folder, ours = OutputFolder(out, settings, _read_settings), ",".join(map(str, found.ranks.values()))
+    settings: dict[str, Any] = {"recipe": recipe.resolved().to_dict(), "tasks": list(tasks), "limit": limit}
+    folder = OutputFolder(out, settings, partial(_read_settings, recipe=settings["recipe"]))
+    ours = ",".join(map(str, found.ranks.values()))
     _name_ranks(folder)
     evaluation = recipe.evaluation.for_report(tasks, include_path, limit)
-    bench = _Bench(recipe, evaluation, found.ranks, pruned, study.study_name, "AdaLoRA" in methods)
+    bench = _Bench(recipe, evaluation, found.ranks, pruned, study, "AdaLoRA" in methods)
     fresh = tuple(1000 * (recipe.seed + 1) + i for i in range(seeds))
     uniform, rows = space.uniform(), []
     for method in methods:
@@ -110,9 +112,9 @@ def compare(
     return Comparison(rows, settings, space.budget, fresh, found.ranks, uniform, out)
 
 
-def _read_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+def _read_settings(stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings of an earlier version in the current format, in which ranks are part of a measurement's key."""
-    recipe = {"recipe": in_current_format(stored["recipe"])} if "recipe" in stored else {}
+    recipe = {"recipe": comparable(stored["recipe"], recipe)} if "recipe" in stored else {}
     return {key: value for key, value in {**stored, **recipe}.items() if key != "ranks"}
 
 
@@ -132,29 +134,35 @@ class _Bench:
         evaluation: Evaluation,
         ranks: Ranks,
         pruned: Path | None,
-        study_name: str,
+        study: Study,
         has_adalora: bool,
     ) -> None:
         self._recipe, self._evaluation, self._ranks = recipe, evaluation, ranks
-        self._pruned, self._study_name, self._has_adalora = pruned, study_name, has_adalora
+        self._pruned, self._study, self._has_adalora = pruned, study, has_adalora
 
     @cached_property
-    def _job(self) -> RecoveryObjective:
-        job = load_pruned_job(self._recipe, self._pruned, self._ranks, self._study_name)
+    def _inputs(self) -> Inputs:
+        inputs = Inputs(self._recipe, self._pruned)
+        check_digests(self._study, inputs.digests())
         if self._has_adalora:
-            check_adalora(job.training)  # epochs have become steps
-        return job
+            check_adalora(inputs.training)  # epochs have become steps
+        return inputs
 
     @cached_property
     def _report(self) -> tuple[Any, Any]:
         """The report data as examples, and the tasks."""
-        data, texts = self._recipe.data, self._recipe.read_data().report
-        read = partial(examples_of, self._job.tokenizer, length=data.block_length, mask_prompt=data.mask_prompt)
-        examples = read(texts, limit=data.report_blocks)
-        return examples, self._evaluation.suite(self._job.tokenizer, "report", texts)
+        inputs, texts = self._inputs, self._inputs.parts.report
+        examples = inputs.examples(texts, self._recipe.data.report_blocks)
+        return examples, self._evaluation.suite(inputs.tokenizer, "report", texts)
+
+    @cached_property
+    def _job(self) -> RecoveryObjective:
+        job = self._inputs.objective(tasks=None)
+        check_modules(job, self._ranks, self._study.study_name, self._pruned or self._recipe.model)
+        return job
 
     def recover_and_measure(self, method: str, seed: int) -> dict[str, Any]:
-        job, _ = self._job, self._report  # loaded before any training, as either may be refused
+        _, job = self._report, self._job  # read before any training, as either may be refused
         if method == DENSE:
             return {**self._measure(self._recipe.open_dense()[0]), "seconds": 0.0}
         return _recover_and_measure(method, job, self._ranks, seed, self._measure)

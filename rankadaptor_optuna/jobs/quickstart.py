@@ -10,11 +10,10 @@ from typing import Any
 from rankadaptor_optuna.database import masked
 from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.export import train_adapter
-from rankadaptor_optuna.jobs.output import OutputFolder
-from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
+from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.results import DENSE, NONE, OURS, UNIFORM, Exported, QuickstartResult, SearchResult
 from rankadaptor_optuna.jobs.search import search
-from rankadaptor_optuna.jobs.stored import load_pruned_job
+from rankadaptor_optuna.jobs.stored import load_pruned_job, recipe_folder
 from rankadaptor_optuna.priors.choice import OnBadPrior
 
 
@@ -60,13 +59,13 @@ def quickstart(
 def _exported(searched: SearchResult) -> Exported:
     """Trains and writes the adapter, unless ``out/adapter`` has the recommended ranks already."""
     recipe, ranks, out = searched.recipe, searched.recommendation.ranks, searched.out
-    folder = OutputFolder(out, recipe.to_dict(), in_current_format)
+    folder, base = recipe_folder(out, recipe), str((out / "pruned").resolve())
     done = folder.measured.get("adapter")  # earlier versions kept a text there
     if not isinstance(done, dict) or done["ranks"] != ranks.to_json() or not (out / "adapter").exists():
         job = load_pruned_job(recipe, out / "pruned", ranks, searched.study_name)
-        loss, before = train_adapter(job, ranks, out / "adapter", base=out / "pruned")
+        loss, before = train_adapter(job, ranks, out / "adapter", base=base)
         done = {"ranks": ranks.to_json(), "loss": loss, "loss_before": before}
         folder.record("adapter", done)
     storage = masked(searched.storage)
     losses = done["loss"], done["loss_before"]
-    return Exported(searched.recommendation, recipe, searched.study_name, storage, *losses, out)
+    return Exported(searched.recommendation, recipe, searched.study_name, storage, *losses, base, out)

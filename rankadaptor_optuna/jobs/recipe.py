@@ -6,6 +6,7 @@ with the study, so a worker on another machine needs only the database and the s
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rankadaptor_optuna.jobs.old_recipes import FORMAT, upgraded
 from rankadaptor_optuna.jobs.output import progress_bar
 from rankadaptor_optuna.jobs.settings import CONTINUATION, Data, Evaluation, Pruner, Pruning, Space, validated
-from rankadaptor_optuna.model_layers import read_layers
 from rankadaptor_optuna.objective import check_reports
 from rankadaptor_optuna.pruning.config import llm_pruner_preset
-from rankadaptor_optuna.ranks import LoraSettings
+from rankadaptor_optuna.ranks import LoraSettings, Ranks
 from rankadaptor_optuna.recovery.train import TrainingConfig
 from rankadaptor_optuna.space import RankSpace
+
+_BUDGET_MARGIN = 0.9  # share of the expected cheapest cost below which a budget is hopeless; set by hand
 
 if TYPE_CHECKING:
     from rankadaptor_optuna.objective import RecoveryObjective
@@ -162,29 +164,62 @@ class Recipe:
         """
         return self.open_model(None if self.model == "embedded" else self.model)
 
-    def read_model(self) -> tuple[Any, Any, PrunedModel | None]:
-        """Loads the recipe's model and, if it is dense, prunes it.
+    def resolved(self) -> Recipe:
+        """Returns the recipe with the dtype that this machine chooses, and without a device, which changes no score."""
+        from rankadaptor_optuna.recovery.models import search_dtype
 
-        Returns:
-            (pruned model, tokenizer, result of pruning; None if the model was pruned already).
+        dtype = self.dtype or str(search_dtype(self.device)).removeprefix("torch.")
+        return replace(self, dtype=dtype, device=None)
+
+    def prunes(self, model: Any) -> bool:  # noqa: ANN401
+        """Returns whether a trial needs this model pruned: it is dense, and the recipe names a pruning method."""
+        from rankadaptor_optuna.pruning import profile_of
+
+        return self.pruning.method != "none" and profile_of(model) is None
+
+    def check_space(self, dense: Any) -> None:  # noqa: ANN401
+        """Checks that the dense model can be pruned, has the targets, and that its pruned model may fit the budget.
 
         Raises:
-            ValueError: There is no such model, or it cannot be pruned with these options.
+            ValueError: It cannot, has not, or the budget is far below the cheapest configuration.
         """
-        from rankadaptor_optuna.pruning import profile_of, prune
         from rankadaptor_optuna.pruning.checkpoint import check_prunable
         from rankadaptor_optuna.recovery.models import check_language_model
 
-        model, tokenizer = self.open_dense()
-        check_language_model(model)
-        read_layers(model, self.lora.targets, self.space.granularity)  # refuses targets before pruning
-        if self.pruning.method == "none" or profile_of(model) is not None:
-            return model, tokenizer, None
-        check_prunable(model)
+        check_language_model(dense)
+        check_prunable(dense)
+        space = self._space_of(dense, budget=None)
+        rank, budget = space.candidates[0], str(self.space.budget)
+        limit = math.inf if budget.startswith("uniform:") else float(budget)
+        # pruning takes no larger share of the cost per rank, in + out, than of the parameters, in x out
+        cheapest = (1 - self.pruning.ratio) * space.cost(Ranks.uniform(space.modules, rank))
+        if limit < _BUDGET_MARGIN * cheapest:
+            raise ValueError(
+                f"space.budget {limit:,.0f} is below the cheapest configuration: rank {rank} in every layer of the "
+                f"pruned model costs about {cheapest:,.0f}. Raise the budget or add a smaller candidate."
+            )
+
+    def prune(self, dense: Any, tokenizer: Any) -> PrunedModel:  # noqa: ANN401
+        """Prunes a dense model as the recipe says, with a progress bar.
+
+        Raises:
+            ValueError: It cannot be pruned with these options.
+        """
+        from rankadaptor_optuna.pruning import prune
+
         options = {name: value for name, value in asdict(self.pruning).items() if value is not None}
         with progress_bar("prune") as progress:
-            pruned = prune(model, tokenizer, progress=progress, **({"seed": self.seed} | options))
-        return pruned.model.to(model.device), tokenizer, pruned
+            return prune(dense, tokenizer, progress=progress, **({"seed": self.seed} | options))
+
+    def _space_of(self, model: Any, budget: float | str | None) -> RankSpace:  # noqa: ANN401
+        return RankSpace.from_model(
+            model,
+            self.space.candidates,
+            budget,
+            unpruned_rank=None if self.space.unpruned_rank < 0 else self.space.unpruned_rank,
+            targets=self.lora.targets,
+            granularity=self.space.granularity,
+        )
 
     def objective(self, model: Any, tokenizer: Any, **settings: Any) -> RecoveryObjective:  # noqa: ANN401
         """Returns the trial objective on a pruned model; ``settings`` are further arguments of ``RecoveryObjective``.
@@ -194,23 +229,16 @@ class Recipe:
         """
         from rankadaptor_optuna.objective import RecoveryObjective
 
-        parts = self.read_data()
+        if "train" not in settings:
+            parts = self.read_data()
+            settings |= {"train": parts.train, "validation": parts.validation}
         if "tasks" not in settings:
             settings |= {"tasks": self.evaluation.suite(tokenizer, "search"), "metric": self.evaluation.metric}
-        space = RankSpace.from_model(
-            model,
-            self.space.candidates,
-            self.space.budget,
-            unpruned_rank=None if self.space.unpruned_rank < 0 else self.space.unpruned_rank,
-            targets=self.lora.targets,
-            granularity=self.space.granularity,
-        )
+        space = self._space_of(model, self.space.budget)
         return RecoveryObjective(
             model,
             tokenizer,
             space,
-            train=parts.train,
-            validation=parts.validation,
             training=self.training,
             block_length=self.data.block_length,
             validation_blocks=self.data.validation_blocks,
@@ -277,14 +305,18 @@ PRESETS = {
 }
 
 
-def in_current_format(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a stored recipe in the current format, with all settings; other settings unchanged.
+def comparable(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a stored recipe in the current format, with all settings, to compare with ``Recipe.resolved``.
+
+    It has no device, and the dtype of ``now`` where an earlier version left the choice to the machine. Settings that
+    are no recipe are unchanged.
 
     Raises:
         ValueError: A newer version wrote the recipe.
     """
-    settings = upgraded(recipe)
+    settings = upgraded(stored)
     try:
-        return Recipe.from_dict(settings).to_dict()
+        settings = Recipe.from_dict(settings).to_dict()
     except ValueError:
         return settings
+    return {**settings, "device": None, "dtype": settings["dtype"] or now["dtype"]}

@@ -189,6 +189,7 @@ class Exported:
         storage_masked: URL of its storage without a password.
         loss: Loss on the validation data after the recovery, nats per target token.
         loss_before: The same of the pruned model.
+        base: The model that the adapter belongs to: absolute path of its folder, or Hub name.
         out: Folder of the adapter.
     """
 
@@ -198,6 +199,7 @@ class Exported:
     storage_masked: str
     loss: float
     loss_before: float
+    base: str
     out: Path
 
 

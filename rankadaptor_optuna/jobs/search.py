@@ -6,18 +6,21 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, WilcoxonPruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from rankadaptor_optuna.attributes import DIGESTS_ATTR, digests_of
 from rankadaptor_optuna.database import masked
-from rankadaptor_optuna.jobs.output import OutputFolder, bar, write_json
+from rankadaptor_optuna.jobs.inputs import Inputs
+from rankadaptor_optuna.jobs.output import bar, write_json
 from rankadaptor_optuna.jobs.priors import read_prior
-from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
+from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.results import SearchResult
-from rankadaptor_optuna.jobs.stored import recipe_as_stored
+from rankadaptor_optuna.jobs.stored import check_digests, recipe_as_stored, recipe_folder
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.priors.choice import OnBadPrior
@@ -26,6 +29,9 @@ from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.studies.recommendation import recommend
 from rankadaptor_optuna.studies.storage import create_study, open_storage
+
+if TYPE_CHECKING:
+    from rankadaptor_optuna.pruning.core import PrunedModel
 
 
 def pruner_of(recipe: Recipe, steps: int) -> BasePruner:
@@ -137,27 +143,30 @@ def search(
         raise ValueError(f"trials must be at least 1, got {trials}.")
     join_processes()
     url = storage or f"sqlite:///{(out / 'study.db').as_posix()}"
-    settings = recipe.to_dict()
+    settings = recipe.resolved().to_dict()
     with main_first():
-        folder = OutputFolder(out, settings, in_current_format)
+        folder = recipe_folder(out, recipe)
         opened = None if storage is None else open_storage(storage)
         if opened is not None:
             recipe_as_stored(opened, study_name, settings)  # refuses other settings before any work
         if prior is not None and on_bad_prior == "raise":
             read_prior(prior, storage)
-        pruned = None
-        if (out / "pruned").exists():
-            model, tokenizer = recipe.open_model(out / "pruned")
-            job = recipe.objective(model, tokenizer)
-        else:
+        is_pruned = (out / "pruned").exists()
+        if not is_pruned:
             say(f"Model: {one_line(recipe.model)}")
-            model, tokenizer, pruned = recipe.read_model()
+        inputs = Inputs(recipe, out / "pruned" if is_pruned else None)
+        digests, suite = inputs.digests(), recipe.evaluation.suite(inputs.tokenizer, "search")
+        if opened is not None and study_name in optuna.get_all_study_names(opened):
+            check_digests(optuna.load_study(study_name=study_name, storage=opened), digests)
+
+        def keep(model: Any, tokenizer: Any, pruned: PrunedModel | None) -> None:  # noqa: ANN401
             if pruned is not None:
                 removed = f"{pruned.parameters_removed:.1%} of the blocks' parameters removed"
                 say(f"Pruned by {recipe.pruning.method}: {removed}")
-            job = recipe.objective(model, tokenizer)
             folder.start()
             save_pruned(model, out / "pruned", tokenizer)
+
+        job = inputs.objective(None if is_pruned else keep, tasks=suite, metric=recipe.evaluation.metric)
         opened = opened or open_storage(url)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of WilcoxonPruner and metric names
@@ -170,9 +179,11 @@ def search(
             pruner=pruner_of(recipe, job.training.steps),
         )
         study.set_metric_names([job.metric])
+        check_digests(study, digests)
+        study.set_user_attr(DIGESTS_ATTR, {**digests_of(study.user_attrs), **digests})
     if process_index() != 0:
         job.follow()
-        return SearchResult(study, study_name, url, recipe, job.space, recommend(study), pruned, out)
+        return SearchResult(study, study_name, url, recipe, job.space, recommend(study), inputs.pruned, out)
     say(f"Study {study_name!r} in {masked(url)}: {trials} trials, {job.space!r}")
     try:
         run_trials(study, job, trials, shared=storage is not None)
@@ -183,9 +194,10 @@ def search(
         "ranks": found.ranks.to_json(),
         "rank_pattern": found.rank_pattern,
         "alpha_pattern": found.alpha_pattern,
+        "lora_arguments": found.lora_arguments if any(found.all_ranks.values()) else None,
         "trainable_parameters": found.cost,
         "evidence": found.evidence.statement,
     }
     write_json(out / "recommendation.json", answer)
     say(found.evidence.statement)
-    return SearchResult(study, study_name, url, recipe, job.space, found, pruned, out)
+    return SearchResult(study, study_name, url, recipe, job.space, found, inputs.pruned, out)

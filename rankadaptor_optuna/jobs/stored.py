@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from rankadaptor_optuna.attributes import RECIPE_ATTR, recipe_of
+from rankadaptor_optuna.attributes import RECIPE_ATTR, digests_of, recipe_of
 from rankadaptor_optuna.database import masked
-from rankadaptor_optuna.jobs.recipe import Recipe, in_current_format
+from rankadaptor_optuna.jobs.inputs import Inputs, OnPruned
+from rankadaptor_optuna.jobs.output import OutputFolder
+from rankadaptor_optuna.jobs.recipe import Recipe, comparable
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.studies.storage import check_same_settings, open_storage
@@ -93,6 +96,11 @@ def _only_study(storage: BaseStorage, url: str) -> str:
 def recipe_as_stored(storage: BaseStorage, study_name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """Returns the recipe in the format in which the study holds it, which an earlier version may have written.
 
+    Args:
+        storage: The storage; the study need not exist yet.
+        study_name: Name of the study.
+        recipe: ``Recipe.resolved`` as a dictionary.
+
     Raises:
         ValueError: The study belongs to another recipe.
     """
@@ -101,11 +109,45 @@ def recipe_as_stored(storage: BaseStorage, study_name: str, recipe: dict[str, An
     stored = recipe_of(optuna.load_study(study_name=study_name, storage=storage).user_attrs)
     if stored is None:
         return recipe
-    check_same_settings(f"study {study_name!r}", in_current_format(stored), recipe, "another study name")
+    check_same_settings(f"study {study_name!r}", comparable(stored, recipe), recipe, "another study name")
     return dict(stored)
 
 
-def load_pruned_job(recipe: Recipe, pruned: Path | None, modules: Iterable[Any], study_name: str) -> RecoveryObjective:
+def check_digests(study: Study, digests: dict[str, str]) -> None:
+    """Checks that the study's trials had the same data; a study of an earlier version has no digests.
+
+    Raises:
+        ValueError: The data is other data.
+    """
+    stored = digests_of(study.user_attrs)
+    both = stored.keys() & digests.keys()  # a worker that has the pruned model reads no calibration text
+    was, now = ({f"digest of the {key}": values[key] for key in both} for values in (stored, digests))
+    check_same_settings(f"study {study.study_name!r}", was, now, "another study name")
+
+
+def recipe_folder(path: Path, recipe: Recipe) -> OutputFolder:
+    """Returns a job's output folder, which belongs to one recipe.
+
+    Raises:
+        ValueError: It belongs to another recipe.
+    """
+    settings = recipe.resolved().to_dict()
+    return OutputFolder(path, settings, partial(comparable, now=settings))
+
+
+def check_modules(job: RecoveryObjective, modules: Iterable[Any], study_name: str, model: str | Path) -> None:
+    """Checks that a model has the modules that a study searched.
+
+    Raises:
+        ValueError: It has others.
+    """
+    if sorted(map(str, job.space.modules)) != sorted(map(str, modules)):
+        raise ValueError(f"the layers of {model} are not those that study {study_name!r} searched.")
+
+
+def load_pruned_job(
+    recipe: Recipe, pruned: Path | None, modules: Iterable[Any], study_name: str, on_pruned: OnPruned | None = None
+) -> RecoveryObjective:
     """Loads the pruned model of a study and returns its trial objective, without tasks.
 
     Args:
@@ -113,12 +155,11 @@ def load_pruned_job(recipe: Recipe, pruned: Path | None, modules: Iterable[Any],
         pruned: Folder of the pruned model. Default: pruned again as the recipe says.
         modules: The modules that the study searched.
         study_name: Name of the study, for messages.
+        on_pruned: See ``Inputs.objective``.
 
     Raises:
         ValueError: The model or data cannot be read, or it is not the model of the study.
     """
-    model, tokenizer = recipe.open_model(pruned) if pruned else recipe.read_model()[:2]
-    job = recipe.objective(model, tokenizer, tasks=None)
-    if sorted(map(str, job.space.modules)) != sorted(map(str, modules)):
-        raise ValueError(f"the layers of {pruned or recipe.model} are not those that study {study_name!r} searched.")
+    job = Inputs(recipe, pruned).objective(on_pruned, tasks=None)
+    check_modules(job, modules, study_name, pruned or recipe.model)
     return job

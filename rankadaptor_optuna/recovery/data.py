@@ -154,7 +154,7 @@ def instruction_examples(
 
 def examples_of(
     tokenizer: Any,  # noqa: ANN401
-    data: Sequence[str] | Sequence[Mapping[str, Any]],
+    data: Sequence[str] | Sequence[Mapping[str, Any]] | Examples,
     *,
     length: int,
     mask_prompt: bool,
@@ -164,7 +164,7 @@ def examples_of(
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        data: Texts or records.
+        data: Texts or records; examples are returned as they are.
         length: Tokens per block, or largest number of tokens of a record.
         mask_prompt: Whether only the response of a record counts in the loss.
         limit: Largest number of blocks or records. Default: all.
@@ -172,6 +172,8 @@ def examples_of(
     Raises:
         ValueError: There is too little text, a record lacks a field, or there are texts and records.
     """
+    if isinstance(data, Examples):
+        return data if limit is None else data.first(limit)
     records = [item for item in data if isinstance(item, Mapping)]
     if not records:
         texts = [item for item in data if isinstance(item, str)]

@@ -82,8 +82,7 @@ def adalora(
         The recovered model, with its adapter.
 
     Raises:
-        ValueError: The training has fewer than 4 steps, too few for AdaLoRA's three phases, or no module has a target's
-            name.
+        ValueError: The training has fewer than 4 steps, too few for AdaLoRA's three phases.
         FloatingPointError: The loss is not finite.
     """
     from peft import AdaLoraConfig, get_peft_model
@@ -114,22 +113,16 @@ def adalora(
 
 
 def _mean_rank(model: Any, lora: LoraSettings, parameters: float) -> int:  # noqa: ANN401
-    """Returns the rank in all adapted modules that comes closest to a number of parameters, at least 1.
-
-    Raises:
-        ValueError: No module has a target's name.
-    """
-    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in lora.targets]
-    if not modules:
-        raise ValueError(f"the model has no modules named {', '.join(lora.targets)}.")
-    return max(1, round(parameters / sum(module.in_features + module.out_features for module in modules)))
+    """Returns the rank in all adapted modules that comes closest to a number of parameters, at least 1."""
+    return max(1, round(parameters / sum(read_layers(model, lora.targets, "layer").costs.values())))
 
 
 def _keep_parameters(allocator: Any, adapted: Any, parameters: float) -> None:  # noqa: ANN401
     """Makes PEFT's allocator of AdaLoRA remove the least important ranks down to a number of parameters."""
+    modules = adapted.base_model.model.named_modules()
     costs = {
-        f"{name.removeprefix('base_model.model.')}.lora_E.{allocator.adapter_name}": _cost_per_rank(module)
-        for name, module in adapted.named_modules()
+        f"{name}.lora_E.{allocator.adapter_name}": module.in_features + module.out_features
+        for name, module in modules
         if getattr(module, "lora_E", None)
     }
     mask, target, largest = allocator.mask_to_budget, allocator.target_bgt, max(costs.values())
@@ -145,11 +138,6 @@ def _keep_parameters(allocator: Any, adapted: Any, parameters: float) -> None:  
                 return pattern
 
     allocator.mask_to_budget = mask_to_budget
-
-
-def _cost_per_rank(module: Any) -> int:  # noqa: ANN401
-    base = module.get_base_layer()
-    return int(base.in_features + base.out_features)
 
 
 @contextmanager
@@ -258,7 +246,7 @@ def _eva_components(
         adapted.train(was_training)
     explained = torch.stack([found[name][1] for name, _ in layers])
     best = explained.flatten().argsort(descending=True) // explained.shape[1]
-    costs = torch.tensor([_cost_per_rank(module) for _, module in layers], device=best.device)
+    costs = torch.tensor([module.in_features + module.out_features for _, module in layers], device=best.device)
     best = best[costs[best].cumsum(0) <= parameters]
     ranks = torch.bincount(best, minlength=len(layers)).tolist()
     return {name: found[name][0][:r].clone() for (name, _), r in zip(layers, ranks, strict=True)}

@@ -71,8 +71,22 @@ class Recommendation:
     lora: LoraSettings = field(default_factory=LoraSettings, repr=False)
 
     @property
+    def lora_arguments(self) -> dict[str, Any]:
+        """The arguments of ``peft.LoraConfig``, complete: layers of rank 0 get no adapter.
+
+        ``target_modules`` are the recipe's, else LLaMA's seven projections; replace them if your training has others.
+
+        Raises:
+            ValueError: No layer has a positive rank, or ``ranks`` is empty.
+        """
+        return self.all_ranks.lora_arguments(self.lora)
+
+    @property
     def rank_pattern(self) -> dict[str, int]:
-        """``rank_pattern`` of ``peft.LoraConfig``; empty where ``ranks`` is."""
+        """``rank_pattern`` of ``peft.LoraConfig``; empty where ``ranks`` is.
+
+        It lacks layers of rank 0, to which PEFT gives its default rank: prefer ``lora_arguments``.
+        """
         return self.all_ranks.rank_pattern_of(self.lora)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 from rankadaptor_optuna.jobs.output import write_text
@@ -15,16 +16,26 @@ from rankadaptor_optuna.views.tables import from_columns, markdown_table
 def model_card(exported: Exported) -> str:
     """Returns the model card of an adapter, as the Hugging Face Hub shows it."""
     found, recipe = exported.recommendation, exported.recipe
-    base = HUB_MODEL if recipe.model == "embedded" else recipe.model
+    dense = HUB_MODEL if recipe.model == "embedded" else recipe.model
     after, before = (f"{loss:.4f} (perplexity {math.exp(loss):.2f})" for loss in (exported.loss, exported.loss_before))
-    ranks = from_columns({"layer": list(found.ranks), "rank": list(found.ranks.values())})
+    searched = ["yes" if module in found.ranks else "no" for module in found.all_ranks]
+    ranks = from_columns({"layer": [*found.all_ranks], "rank": [*found.all_ranks.values()], "searched": searched})
     return f"""---
 library_name: peft
-base_model: {yaml_scalar(base)}
+base_model: {yaml_scalar(exported.base)}
 tags: [lora, pruning, rankadaptor]
 ---
 
-# LoRA recovery of {markdown(base)}, with a rank per layer
+# LoRA recovery of a pruned {markdown(dense)}, with a rank per layer
+
+```python
+import rankadaptor_optuna  # registers the pruned architecture
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({json.dumps(exported.base)})  # its layers are those of the adapter
+model = PeftModel.from_pretrained(model, {json.dumps((exported.out.resolve() / "adapter").as_posix())})
+```
 
 {found.evidence.statement} Source: {found.evidence.n_trials} trials of study {code_span(exported.study_name)} in
 {code_span(exported.storage_masked)}.

@@ -33,7 +33,7 @@ def report_verdict(result: QuickstartResult) -> str:
 def report_text(result: QuickstartResult) -> str:
     """Returns the report in Markdown; it shows ``ranks.png`` and ``progress.png``."""
     search, comparison = result.search, result.comparison
-    space, found, out = search.space, search.recommendation, search.out
+    space, found = search.space, search.recommendation
     ranks = list(found.ranks.values())
     table = [["layer", *map(str, space.layers)]]
     table += [[name or "rank", *map(str, ranks[part])] for name, part in space.series.items()]
@@ -68,8 +68,8 @@ import rankadaptor_optuna  # registers the pruned architecture
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{(out / "pruned").as_posix()}")
-model = PeftModel.from_pretrained(model, "{(result.exported.out / "adapter").as_posix()}")
+model = AutoModelForCausalLM.from_pretrained("{result.exported.base}")
+model = PeftModel.from_pretrained(model, "{(result.exported.out.resolve() / "adapter").as_posix()}")
 ```
 
 ## Recipe

@@ -153,8 +153,9 @@ def test_what_cannot_be_compared_is_refused_before_any_work(searched, recipe, ag
     few = replace(recipe, training=replace(recipe.training, epochs=0.01))
     monkeypatch.setattr(module, "stored_study", lambda *args: (searched.study, few))
     monkeypatch.setattr(module, "_recover_and_measure", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(Recipe, "prune", lambda *args: pytest.fail("pruned"))
     with pytest.raises(ValueError, match=r"AdaLoRA needs at least 4 training steps, got \d"):
-        again(tmp_path / "x")
+        compare(searched.storage, None, tmp_path / "x", seeds=2, say=lambda line: None)
     assert not (tmp_path / "x").exists()
 
 

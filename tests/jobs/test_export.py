@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankadaptor_optuna.cli import main
+from rankadaptor_optuna.jobs import export as module
 from rankadaptor_optuna.jobs.export import export
+from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.search import search
 from rankadaptor_optuna.pruning import load_pruned
+from rankadaptor_optuna.ranks import Ranks
 
 
 def adapters(model):
@@ -62,6 +68,97 @@ def test_more_steps_another_seed_or_no_pruned_model_at_hand(searched, tmp_path):
     first = weights("a", *pruned)
     assert len({first, weights("b", *pruned, "--steps", "5"), weights("c", *pruned, "--seed", "5")}) == 3
     assert weights("d") == first, "pruned again as the recipe says"
+
+
+@pytest.fixture(scope="module")
+def shortened(make_model, tokenizer, tiny, tmp_path_factory):
+    """A search of a model that lost whole blocks; layers may have rank 0."""
+    folder = tmp_path_factory.mktemp("shortened")
+    make_model(num_hidden_layers=8).save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    values = {
+        **tiny[0],
+        "model": str(folder / "dense"),
+        "training": {"steps": 2},
+        "pruning": {"method": "shortened", "ratio": 0.25, "n_samples": 2, "sample_length": 16},
+        "space": {"candidates": [0, 2, 4, 8], "budget": "uniform:4"},
+    }
+    return search(Recipe.from_dict(values), folder / "out", trials=3, say=lambda line: None)
+
+
+def recommending(monkeypatch, ranks):
+    real = module.recommend
+    found = lambda study: replace(real(study), ranks=Ranks(ranks), all_ranks=Ranks(ranks))  # noqa: E731
+    monkeypatch.setattr(module, "recommend", found)
+
+
+def test_an_adapter_names_the_pruned_model_that_is_written_beside_it(shortened, tmp_path, ids, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recommending(monkeypatch, dict.fromkeys(range(6), 4))
+    exported = export(shortened.storage, "search", Path("export"), say=lambda line: None, trust_study=True)
+    assert exported.base == str(tmp_path / "export" / "pruned")
+    monkeypatch.chdir("/")
+    adapter = tmp_path / "export" / "adapter"
+    adapted = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    assert len(adapted.base_model.model.model.layers) == 6
+    expected = PeftModel.from_pretrained(load_pruned(shortened.out / "pruned"), adapter).eval()
+    torch.testing.assert_close(adapted(ids).logits, expected(ids).logits)
+    assert trained_parameters(expected) == exported.recommendation.cost
+    dense = AutoModelForCausalLM.from_pretrained(shortened.recipe.model)
+    with pytest.warns(UserWarning, match=r"missing adapter keys.*layers\.6\."):
+        PeftModel.from_pretrained(dense, adapter)
+    shutil.move(tmp_path / "export", tmp_path / "moved")
+    with pytest.raises(OSError, match="export/pruned"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "moved" / "adapter")
+
+
+def test_layers_of_rank_0_have_no_adapter_wherever_it_is_loaded_or_pasted(shortened, tmp_path, monkeypatch):
+    ranks = {0: 8, 1: 0, 2: 4, 3: 0, 4: 4, 5: 8}
+    recommending(monkeypatch, ranks)
+    found = export(
+        shortened.storage, "search", tmp_path / "export", pruned=shortened.out / "pruned", trust_study=True
+    ).recommendation
+    pasted = (
+        found.lora_arguments,
+        json.loads((tmp_path / "export" / "rank_pattern.json").read_text()),
+    )
+    models = [get_peft_model(load_pruned(shortened.out / "pruned"), LoraConfig(**given)) for given in pasted]
+    models.append(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "export" / "adapter", is_trainable=True))
+    for model in models:
+        assert trained_parameters(model) == shortened.space.cost(ranks) == shortened.space.budget
+        layers = {int(name.split("layers.")[1].split(".")[0]): rank for name, rank in adapters(model).items()}
+        assert layers == {layer: rank for layer, rank in ranks.items() if rank}
+    answer = json.loads((shortened.out / "recommendation.json").read_text())
+    model = get_peft_model(load_pruned(shortened.out / "pruned"), LoraConfig(**answer["lora_arguments"]))
+    assert trained_parameters(model) == answer["trainable_parameters"]
+
+
+def test_an_export_without_any_adapter_is_refused(shortened, tmp_path, monkeypatch):
+    recommending(monkeypatch, dict.fromkeys(range(6), 0))
+    with pytest.raises(ValueError, match="study 'search' recommends rank 0 in every layer"):
+        export(shortened.storage, "search", tmp_path / "export", trust_study=True)
+    assert not (tmp_path / "export").exists()
+
+
+def test_an_interrupted_export_goes_on_with_the_model_that_it_pruned(shortened, tmp_path, monkeypatch):
+    real = module.train_adapter
+    monkeypatch.setattr(module, "train_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(shortened.storage, "search", tmp_path / "export", trust_study=True)
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["pruned"]
+    monkeypatch.setattr(module, "train_adapter", real)
+    monkeypatch.setattr(Recipe, "prune", lambda *args: pytest.fail("pruned again"))
+    assert export(shortened.storage, "search", tmp_path / "export", trust_study=True).base == str(
+        tmp_path / "export" / "pruned"
+    )
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def trained_parameters(model):
+    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
 
 
 def test_what_cannot_be_exported_is_refused(searched, make_model, tokenizer, tmp_path, capsys):

@@ -59,7 +59,7 @@ def test_it_compares_dense_pruned_uniform_and_recommended(first):
 def test_the_adapter_is_the_recommended_ranks_on_the_pruned_model(first):
     _, out, found = first
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(out / "pruned")
+    assert config["base_model_name_or_path"] == str((out / "pruned").resolve())
     adapted = PeftModel.from_pretrained(load_pruned(out / "pruned"), out / "adapter")
     ranks = {int(name.split(".")[4]): m.r["default"] for name, m in adapted.named_modules() if hasattr(m, "lora_A")}
     assert {layer: ranks[layer] for layer in found.search.recommendation.ranks} == found.search.recommendation.ranks

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import lm_eval.tasks
 import optuna
 import pytest
+import torch
 from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner, WilcoxonPruner
 from optuna.trial import TrialState
 from transformers import AutoModelForCausalLM
 
 import rankadaptor_optuna.jobs.search
+import rankadaptor_optuna.recovery.models
 from rankadaptor_optuna.cli import main
 from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.export import export
+from rankadaptor_optuna.jobs.inputs import Inputs
 from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.search import pruner_of, search
 from rankadaptor_optuna.jobs.stored import stored_recipe
@@ -78,7 +83,7 @@ def test_pruned_trials_count_among_those_to_reach(values, tmp_path, monkeypatch)
 def test_another_worker_needs_the_storage_alone(recipe, tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     search(recipe, tmp_path / "one", trials=1, storage=url, study_name="s", say=lambda line: None)
-    assert stored_recipe(url, "s", trust_study=True) == recipe
+    assert stored_recipe(url, "s", trust_study=True) == replace(recipe, dtype="float32")
     assert main(["search", "--storage", url, "--out", str(tmp_path / "two"), "--trials", "2", "--trust-study"]) == 0
     assert len(complete(url, "s")) == 2
     assert (tmp_path / "two" / "recommendation.json").exists()
@@ -133,8 +138,9 @@ def test_whole_blocks_away_every_layer_left_is_searched_compared_and_exported(va
 
 
 def test_a_model_that_others_pruned_is_left_as_it_is(tiny, model):
-    found, _, pruned = Recipe.from_dict(tiny[0] | {"pruning": {"method": "none"}}).read_model()
-    assert pruned is None
+    inputs = Inputs(Recipe.from_dict(tiny[0] | {"pruning": {"method": "none"}}))
+    found = inputs.objective().model
+    assert inputs.pruned is None
     assert sum(p.numel() for p in found.parameters()) == sum(p.numel() for p in model.parameters())
 
 
@@ -144,6 +150,62 @@ def test_other_settings_in_the_same_folder_or_study_are_refused_by_name(tiny, se
         with pytest.raises(ValueError, match="belongs to other settings: seed was 0, now 5"):
             search(other, out, trials=1, storage=searched.storage)
     assert not (tmp_path / "two").exists()
+
+
+def test_a_worker_on_another_kind_of_machine_is_refused_unless_the_recipe_says_the_dtype(recipe, tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    options = {"trials": 1, "storage": url, "say": lambda line: None}
+    search(replace(recipe, device="cpu"), tmp_path / "one", **options)
+    assert optuna.load_study(study_name="search", storage=url).user_attrs["rankadaptor:recipe"]["device"] is None
+    monkeypatch.setattr(rankadaptor_optuna.recovery.models, "search_dtype", lambda device: torch.bfloat16)
+    search(replace(recipe, dtype="float32"), tmp_path / "two", **options)
+    for out in ("one", "three"):
+        with pytest.raises(ValueError, match="belongs to other settings: dtype was float32, now bfloat16"):
+            search(recipe, tmp_path / out, **options)
+
+
+def test_a_worker_with_another_text_is_refused_before_any_pruning(values, tmp_path, monkeypatch, tiny):
+    url, text = f"sqlite:///{tmp_path / 'shared.db'}", tmp_path / "text.txt"
+    text.write_text(Path(tiny[0]["data"]["train"]).read_text())
+    values = {**tiny[0], "data": {**tiny[0]["data"], "train": str(text)}, "training": {"steps": 1}}
+    options = {"trials": 1, "storage": url, "say": lambda line: None}
+    search(Recipe.from_dict(values), tmp_path / "one", **options)
+    search(Recipe.from_dict(values), tmp_path / "one", **{**options, "trials": 2})
+    monkeypatch.setattr(Recipe, "prune", lambda *args: pytest.fail("pruned"))
+    monkeypatch.setattr("rankadaptor_optuna.jobs.inputs.read_texts", lambda source: ["another Python's reference"])
+    with pytest.raises(ValueError, match=r"digest of the calibration was \w+, now \w+\. Use"):
+        search(Recipe.from_dict(values), tmp_path / "two", **options)
+    text.write_text(text.read_text().replace("rank", "tank"))
+    for out in ("one", "two"):
+        with pytest.raises(ValueError, match="digest of the data was"):
+            search(Recipe.from_dict(values), tmp_path / out, **options)
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "message"),
+    [
+        ("data", {"train": "/no/where.jsonl"}, "/no/where.jsonl is neither a file nor a reachable data set"),
+        ("data", {"block_length": 100_000}, "too few for one block of 100000"),
+        ("lora", {"targets": ["q_proj", "v_porj"]}, "has no modules named \\['v_porj'\\] to adapt"),
+        ("lora", {"targets": ["q_proj", "lm_head"]}, "has no modules named \\['lm_head'\\] to adapt"),
+        ("space", {"budget": 2000}, "space.budget 2,000 is below the cheapest configuration: rank 2 in every layer"),
+        ("pruning", {"keep_first": 3, "keep_last": 3}, "nothing to prune"),
+    ],
+)
+def test_data_targets_and_budget_are_checked_before_any_pruning(tiny, tmp_path, monkeypatch, section, setting, message):
+    monkeypatch.setattr("rankadaptor_optuna.pruning.core.PLANNERS", None)
+    values = {**tiny[0], section: {**tiny[0].get(section, {}), **setting}}
+    with pytest.raises(ValueError, match=message):
+        search(Recipe.from_dict(values), tmp_path / "out", trials=1, say=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pruned_model_outlives_a_later_refusal(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Recipe, "check_space", lambda *args: None)
+    values = {**tiny[0], "space": {"candidates": [2, 4, 8], "budget": 8500}}
+    with pytest.raises(ValueError, match="budget 8,500 is below the cheapest configuration"):
+        search(Recipe.from_dict(values), tmp_path / "out", trials=1, say=lambda line: None)
+    assert load_pruned(tmp_path / "out" / "pruned").config.pruning["ratio"] == 0.2
 
 
 def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_written(values, tmp_path, capsys):

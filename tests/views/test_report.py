@@ -32,7 +32,7 @@ def result(request, make_study, space, by_sublayer, tmp_path):
     rows = [Row(method, losses, {"continuation": [0.5]}, {}, 200, 1.0, 1000) for method, losses in LOSSES.items()]
     comparison = Comparison(rows, {}, space.budget, (1, 2, 3), found.ranks, space.uniform(), tmp_path / "compare")
     search = SearchResult(study, "quickstart", "sqlite://", recipe, space, found, None, tmp_path)
-    exported = Exported(found, recipe, "quickstart", "sqlite://", 2.4, 3.0, tmp_path)
+    exported = Exported(found, recipe, "quickstart", "sqlite://", 2.4, 3.0, str(tmp_path / "pruned"), tmp_path)
     return QuickstartResult(search, comparison, exported, 60.0)
 
 
