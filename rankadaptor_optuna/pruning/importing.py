@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from rankadaptor_optuna.pruning.checkpoint import (
     LayerProfile,
@@ -32,6 +40,10 @@ from rankadaptor_optuna.pruning.structure import PROJECTION_NAMES
 
 _PACKAGES = ("transformers", "LLMPruner", "tokenizers", "sentencepiece", "accelerate", "torch.nn", "collections")
 _NAMES = ("functools.partial", "builtins.object")
+_CONFIGS: dict[str, Any] = {
+    f"{config.__name__.removesuffix('Config')}ForCausalLM": config
+    for config in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
+}
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -89,7 +101,7 @@ def import_checkpoint(
 
     Raises:
         ValueError: Pickles are not allowed, there is no such file, it names anything but models and tokenizers, or it
-            holds no LLaMA.
+            holds no Llama, Mistral, Qwen2 or Qwen3 model.
     """
     file, out = Path(file), Path(out)
     if not allow_pickle:
@@ -103,10 +115,13 @@ def import_checkpoint(
     if not isinstance(model, _Stub):
         raise ValueError(f"{file} is not a checkpoint of LLM-Pruner: it holds no model object under 'model'")
     state = dict(_tensors(model))
-    config = _config(getattr(model, "config", None), state, file)
+    config = _config(model, state, file)
     profile, removed = _profile(config, state)
     record = {"method": "llm-pruner (imported)", "ratio": removed, "profile": profile_to_json(profile)}
-    pruned = model_from_state(config, state, record)
+    try:
+        pruned = model_from_state(config, state, record)
+    except RuntimeError as error:  # of load_state_dict
+        raise ValueError(f"{file} does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
     with tempfile.TemporaryDirectory() as scratch:
         found = _named_tokenizer(tokenizer) if tokenizer else _tokenizer(content.get("tokenizer"), Path(scratch))
         save_pruned(pruned, out, found)
@@ -124,7 +139,7 @@ def _unpickle(file: Path) -> Any:  # noqa: ANN401
                 f"it names {', '.join(refused)}, which does not belong in a model's checkpoint and may run code on "
                 "your machine. No code was run; do not load the file in any other way"
             )
-        stubs: list[Any] = [(type("Stub", (_Stub,), {}), name) for name in names]
+        stubs: list[Any] = [(type(name.rpartition(".")[2], (_Stub,), {}), name) for name in names]
         with torch.serialization.safe_globals(stubs):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -153,10 +168,20 @@ def _dict(stub: _Stub, name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _config(stub: Any, state: Mapping[str, torch.Tensor], file: Path) -> LlamaConfig:  # noqa: ANN401
+def _config(model: _Stub, state: Mapping[str, torch.Tensor], file: Path) -> Any:  # noqa: ANN401
     """Returns the dense model's config from the file, with the names of current transformers."""
+    stub, family = getattr(model, "config", None), type(model).__name__
     plain = {key: value for key, value in getattr(stub, "__dict__", {}).items() if _is_plain(value)}
-    known = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
+    config = _CONFIGS.get(family)
+    if config is None or (type(stub).__name__, plain.get("model_type", config.model_type)) != (
+        config.__name__,
+        config.model_type,
+    ):
+        raise ValueError(
+            f"{file} holds a {family} with a {type(stub).__name__}; import-checkpoint reads {', '.join(_CONFIGS)}, "
+            "each with the configuration of its family"
+        )
+    known = config().to_dict().keys() | {"rope_theta", "rope_scaling"}
     settings = {key: plain[key] for key in known & plain.keys() if key not in ("model_type", "architectures")}
     needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size")
     missing = [key for key in needed if key not in settings]
@@ -164,15 +189,15 @@ def _config(stub: Any, state: Mapping[str, torch.Tensor], file: Path) -> LlamaCo
     for index in range(settings.get("num_hidden_layers") or 0):
         missing += [n for name in PROJECTION_NAMES if (n := f"model.layers.{index}.{name}.weight") not in state]
     if missing:
-        raise ValueError(f"{file} holds no LLaMA: it lacks {', '.join(missing[:3])}")
+        raise ValueError(f"{file} holds no {family}: it lacks {', '.join(missing[:3])}")
     settings["head_dim"] = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
     _check_widths(settings, state, file)
-    return LlamaConfig(**settings)
+    return config(**settings)
 
 
 def _is_plain(value: Any) -> bool:  # noqa: ANN401
-    if isinstance(value, Mapping):
-        return all(_is_plain(v) for v in value.values())
+    if isinstance(value, (Mapping, list, tuple)):
+        return all(_is_plain(v) for v in (value.values() if isinstance(value, Mapping) else value))
     return value is None or isinstance(value, (bool, int, float, str))
 
 
@@ -199,16 +224,18 @@ def _check_widths(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]
                 )
 
 
-def _profile(config: LlamaConfig, state: Mapping[str, torch.Tensor]) -> tuple[list[LayerProfile], float]:
+def _profile(
+    config: Any,  # noqa: ANN401
+    state: Mapping[str, torch.Tensor],
+) -> tuple[list[LayerProfile], float]:
     profile, left, whole = [], 0, 0
-    key_heads, head_dim = int(config.num_key_value_heads or 1), int(config.head_dim or 1)  # LlamaConfig has set both
+    key_heads, head_dim = int(config.num_key_value_heads or 1), int(config.head_dim or 1)  # `_config` has set both
     rows = (config.num_attention_heads + key_heads) * 2 * head_dim + 3 * config.intermediate_size
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
         size = sum(tensor.numel() for name, tensor in state.items() if name.startswith(prefix))
-        dense = config.hidden_size * (rows + 2) + sum(
-            tensor.shape[0] for name, tensor in state.items() if name.startswith(prefix) and name.endswith("bias")
-        )
+        cut = sum(state[f"{prefix}{name}.weight"].numel() for name in PROJECTION_NAMES)
+        dense = size - cut + config.hidden_size * rows
         heads = state[f"{prefix}self_attn.k_proj.weight"].shape[0] // head_dim
         channels = state[f"{prefix}mlp.gate_proj.weight"].shape[0]
         profile.append(

@@ -7,9 +7,10 @@ from contextlib import suppress
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MistralConfig
 from transformers.models.llama import modeling_llama
 
+from benchmarks.tasks.families import tiny_model
 from rankadaptor_optuna.pruning import importing, load_pruned, profile_of
 
 KEPT = {1: ([0], range(40)), 2: ([0, 1], range(0, 64, 2)), 3: ([1], range(8, 64))}  # heads, channels
@@ -68,6 +69,29 @@ def test_profile_says_what_is_missing_from_the_dense_shapes(pruned, make_model, 
         assert entry.parameters_removed == pytest.approx(1 - sizes[1] / sizes[0], abs=0.01)
     assert profile_of(load_pruned(tmp_path / "out")) == found.profile
     assert not found.has_tokenizer
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_each_family_is_imported_as_its_own_class(make_model, family, save, ids, tmp_path):
+    model = make_model(family)
+    assert model(ids).logits.shape[1] > 8  # beyond Mistral's sliding window
+    import_checkpoint(save({"model": model}), tmp_path / "out")
+    loaded = load_pruned(tmp_path / "out")
+    assert loaded.config.model_type.endswith(family)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["granite", "olmo2", "cohere", "gpt2"])
+def test_other_families_are_refused_by_their_class(family, save, tmp_path):
+    model = tiny_model(family)
+    with pytest.raises(ValueError, match=rf"holds a {type(model).__name__} with a .*; import-checkpoint reads Llama"):
+        import_checkpoint(save({"model": model}), tmp_path / "out")
+
+
+def test_a_configuration_of_another_family_is_refused(model, save, tmp_path):
+    model.config = MistralConfig()
+    with pytest.raises(ValueError, match="holds a LlamaForCausalLM with a MistralConfig"):
+        import_checkpoint(save({"model": model}), tmp_path / "out")
 
 
 def test_half_precision_stays(pruned, save, tmp_path):
@@ -150,7 +174,9 @@ def test_names_of_model_packages_are_stood_for_not_called(pruned, save, tmp_path
 
 def test_a_file_without_a_llama_is_refused_by_what_it_lacks(pruned, save, tmp_path):
     del pruned.model.layers[2].self_attn.q_proj
-    with pytest.raises(ValueError, match=r"holds no LLaMA: it lacks model\.layers\.2\.self_attn\.q_proj\.weight"):
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM: it lacks model\.layers\.2\.self_attn\.q_proj\.weight"
+    ):
         import_checkpoint(save({"model": pruned}), tmp_path / "out")
 
 
