@@ -70,6 +70,19 @@ def check_adaptable(model: Any) -> None:  # noqa: ANN401
         )
 
 
+def check_language_model(model: Any) -> None:  # noqa: ANN401
+    """Checks that a transformers model predicts tokens.
+
+    Raises:
+        ValueError: It has no language-model head.
+    """
+    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head, so it has no loss on text; "
+            "load the model with AutoModelForCausalLM."
+        )
+
+
 def adaptable_linears(model: Any) -> Linears:  # noqa: ANN401
     """Finds the list of layers of a model's text decoder, and the linear modules in it that LoRA can adapt.
 
@@ -80,7 +93,7 @@ def adaptable_linears(model: Any) -> Linears:  # noqa: ANN401
     check_adaptable(model)
     named = list(model.named_modules(remove_duplicate=False))
     found = {name: size for name, module in named if (size := features(module)) is not None}
-    path, others = _path_of_layers(model, found)
+    path, others = path_of_layers(model, found)
     uses = Counter(id(weight) for _, module in named if (weight := getattr(module, "weight", None)) is not None)
     modules = dict(named)
     inside = [name for name in found if name.startswith(f"{path}.")]
@@ -130,7 +143,7 @@ def _stacked(named: Iterable[tuple[str, Any]], path: str) -> dict[str, str]:
     return names
 
 
-def _path_of_layers(model: Any, linears: Iterable[str]) -> tuple[str, list[str]]:  # noqa: ANN401
+def path_of_layers(model: Any, linears: Iterable[str]) -> tuple[str, list[str]]:  # noqa: ANN401
     """Returns the dotted name of the text decoder's list of layers, and those of other lists with linear modules."""
     lists: dict[str, set[int]] = {}
     for name in linears:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
+from rankadaptor_optuna.adaptable import check_language_model
 from rankadaptor_optuna.attributes import ITEMS_ATTR
 from rankadaptor_optuna.model_layers import ModelLayers, read_layers
 from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS, LoraSettings, Ranks
@@ -23,7 +24,6 @@ from rankadaptor_optuna.recovery.data import Examples, examples_of
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, check_attachable, check_count, lora_config, trainable_parameters
 from rankadaptor_optuna.recovery.memory import free_memory, peak_memory
-from rankadaptor_optuna.recovery.models import check_language_model
 from rankadaptor_optuna.recovery.processes import broadcast, fail_together, process_index
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train

@@ -15,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rankadaptor_optuna.adaptable import check_language_model
 from rankadaptor_optuna.jobs.old_recipes import FORMAT, upgraded
 from rankadaptor_optuna.jobs.output import progress_bar
 from rankadaptor_optuna.jobs.settings import CONTINUATION, Data, Evaluation, Pruner, Pruning, Space, validated
@@ -184,10 +185,9 @@ class Recipe:
             ValueError: It cannot, has not, or the budget is far below the cheapest configuration.
         """
         from rankadaptor_optuna.pruning.checkpoint import check_prunable
-        from rankadaptor_optuna.recovery.models import check_language_model
 
         check_language_model(dense)
-        check_prunable(dense)
+        check_prunable(dense, self.pruning.method)
         space = self._space_of(dense, budget=None)
         rank, budget = space.candidates[0], str(self.space.budget)
         limit = math.inf if budget.startswith("uniform:") else float(budget)

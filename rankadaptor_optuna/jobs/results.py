@@ -38,6 +38,7 @@ class PruneResult:
         ratio: Share of the transformer blocks' parameters to remove, as asked for.
         parameters_before: Number of parameters of the dense model; tied ones count once.
         parameters_after: The same of the pruned model.
+        perplexities: Perplexity on held-out embedded text of the dense and of the pruned model.
         out: Folder of the checkpoint.
     """
 
@@ -45,6 +46,7 @@ class PruneResult:
     ratio: float
     parameters_before: int
     parameters_after: int
+    perplexities: tuple[float, float]
     out: Path
 
 

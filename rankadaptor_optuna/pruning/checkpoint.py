@@ -20,7 +20,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rankadaptor_optuna.adaptable import check_language_model
 from rankadaptor_optuna.pruning import modeling
+from rankadaptor_optuna.pruning.blocks import block_list
 from rankadaptor_optuna.pruning.structure import transformer_layers
 
 
@@ -54,22 +56,36 @@ for _config, _model in _CLASSES.values():
     AutoModelForCausalLM.register(_config, _model)
 
 
-def check_prunable(model: nn.Module) -> None:
+def check_prunable(model: nn.Module, method: str = "llm-pruner") -> None:
     """Checks that a model can be pruned.
 
     Args:
         model: The model to prune.
+        method: The pruning method; `"shortened"` takes any decoder with a list of blocks.
 
     Raises:
-        ValueError: The model's family is unknown, its modules are not named as LLaMA's, or it is pruned already.
+        ValueError: The method does not know the model's family, the model has no language-model head, it is offloaded
+            to disk, or it is pruned already.
     """
-    transformer_layers(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if getattr(config, "pruning", None) is not None:
         raise ValueError("the model is pruned already; prune the dense model with a larger ratio instead")
-    if model_type not in _CLASSES:
-        raise ValueError(f"cannot prune a model of type {model_type!r}; known types: {', '.join(_CLASSES)}")
+    if method == "shortened":
+        block_list(model)
+    else:
+        transformer_layers(model)
+        if model_type not in _CLASSES:
+            raise ValueError(
+                f"method {method!r} cannot prune a model of type {model_type!r}; known types: {', '.join(_CLASSES)}; "
+                "method 'shortened' removes whole blocks from others"
+            )
+    check_language_model(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has weights that are offloaded to disk; load it into main memory, "
+            "without device_map and in bfloat16"
+        )
 
 
 def build_pruned(

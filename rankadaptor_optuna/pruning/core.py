@@ -8,8 +8,10 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from rankadaptor_optuna.pruning.blocks import block_list, without_blocks
 from rankadaptor_optuna.pruning.calibration import draw_samples
 from rankadaptor_optuna.pruning.checkpoint import (
     LayerProfile,
@@ -21,7 +23,7 @@ from rankadaptor_optuna.pruning.checkpoint import (
 from rankadaptor_optuna.pruning.config import PruningConfig
 from rankadaptor_optuna.pruning.gradients import Progress
 from rankadaptor_optuna.pruning.methods import PLANNERS, size
-from rankadaptor_optuna.pruning.structure import transformer_layers
+from rankadaptor_optuna.pruning.structure import has_units
 from rankadaptor_optuna.texts import read_texts
 
 
@@ -78,8 +80,8 @@ def prune(
     Hessians. The hidden states and the pruned model are held in main memory.
 
     Args:
-        model: A dense Llama, Mistral, Qwen2 or Qwen3 causal language model. It is not changed: the result is a new
-            model that shares no memory with it.
+        model: A dense Llama, Mistral, Qwen2 or Qwen3 causal language model; for `"shortened"` any decoder with a list
+            of blocks. It is not changed: the result is a new model that shares no memory with it.
         tokenizer: The model's tokenizer.
         config: Options. Default: `PruningConfig()`.
         calibration: Calibration text: a list of texts, or a file or Hub data set (`read_texts`). Default: the embedded
@@ -94,8 +96,8 @@ def prune(
         ValueError: An option is unknown or out of range, the model cannot be pruned, or the ratio cannot be reached.
     """
     config = (config or PruningConfig()).changed(**changes)
-    check_prunable(model)
-    settings = config.resolved(len(transformer_layers(model)))
+    check_prunable(model, config.method)
+    settings = config.resolved(len(block_list(model)[1]))
     samples = draw_samples(
         tokenizer,
         read_texts(calibration),
@@ -110,10 +112,13 @@ def prune(
         "settings": settings,
         "profile": profile_to_json(plan.profile),
     }
-    pruned = build_pruned(model, plan.cut, record, plan.layers)
+    if has_units(model):
+        pruned = build_pruned(model, plan.cut, record, plan.layers)
+    else:
+        pruned = without_blocks(model, plan.layers, record, samples[0])
     removed = 1 - _blocks_size(pruned) / _blocks_size(model)
     return PrunedModel(pruned, plan.profile, removed, 1 - size(pruned) / size(model))
 
 
 def _blocks_size(model: PreTrainedModel) -> int:
-    return sum(size(layer) for layer in transformer_layers(model))
+    return size(nn.ModuleList(block_list(model)[1]))

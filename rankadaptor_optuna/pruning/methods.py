@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rankadaptor_optuna.pruning.blocks import block_list
 from rankadaptor_optuna.pruning.checkpoint import LayerProfile
 from rankadaptor_optuna.pruning.gradients import Progress
 from rankadaptor_optuna.pruning.hidden import coupled_size, hidden_importance, keep_hidden, select_hidden
 from rankadaptor_optuna.pruning.importance import Importance, unit_importance
-from rankadaptor_optuna.pruning.selection import Costs, select_kept
-from rankadaptor_optuna.pruning.shortened import block_importance, select_blocks
+from rankadaptor_optuna.pruning.selection import Costs, check_reachable, largest_removable, select_kept
+from rankadaptor_optuna.pruning.shortened import block_importance, n_removed, select_blocks
 from rankadaptor_optuna.pruning.slimgpt import slimgpt
 from rankadaptor_optuna.pruning.structure import (
     UNIT_TYPES,
@@ -55,6 +57,8 @@ def _prune_units(model: PreTrainedModel, samples: torch.Tensor, settings: Settin
         channel=unit_size(layers[0], "channels"),
         total=sum(size(layer) for layer in layers),
     )
+    removable = (largest_removable(layer_shape(layers[i]), costs, settings["multiple_of"]) for i in prunable)
+    check_reachable(settings["ratio"], sum(removable), costs, len(prunable))  # before the calibration
     kept: Units = {
         unit_type: {index: list(range(layer_shape(layers[index]).count(unit_type))) for index in prunable}
         for unit_type in UNIT_TYPES
@@ -118,18 +122,20 @@ def silenced(model: PreTrainedModel, kept: Units) -> Iterator[None]:
 
 def _prune_hidden(model: PreTrainedModel, samples: torch.Tensor, settings: Settings, progress: Progress | None) -> Plan:
     """LLM-Pruner's channel mode: makes the hidden size smaller through the whole model."""
-    importance = hidden_importance(
-        model, samples, criterion=settings["criterion"], seed=settings["seed"], progress=progress
-    )
     layers = transformer_layers(model)
     share = coupled_size(layers[0]) / size(layers[0])
-    kept = select_hidden(
-        importance,
+    select = partial(
+        select_hidden,
         ratio=settings["ratio"],
         share=share,
         heads=model.config.num_attention_heads,
         multiple_of=settings["multiple_of"],
     )
+    select(torch.zeros(model.config.hidden_size))  # refuses the ratio before the calibration
+    importance = hidden_importance(
+        model, samples, criterion=settings["criterion"], seed=settings["seed"], progress=progress
+    )
+    kept = select(importance)
     removed = 1 - len(kept) / len(importance)
     lost = 1 - float(importance[kept].double().sum() / importance.double().sum().clamp(min=1e-30))
     profile = [LayerProfile(i, 0.0, 0.0, removed * share, lost) for i in range(len(layers))]
@@ -141,15 +147,16 @@ def _llm_pruner(model: PreTrainedModel, samples: torch.Tensor, settings: Setting
 
 
 def _shortened(model: PreTrainedModel, samples: torch.Tensor, settings: Settings, progress: Progress | None) -> Plan:
+    n_layers, prunable = len(block_list(model)[1]), _prunable(model, settings)
+    n_removed(settings["ratio"], n_layers, len(prunable))  # refuses the ratio before the calibration
     importance = block_importance(
         model,
         samples,
-        _prunable(model, settings),
+        prunable,
         criterion=settings["criterion"],
         seed=settings["seed"],
         progress=progress,
     )
-    n_layers = len(transformer_layers(model))
     kept = select_blocks(importance, ratio=settings["ratio"], n_layers=n_layers)
     profile = [LayerProfile(i, *([0.0] if i in kept else [1.0]) * 4) for i in range(n_layers)]
     return Plan({}, profile, kept)
@@ -180,7 +187,7 @@ PLANNERS: dict[str, Callable[[PreTrainedModel, torch.Tensor, Settings, Progress 
 
 def _prunable(model: PreTrainedModel, settings: Settings) -> range:
     """Returns the layers that may be pruned."""
-    return range(settings["keep_first"], len(transformer_layers(model)) - settings["keep_last"])
+    return range(settings["keep_first"], len(block_list(model)[1]) - settings["keep_last"])
 
 
 def _cut_units(layers: list[nn.Module], kept: Units) -> dict[str, torch.Tensor]:

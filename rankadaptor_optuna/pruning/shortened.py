@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from rankadaptor_optuna.pruning.blocks import importance_by_whole_model
 from rankadaptor_optuna.pruning.config import BlockCriterion
 from rankadaptor_optuna.pruning.gradients import Gradient, Gradients, Progress, evaluation_mode
 from rankadaptor_optuna.pruning.importance import parameter_importance
 from rankadaptor_optuna.pruning.streaming import BlockStream
-from rankadaptor_optuna.pruning.structure import PROJECTION_NAMES, transformer_layers
+from rankadaptor_optuna.pruning.structure import PROJECTION_NAMES, has_units, transformer_layers
 
 
 def block_importance(
@@ -31,7 +32,7 @@ def block_importance(
     * `"random"`: a random number.
 
     Args:
-        model: A LLaMA-like causal language model; it is not changed.
+        model: A causal language model with a list of blocks; it is not changed.
         samples: Token ids, (samples, tokens).
         layers: Indices of the blocks to score.
         criterion: One of the criteria above.
@@ -47,6 +48,8 @@ def block_importance(
     if criterion == "random":
         values = torch.rand(len(layers), generator=torch.Generator().manual_seed(seed)).tolist()
         return dict(zip(layers, values, strict=True))
+    if not has_units(model):
+        return importance_by_whole_model(model, samples, layers, criterion, progress)
     blocks = transformer_layers(model)
     names = [f"{name}.weight" for name in PROJECTION_NAMES]
     importance: dict[int, float] = {}
@@ -102,12 +105,22 @@ def select_blocks(importance: Mapping[int, float], *, ratio: float, n_layers: in
     Raises:
         ValueError: The ratio amounts to no block, or to more than may be removed; the message gives the possible range.
     """
-    n_gone = round(ratio * n_layers)
-    if not 1 <= n_gone <= len(importance):
-        raise ValueError(
-            f"ratio={ratio} of {n_layers} blocks is {n_gone} whole blocks, and {len(importance)} may be removed: the "
-            f"smallest possible ratio is {1 / n_layers:.4f}, the largest {len(importance) / n_layers:.4f}; "
-            "change ratio, keep_first or keep_last"
-        )
+    n_gone = n_removed(ratio, n_layers, len(importance))
     gone = sorted(importance, key=lambda layer: (importance[layer], layer))[:n_gone]
     return [layer for layer in range(n_layers) if layer not in gone]
+
+
+def n_removed(ratio: float, n_layers: int, n_removable: int) -> int:
+    """Returns the number of blocks whose removal comes nearest to a ratio; see `select_blocks`.
+
+    Raises:
+        ValueError: The ratio amounts to no block, or to more than may be removed; the message gives the possible range.
+    """
+    n_gone = round(ratio * n_layers)
+    if not 1 <= n_gone <= n_removable:
+        raise ValueError(
+            f"ratio={ratio} of {n_layers} blocks is {n_gone} whole blocks, and {n_removable} may be removed: the "
+            f"smallest possible ratio is {1 / n_layers:.4f}, the largest {n_removable / n_layers:.4f}; "
+            "change ratio, keep_first or keep_last"
+        )
+    return n_gone

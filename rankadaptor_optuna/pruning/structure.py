@@ -29,6 +29,7 @@ PROJECTIONS: dict[UnitType, dict[str, int]] = {
 }
 UNIT_TYPES: tuple[UnitType, ...] = ("heads", "channels")
 PROJECTION_NAMES = tuple(name for names in PROJECTIONS.values() for name in names)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose units can be removed
 _LOOKED_FOR = "model.layers[i].self_attn.{q,k,v,o}_proj and model.layers[i].mlp.{gate,up,down}_proj"
 
 
@@ -80,6 +81,11 @@ def transformer_layers(model: nn.Module) -> list[nn.Module]:
                 found = "missing" if module is None else f"a {type(module).__name__}"
                 raise complain(f"model.layers[{index}].{name}", found)
     return list(layers)
+
+
+def has_units(model: nn.Module) -> bool:
+    """Returns whether heads and channels of a model can be removed: a Llama, Mistral, Qwen2 or Qwen3 model."""
+    return getattr(getattr(model, "config", None), "model_type", None) in FAMILIES
 
 
 def layer_shape(layer: nn.Module) -> LayerShape:

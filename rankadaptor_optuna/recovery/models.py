@@ -35,29 +35,24 @@ def load_model(
     source = os.fspath(model_dir() if path is None else path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or search_dtype(device), trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or search_dtype(device), trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot load a model from {source!r}: {' '.join(str(error).split())}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"cannot load a causal language model from {source!r}: it lacks {', '.join(missing[:3])}; "
+            "a model with another head has no loss on text."
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        return model, tokenizer  # quantised weights stay where they were loaded
     try:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
         raise ValueError(f"cannot put the model on device {device!r}: {str(error).splitlines()[0]}") from error
     return model, tokenizer
-
-
-def check_language_model(model: Any) -> None:  # noqa: ANN401
-    """Checks that a transformers model predicts tokens.
-
-    Raises:
-        ValueError: It has no language-model head.
-    """
-    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} has no language-model head, so it has no loss on text; "
-            "load the model with AutoModelForCausalLM."
-        )
 
 
 def n_parameters(model: Any) -> int:  # noqa: ANN401

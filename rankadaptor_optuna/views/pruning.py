@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 def pruning_summary(result: PruneResult) -> str:
     """Returns a table of the layers, and the totals."""
-    pruned = result.pruned
+    pruned, (before, after) = result.pruned, result.perplexities
     return (
         f"{text_table(pruning_table(result))}\n"
         f"Removed {as_percent(pruned.parameters_removed, 2)} of the blocks' parameters "
         f"({as_percent(result.ratio, 2)} asked), {as_percent(pruned.total_parameters_removed, 2)} of all: "
         f"{as_count(result.parameters_before)} -> {as_count(result.parameters_after)}.\n"
+        f"Perplexity on held-out text: {before:,.2f} -> {after:,.2f} (not recovered).\n"
         f"Saved to {result.out} as {type(pruned.model).__name__}."
     )
 

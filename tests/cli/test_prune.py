@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import fields
 
@@ -39,6 +40,10 @@ def test_it_writes_a_checkpoint_that_opens_and_shows_the_removed_shares(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert f"-> {sum(p.numel() for p in model.parameters()):,}." in out
     AutoTokenizer.from_pretrained(tmp_path / "out")
+    before, after = re.search(
+        r"^Perplexity on held-out text: ([\d.,]+) -> ([\d.,]+) \(not recovered\)\.$", out, re.M
+    ).groups()
+    assert float(before.replace(",", "")) != float(after.replace(",", ""))
 
 
 @pytest.mark.parametrize(
@@ -56,6 +61,49 @@ def test_bad_input_is_refused_in_one_line_and_nothing_written(dense_folder, tmp_
     assert error.startswith("rankadaptor prune: error: ")
     assert says in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ratio", "20"], "ratio must lie between 0 and 1, got 20.0"),
+        (["--method", "shortened", "--steps", "2"], "steps=2 has no effect"),
+        (["--calibration", "nowhere.txt"], "nowhere.txt is neither a file"),
+    ],
+)
+def test_options_are_checked_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, arguments, says):
+    from rankadaptor_optuna.recovery import models
+
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert main(["prune", "nobody/nothing", str(tmp_path / "out"), *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_perplexities_are_those_of_the_dense_and_the_pruned_model(dense_folder, tmp_path):
+    from rankadaptor_optuna.jobs.prune import prune_checkpoint
+    from rankadaptor_optuna.recovery.data import token_blocks
+    from rankadaptor_optuna.recovery.evaluate import block_losses
+    from rankadaptor_optuna.recovery.models import load_model
+    from rankadaptor_optuna.texts import load_texts
+
+    options = {"method": "shortened", "ratio": 0.25, "n_samples": 2, "sample_length": 16}
+    result = prune_checkpoint(str(dense_folder), tmp_path / "out", options)
+    for folder, perplexity in zip((dense_folder, tmp_path / "out"), result.perplexities, strict=True):
+        model, tokenizer = load_model(folder, "auto")
+        blocks = token_blocks(tokenizer, load_texts().validation, 128, 8)
+        assert perplexity == pytest.approx(math.exp(block_losses(model, blocks).mean()), rel=1e-5)
+
+
+def test_a_checkpoint_with_another_head_is_refused(tokenizer, tmp_path, capsys):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    assert main(["prune", str(tmp_path / "dense"), str(tmp_path / "out")]) == 2
+    assert "it lacks lm_head.weight; a model with another head has no loss on text" in capsys.readouterr().err
 
 
 def test_it_does_not_write_over_something(dense_folder, capsys):

@@ -174,9 +174,7 @@ def test_names_of_model_packages_are_stood_for_not_called(pruned, save, tmp_path
 
 def test_a_file_without_a_llama_is_refused_by_what_it_lacks(pruned, save, tmp_path):
     del pruned.model.layers[2].self_attn.q_proj
-    with pytest.raises(
-        ValueError, match=r"LlamaForCausalLM: it lacks model\.layers\.2\.self_attn\.q_proj\.weight"
-    ):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: it lacks model\.layers\.2\.self_attn\.q_proj\.weight"):
         import_checkpoint(save({"model": pruned}), tmp_path / "out")
 
 
