@@ -30,9 +30,10 @@ def prune(
     ] = "auto",
     **options: Any,  # noqa: ANN401
 ) -> None:
-    """Remove the least important parts of a LLaMA-like model.
+    """Remove the least important parts of a language model.
 
-    Writes a checkpoint of safetensors and JSON.
+    Writes a checkpoint of safetensors and JSON. Methods llm-pruner and slimgpt take Llama, Mistral, Qwen2 and Qwen3
+    models; shortened takes any decoder.
     """
     from rankadaptor_optuna.jobs.prune import prune_checkpoint
     from rankadaptor_optuna.views.pruning import pruning_summary
