@@ -19,6 +19,7 @@ PRIOR_ATTR = "rankadaptor:prior"  # identity of the prior that the study began w
 RECIPE_ATTR = "rankadaptor:recipe"  # settings of its trials
 DIGESTS_ATTR = "rankadaptor:digests"  # digests of the data of its trials
 SENSITIVITY_ATTR = "rankadaptor:sensitivity"  # sensitivity of the loss to each layer's adapter, by rank parameter
+TRIALS_ATTR = "rankadaptor:trials"  # number of finished trials to reach
 CONVERGED_ATTR = "rankadaptor:converged"  # statement of StopWhenConverged
 
 # user attributes of a trial
@@ -86,6 +87,15 @@ def identity_of(user_attrs: Mapping[str, Any]) -> str | None:
     """Returns the identity of the prior that a study began with, None where it stores none."""
     value = user_attrs.get(PRIOR_ATTR)
     return None if value is None else str(value)
+
+
+def trials_of(user_attrs: Mapping[str, Any]) -> int | None:
+    """Returns the number of trials that the workers of a study are to reach; None where it stores none."""
+    value = user_attrs.get(TRIALS_ATTR)
+    if value is None or (is_number(value) and value == int(value) and value >= 1):
+        return None if value is None else int(value)
+    warn_once(f"{unusable(TRIALS_ATTR, value, 'a number from 1 on')}: ignored.")
+    return None
 
 
 def seed_of(user_attrs: Mapping[str, Any]) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ T = TypeVar("T")
 _LOCK = 7_236_117_601  # id of PostgreSQL's advisory lock; arbitrary, the same in every worker
 _LOCK_S = 300  # seconds to wait for MySQL's lock; set by hand
 _ATTEMPTS = 10  # at creating tables on SQLite; set by hand
+# classes of PostgreSQL's errors and numbers of MySQL's: access denied, no such database, disk full, statement refused
+_REFUSALS = frozenset(("28", "3D", "42", "53100", "22", 1021, 1044, 1045, 1049, 1142))
 MASK = "***"
 _SECRET = re.compile(r"pass|pwd|secret|token|odbc_connect", re.IGNORECASE)  # keys of a URL's query
 _USER = r"(?:(?P<user>[^:/@?#]*)(?::(?P<password>[^@/?#]*))?@)?"
@@ -67,6 +70,18 @@ def error_line(error: Exception, url: str | sqlalchemy.URL) -> str:
     for secret in secrets:
         line = line.replace(secret, MASK) if secret else line
     return line
+
+
+def is_transient(error: BaseException) -> bool:
+    """Returns whether a database's error may pass by itself: a lost connection, a restart, a lock."""
+    if isinstance(error, sqlalchemy.exc.TimeoutError) or getattr(error, "connection_invalidated", False):
+        return True
+    if not isinstance(error, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)):
+        return False
+    if isinstance(error.orig, sqlite3.Error):
+        return "locked" in str(error.orig) or "busy" in str(error.orig)
+    code = getattr(error.orig, "sqlstate", None) or (getattr(error.orig, "args", None) or [None])[0]
+    return not {code, str(code)[:2]} & _REFUSALS
 
 
 def check_url(url: str | sqlalchemy.URL) -> None:

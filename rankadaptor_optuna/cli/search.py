@@ -14,7 +14,9 @@ def search(
     recipe: Annotated[
         Path | None, typer.Argument(metavar="RECIPE", help="TOML file.", show_default="the recipe of the study")
     ] = None,
-    trials: Annotated[int, typer.Option(metavar="N", help="Number of trials to reach.")] = 25,
+    trials: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of trials to reach.", show_default="the study's, else 25")
+    ] = None,
     out: Out = Path("rankadaptor-out"),
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Optuna storage.", show_default="SQLite in --out")

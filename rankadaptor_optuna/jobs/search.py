@@ -1,8 +1,7 @@
-"""Search: a worker that runs trials of a recipe, alone or with others on one database, and recommends ranks."""
+"""Search: prunes the model of a recipe, runs trials as one worker, and recommends ranks."""
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,28 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, WilcoxonPruner
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import DIGESTS_ATTR, digests_of
+from rankadaptor_optuna.attributes import DIGESTS_ATTR, TRIALS_ATTR, digests_of, trials_of
 from rankadaptor_optuna.database import masked
 from rankadaptor_optuna.jobs.inputs import Inputs
-from rankadaptor_optuna.jobs.output import bar, write_json
+from rankadaptor_optuna.jobs.output import write_json
 from rankadaptor_optuna.jobs.priors import read_prior
 from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.results import SearchResult
 from rankadaptor_optuna.jobs.stored import check_digests, recipe_as_stored, recipe_folder
-from rankadaptor_optuna.objective import RecoveryObjective
+from rankadaptor_optuna.jobs.worker import run_trials
 from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.priors.choice import OnBadPrior
 from rankadaptor_optuna.recovery.processes import join_processes, main_first, process_index
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
-from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.studies.recommendation import recommend
 from rankadaptor_optuna.studies.storage import create_study, open_storage
 
 if TYPE_CHECKING:
     from rankadaptor_optuna.pruning.core import PrunedModel
+
+DEFAULT_TRIALS = 25
 
 
 def pruner_of(recipe: Recipe, steps: int) -> BasePruner:
@@ -45,72 +43,11 @@ def pruner_of(recipe: Recipe, steps: int) -> BasePruner:
     return MedianPruner()
 
 
-def run_trials(study: Study, job: RecoveryObjective, n_trials: int, *, shared: bool) -> None:
-    """Runs trials up to a number of finished trials, which all workers on a shared storage reach together.
-
-    Args:
-        study: The study.
-        job: Its objective; a progress bar follows its steps.
-        n_trials: Number of finished or pruned trials to reach, verification trials not counted.
-        shared: Whether other workers may run trials: these count while they run, and the end waits for them.
-
-    Raises:
-        ValueError: No trial finished; the message says why the last one failed.
-    """
-    steps = job.training.steps
-
-    def trials(*states: TrialState) -> list[FrozenTrial]:
-        return [t for t in study.get_trials(deepcopy=False, states=states) if verification_seed(t) is None]
-
-    def n_done() -> int:
-        return len(trials(TrialState.COMPLETE, TrialState.PRUNED))
-
-    missing = n_trials - n_done()
-    if missing <= 0:
-        return
-    with bar("search", missing * steps) as shown:
-
-        def describe(doing: str = "search") -> None:
-            done = trials(TrialState.COMPLETE)
-            better = min if job.direction == "minimize" else max
-            best = f", best {better(t.value for t in done if t.value is not None):.4f}" if done else ""
-            shown.total = shown.n + max(0, n_trials - n_done()) * steps  # other workers run some of the trials
-            shown.set_description(f"      {doing}, {n_done()} of {n_trials} trials{best}")
-
-        def await_others() -> None:
-            """Waits for the trials that run elsewhere, so that all workers recommend from the same trials."""
-            if not shared:
-                return
-            theirs = {trial.number for trial in trials(TrialState.RUNNING)}
-            longest = max((t.duration.total_seconds() for t in trials(TrialState.COMPLETE) if t.duration), default=60)
-            # a trial killed before its first heartbeat stays RUNNING; both limits are set by hand
-            end = time.monotonic() + max(600, 10 * longest)
-            while theirs & {trial.number for trial in trials(TrialState.RUNNING)} and time.monotonic() < end:
-                describe("waiting for other workers")
-                time.sleep(1)
-                optuna.storages.fail_stale_trials(study)
-
-        job.on_step = lambda step, loss: shown.update(1)
-        for _ in range(missing):  # failed trials of this worker count here: no endless loop
-            describe()
-            running = trials(TrialState.RUNNING) if shared else []
-            if n_done() + len(running) >= n_trials:
-                await_others()
-            if n_done() >= n_trials:
-                break
-            study.optimize(job, n_trials=1)
-        await_others()
-        job.on_step = None
-    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        reason = one_line(study.trials[-1].user_attrs.get("fail_reason", "no reason recorded"))
-        raise ValueError(f"no trial finished; the last one failed with {reason}")
-
-
 def search(
     recipe: Recipe,
     out: Path,
     *,
-    trials: int,
+    trials: int | None = None,
     storage: str | None = None,
     study_name: str = "search",
     prior: str | None = "pretrained",
@@ -126,7 +63,7 @@ def search(
     Args:
         recipe: The definition of a trial.
         out: Folder of the pruned model, the recommendation (``recommendation.json``) and, by default, the study.
-        trials: Number of finished trials to reach.
+        trials: Number of finished trials to reach. Default: the number that a worker has set for the study, else 25.
         storage: Optuna storage URL. Default: SQLite in ``out``.
         study_name: Name of the study.
         prior: See ``RankAdaptorSampler``; a prior of a database must be in ``storage``.
@@ -139,7 +76,7 @@ def search(
     """
     from rankadaptor_optuna.pruning.checkpoint import save_pruned
 
-    if trials < 1:
+    if trials is not None and trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}.")
     join_processes()
     url = storage or f"sqlite:///{(out / 'study.db').as_posix()}"
@@ -184,9 +121,11 @@ def search(
     if process_index() != 0:
         job.follow()
         return SearchResult(study, study_name, url, recipe, job.space, recommend(study), inputs.pruned, out)
-    say(f"Study {study_name!r} in {masked(url)}: {trials} trials, {job.space!r}")
+    target = trials or trials_of(study.user_attrs) or DEFAULT_TRIALS
+    study.set_user_attr(TRIALS_ATTR, target)
+    say(f"Study {study_name!r} in {masked(url)}: {target} trials, {job.space!r}")
     try:
-        run_trials(study, job, trials, shared=storage is not None)
+        run_trials(study, job, target, shared=storage is not None, say=say)
     finally:
         job.release()
     found = recommend(study)

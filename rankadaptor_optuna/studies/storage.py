@@ -11,7 +11,7 @@ import optuna
 import sqlalchemy
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from rankadaptor_optuna.attributes import RECIPE_ATTR, recipe_of
@@ -25,6 +25,7 @@ from rankadaptor_optuna.database import (
 )
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import RankSpace
+from rankadaptor_optuna.studies.patient_storage import PATIENCE_S, PatientStorage
 
 _HEARTBEAT_S = 60  # interval; a killed worker is noticed after two; set by hand
 _MOST_NAMED = 5  # differing settings in a message
@@ -43,7 +44,8 @@ def create_study(
 ) -> Study:
     """Creates or resumes a study, safely for workers that start at the same moment on a fresh database.
 
-    With a database URL, Optuna's heartbeat is on: the trial of a killed worker is run again.
+    With a database URL, workers wait up to 10 minutes for a database that is away, and Optuna's heartbeat is on: the
+    trial of a killed worker is run again.
 
     Args:
         storage: Any Optuna storage or its URL. Default: in memory.
@@ -69,8 +71,12 @@ def create_study(
         load_if_exists=load_if_exists,
     )
     if recipe is not None:
+        backend = getattr(study._storage, "_backend", None)
+        if isinstance(backend, PatientStorage):  # of two workers that begin together, the first recipe counts
+            backend.set_first_study_user_attr(study._study_id, RECIPE_ATTR, dict(recipe))
+        elif recipe_of(study.user_attrs) is None:
+            study.set_user_attr(RECIPE_ATTR, dict(recipe))
         check_recipe(study, recipe)
-        study.set_user_attr(RECIPE_ATTR, dict(recipe))
     return study
 
 
@@ -116,12 +122,13 @@ def _leaves(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return found
 
 
-def open_storage(url: str, *, create: bool = True) -> RDBStorage:
+def open_storage(url: str, *, create: bool = True, patience: float = PATIENCE_S) -> PatientStorage:
     """Opens a database and creates Optuna's tables, once even where many workers start together.
 
     Args:
         url: Database URL.
         create: Whether to create what is missing: an SQLite file, Optuna's tables.
+        patience: Longest time to wait, once it is open, for a database that is away, in seconds.
 
     Raises:
         ValueError: The database cannot be opened; the message has no password.
@@ -134,15 +141,14 @@ def open_storage(url: str, *, create: bool = True) -> RDBStorage:
             if not sqlalchemy.inspect(engine).has_table("studies"):
                 raise ValueError("it has no studies")
         with exclusive_connection(engine):
-            storage = create_with_retries(lambda: _storage(url), engine)
+            storage = create_with_retries(lambda: _storage(url, patience), engine)
         engine.dispose()
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot open the storage {masked(url)}: {error_line(error, url)}") from None
     return storage
 
 
-def _storage(url: str) -> RDBStorage:
+def _storage(url: str, patience: float) -> PatientStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
-        retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
-        return RDBStorage(url, heartbeat_interval=_HEARTBEAT_S, heartbeat_stale_trial_callback=retry)
+        return PatientStorage(url, heartbeat_interval=_HEARTBEAT_S, patience=patience)

@@ -50,7 +50,7 @@ def serve(
 
     if not isinstance(prior, PriorChoice):
         prior = PriorChoice(prior, on_bad="pretrained")  # show a study whose prior is missing
-    storage = open_storage(storage_url, create=False)
+    storage = open_storage(storage_url, create=False, patience=0)
     with _listening(host, port) as server:
         for name in optuna.get_all_study_names(storage):
             try:

@@ -59,8 +59,8 @@ def chromium() -> str:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """URL of a fresh PostgreSQL server on a free port; each test makes its own database in it."""
+def postgres_server() -> Iterator[tuple[str, Callable[..., None]]]:
+    """URL of a fresh PostgreSQL server on a free port, and a function that calls its ``pg_ctl``: ``("restart",)``."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     initdb = str(found[-1]) if found else shutil.which("initdb")
     if initdb is None:
@@ -71,12 +71,21 @@ def postgres() -> Iterator[str]:
     def run(*command: str) -> None:
         subprocess.run([*as_user, *command], check=True, cwd=folder, stdout=subprocess.DEVNULL)
 
+    def control(*command: str) -> None:
+        run(str(bin_dir / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, *command)
+
     run(initdb, "--no-sync", "-D", str(data), "-U", "tester", "-A", "trust", "-E", "UTF8")
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    run(str(bin_dir / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
-    yield f"postgresql+psycopg://tester:secret@127.0.0.1:{port}"
-    run(str(bin_dir / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+    control("start")
+    yield f"postgresql+psycopg://tester:secret@127.0.0.1:{port}", control
+    control("stop", "-m", "immediate")
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_server: tuple[str, Callable[..., None]]) -> str:
+    """URL of a fresh PostgreSQL server on a free port; each test makes its own database in it."""
+    return postgres_server[0]
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,19 @@ def objective(trial):
 study.optimize(objective, n_trials=2)
 """
 
+TRAINS = f"""
+{OPEN}
+import time
+def objective(trial):
+    ranks = space.suggest(trial)
+    print("trains", flush=True)
+    for step in range(20):
+        time.sleep(0.2)
+        trial.report(step, step)
+    return sum(r * i for i, r in ranks.items())
+study.optimize(objective, n_trials=2)
+"""
+
 
 @pytest.fixture
 def workers(url: str, at_once: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -110,6 +123,26 @@ def test_a_worker_killed_in_its_trial_loses_nothing(url: str, monkeypatch: pytes
     assert len(again.params) == 12
     assert fresh.params not in (uniform.params, killed.params)
     assert recommend(study).evidence.n_trials == 3
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_a_restart_of_the_server_costs_no_trial(url: str, postgres_server: tuple[str, Callable[..., None]]) -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", TRAINS, url]
+    with subprocess.Popen(command, **pipes) as one, subprocess.Popen(command, **pipes) as other:
+        for process in (one, other):
+            assert process.stdout.readline() == "trains\n"
+        postgres_server[1]("stop", "-m", "fast")
+        time.sleep(3)
+        postgres_server[1]("start")
+        for process in (one, other):
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == 0, err
+            assert "Traceback" not in err
+            assert err.count("Waiting up to 600 s for the database") == err.count(" is back after ") == 1
+            assert "secret" not in err
+    study = optuna.load_study(study_name="shared", storage=url)
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 4
 
 
 def test_the_password_is_in_no_error(postgres: str) -> None:
