@@ -80,13 +80,18 @@ def test_pruned_trials_count_among_those_to_reach(values, tmp_path, monkeypatch)
     assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
-def test_another_worker_needs_the_storage_alone(recipe, tmp_path):
+def test_another_worker_needs_the_storage_alone(recipe, tmp_path, monkeypatch):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     search(recipe, tmp_path / "one", trials=1, storage=url, study_name="s", say=lambda line: None)
     assert stored_recipe(url, "s", trust_study=True) == replace(recipe, dtype="float32")
     assert main(["search", "--storage", url, "--out", str(tmp_path / "two"), "--trials", "2", "--trust-study"]) == 0
     assert len(complete(url, "s")) == 2
     assert (tmp_path / "two" / "recommendation.json").exists()
+    monkeypatch.setattr(rankadaptor_optuna.jobs.search, "run_trials", lambda study, job, n, **_: reached.append(n))
+    reached = []
+    for trials in ([], ["--trials", "5"], []):
+        assert main(["search", "--storage", url, "--out", str(tmp_path / "two"), "--trust-study", *trials]) == 0
+    assert reached == [2, 5, 5], "the number that a worker set last"
 
 
 def test_a_search_for_accuracy_is_for_the_highest(values, local_task, tmp_path):
