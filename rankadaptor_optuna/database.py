@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import sqlalchemy
 from sqlalchemy import func, select
 
+from rankadaptor_optuna.extras import import_hint
 from rankadaptor_optuna.plain_text import one_line
 
 T = TypeVar("T")
@@ -61,6 +62,8 @@ def _masked_setting(text: str) -> str:
 
 def error_line(error: Exception, url: str | sqlalchemy.URL) -> str:
     """Returns a database's error in one line, without the statement and without the URL's passwords."""
+    if isinstance(error, ImportError):  # the driver's
+        return import_hint(error)
     line = one_line((str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0])
     try:
         parsed = sqlalchemy.make_url(url)

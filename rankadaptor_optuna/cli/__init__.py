@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rankadaptor_optuna.extras import import_hint
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see ``app.main``. Without Typer, says how to install it."""
     try:
         import typer  # noqa: F401
-    except ModuleNotFoundError:
-        print("rankadaptor: error: the command line needs the extra 'cli': pip install typer", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(f"rankadaptor: error: {import_hint(error)}", file=sys.stderr)
         return 2
     from rankadaptor_optuna.cli.app import main
 

@@ -21,6 +21,7 @@ from rankadaptor_optuna.cli.priors import collect, prune_versions, show, version
 from rankadaptor_optuna.cli.prune import prune
 from rankadaptor_optuna.cli.quickstart import quickstart
 from rankadaptor_optuna.cli.search import search
+from rankadaptor_optuna.extras import import_hint, require
 from rankadaptor_optuna.plain_text import one_line
 
 _INTERRUPTED = 130  # 128 + SIGINT
@@ -28,6 +29,19 @@ Run = Callable[..., None]
 _typer = functools.partial(
     typer.Typer, invoke_without_command=True, rich_markup_mode=None, pretty_exceptions_enable=False
 )
+
+_RECIPE = ("transformers", "peft", "pydantic")
+# the commands in the order of the help, and the optional libraries without which they could not end
+_NEEDED: dict[Run, Sequence[str]] = {
+    quickstart: (*_RECIPE, "matplotlib", "plotly", "optuna_dashboard"),
+    search: _RECIPE,
+    export: _RECIPE,
+    compare: (*_RECIPE, "matplotlib"),
+    prune: ("transformers",),
+    import_checkpoint: ("transformers",),
+    meta_train: (),
+    dashboard: ("optuna_dashboard", "plotly"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +65,7 @@ def _one_line(error: Exception) -> str:
         if unparsed:  # pydantic leaves the value out of its message
             message += f", got {error.__cause__.errors()[0]['input']!r}"  # type: ignore[union-attr]
     elif isinstance(error, ModuleNotFoundError):
-        message = f"{error}: install rankadaptor-optuna with its extra 'demo', which has all libraries"
+        message = import_hint(error)
     else:
         message = str(error)
     return one_line(message)
@@ -60,10 +74,8 @@ def _one_line(error: Exception) -> str:
 def build_app() -> typer.Typer:
     """Returns the application with all its commands."""
     app = _typer(callback=_root)
-    on_models: list[Run] = [quickstart, search, export, compare, prune, import_checkpoint]
-    on_databases: list[Run] = [meta_train, dashboard]
-    for command in on_models + on_databases:
-        app.command()(_prepared(command, models=command in on_models))
+    for command, needed in _NEEDED.items():
+        app.command()(_prepared(command, needed))
     priors = _typer(callback=list_commands)
     on_priors: dict[str, Run] = {"list": versions, "show": show, "prune": prune_versions, "gc": collect}
     for name, command in on_priors.items():
@@ -84,8 +96,8 @@ def _root(
     ctx.obj["command"] = f" {ctx.invoked_subcommand}"
 
 
-def _prepared(command: Run, *, models: bool = False) -> Run:
-    """Returns the command with the libraries' messages turned off; ``models`` says whether it uses transformers."""
+def _prepared(command: Run, needed: Sequence[str] = ()) -> Run:
+    """Returns the command with the libraries' messages turned off; it is refused where a needed library is missing."""
 
     @functools.wraps(command)
     def run(**arguments: Any) -> None:  # noqa: ANN401
@@ -94,7 +106,8 @@ def _prepared(command: Run, *, models: bool = False) -> Run:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        if models:
+        require(*needed)
+        if "transformers" in needed:
             from rankadaptor_optuna.recovery.models import quiet
 
             quiet()

@@ -19,7 +19,8 @@ def dashboard(
 ) -> None:
     """Browse studies in optuna-dashboard.
 
-    The server asks for no password: whoever reaches --host can read and change the studies.
+    The server asks for no password: whoever reaches --host can read and change the studies. It refuses requests by
+    pages of other sites.
     """
     from rankadaptor_optuna.views.server import serve
 

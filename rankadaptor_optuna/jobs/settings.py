@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
+from rankadaptor_optuna.extras import require
 from rankadaptor_optuna.pruning.config import PruningConfig
 from rankadaptor_optuna.recovery.tasks import Metric, Part, TaskSuite, continuation_items, continuation_task
 from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates
@@ -188,10 +189,9 @@ def validated(kind: type[T], values: Mapping[str, Any]) -> T:
         ValueError: A key is unknown or its value impossible; the message names it.
         ImportError: pydantic is missing.
     """
-    try:
-        from pydantic import TypeAdapter, ValidationError
-    except ImportError as error:
-        raise ImportError("recipes need the extra 'llm': pip install pydantic") from error
+    require("pydantic")
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
     except ValidationError as error:

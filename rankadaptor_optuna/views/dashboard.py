@@ -7,6 +7,7 @@ import textwrap
 import numpy as np
 from optuna.study import Study
 
+from rankadaptor_optuna.extras import require
 from rankadaptor_optuna.plain_text import markdown
 from rankadaptor_optuna.priors.choice import PriorLike
 from rankadaptor_optuna.studies.reading import StudyReading
@@ -69,14 +70,9 @@ def require_dashboard() -> None:
     """Checks that optuna-dashboard and plotly are installed.
 
     Raises:
-        ImportError: One is missing; the message says how to install both.
+        ImportError: One is missing; the message says how to install it.
     """
-    try:
-        import optuna_dashboard  # noqa: F401
-        import plotly  # noqa: F401
-    except ImportError as error:
-        hint = "the dashboard needs the extra 'dashboard': pip install optuna-dashboard plotly"
-        raise ImportError(f"{hint} ({error})") from None
+    require("optuna_dashboard", "plotly")
 
 
 def study_note(view: StudyView, found: Recommendation | None) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import optuna
@@ -19,6 +21,13 @@ from rankadaptor_optuna.priors.choice import PriorChoice, PriorLike
 from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.studies.storage import open_storage
 from rankadaptor_optuna.views.dashboard import publish_reading, require_dashboard
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:@/\[\]]+)(?::\d+)?")  # of a request, with its port
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104
 
 
 def serve(
@@ -31,7 +40,8 @@ def serve(
 ) -> None:
     """Publishes every study with rank parameters in a database, then runs optuna-dashboard until interrupted.
 
-    The server asks for no password: whoever reaches ``host`` can read and change the studies.
+    The server asks for no password: whoever reaches ``host`` can read and change the studies. It refuses requests that
+    pages of other sites make in a browser on this machine.
 
     Args:
         storage_url: URL of the database, which is not created.
@@ -64,11 +74,35 @@ def serve(
         if artifact_dir is not None:
             os.makedirs(artifact_dir, exist_ok=True)
         artifacts = None if artifact_dir is None else FileSystemArtifactStore(artifact_dir)
-        server.set_app(wsgi(storage, artifact_store=artifacts))
+        server.set_app(same_origin(wsgi(storage, artifact_store=artifacts), host))
         shown = f"[{host}]" if ":" in host else host
         print(f"{masked(storage_url)} at http://{shown}:{server.server_port}/ (Ctrl-C to quit)", flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
+
+
+def same_origin(app: WSGIApplication, host: str) -> WSGIApplication:
+    """Returns a WSGI application that answers 403 to other names of this machine, and to pages of other origins.
+
+    A page of another site could else delete studies: by a request to this machine, or by a name of its own that it lets
+    point to this machine.
+
+    Args:
+        app: The application.
+        host: Address that the server listens on; with a wildcard, such as ``0.0.0.0``, all names are accepted.
+    """
+    names = None if host in _WILDCARDS else {host.lower().strip("[]"), *_LOOPBACK}
+
+    def checked(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        asked, origin = environ.get("HTTP_HOST", ""), environ.get("HTTP_ORIGIN")
+        named = _HOST.fullmatch(asked)
+        known = named is not None and (names is None or named[1].strip("[]").lower() in names)
+        if known and origin in (None, f"http://{asked}", f"https://{asked}"):
+            return app(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"Refused: host {one_line(asked)!r}, origin {one_line(origin or '')!r}.\n".encode()]
+
+    return checked
 
 
 class _Server(ThreadingMixIn, WSGIServer):

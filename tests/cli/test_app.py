@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import optuna
 import pytest
 
 from rankadaptor_optuna import __version__
@@ -103,14 +104,39 @@ def test_without_typer_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "typer", None)
     assert main(["search"]) == 2
     assert capsys.readouterr().err == (
-        "rankadaptor: error: the command line needs the extra 'cli': pip install typer\n"
+        "rankadaptor: error: typer is not installed; it belongs to the extra 'cli': in the package's folder, "
+        "pip install -e '.[cli]'\n"
     )
 
 
-def test_a_missing_library_is_named_with_its_extra(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert main(["prune", "embedded", str(tmp_path / "out")]) == 2
+@pytest.mark.parametrize(
+    ("library", "extra", "command"),
+    [
+        ("transformers", "llm", ["prune", "embedded", "out"]),
+        ("peft", "llm", ["search", "--storage", "sqlite:///s.db"]),
+        ("pydantic", "llm", ["export", "out", "--storage", "sqlite:///s.db"]),
+        ("matplotlib", "demo", ["compare", "--storage", "sqlite:///s.db"]),
+        ("plotly", "dashboard", ["quickstart"]),
+        ("optuna_dashboard", "dashboard", ["dashboard", "--storage", "sqlite:///s.db"]),
+        ("pymysql", "mysql", ["priors", "list", "--storage", "mysql+pymysql://host/db"]),
+        ("psycopg", "postgres", ["meta-train", "--storage", "postgresql+psycopg://host/db"]),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra_before_any_work(
+    library, extra, command, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)
+    assert main(command) == 2
     error = capsys.readouterr().err
-    assert error.startswith("rankadaptor prune: error: ")
-    assert "transformers" in error
-    assert "extra 'demo'" in error
+    assert f"{library} is not installed; it belongs to the extra '{extra}'" in error
+    assert f"pip install -e '.[{extra}]'" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_priors_of_a_database_need_no_model_library(monkeypatch, tmp_path, capsys):
+    optuna.create_study(storage=f"sqlite:///{tmp_path / 's.db'}")
+    for library in ("transformers", "peft", "lm_eval", "accelerate", "datasets", "plotly", "matplotlib"):
+        monkeypatch.setitem(sys.modules, library, None)
+    assert main(["priors", "list", "--storage", f"sqlite:///{tmp_path / 's.db'}"]) == 0

@@ -205,5 +205,5 @@ def test_the_example_is_the_default_in_full():
 
 def test_without_pydantic_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydantic", None)
-    with pytest.raises(ImportError, match="recipes need the extra 'llm': pip install pydantic"):
+    with pytest.raises(ImportError, match="pydantic is not installed; it belongs to the extra 'llm'"):
         Recipe.from_dict({})

@@ -8,7 +8,7 @@ from optuna_dashboard import get_note
 
 from rankadaptor_optuna import publish_dashboard
 from rankadaptor_optuna.attributes import PRIOR_ATTR
-from rankadaptor_optuna.views.server import serve
+from rankadaptor_optuna.views.server import same_origin, serve
 
 
 def test_a_study_whose_prior_is_missing_is_shown(make_study, tmp_path, monkeypatch):
@@ -44,3 +44,33 @@ def test_a_storage_that_cannot_be_opened_is_refused_without_its_password(url):
         serve(url, port=0)
     assert "secret" not in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("listens", "host", "origin", "status"),
+    [
+        ("127.0.0.1", "127.0.0.1:8080", None, "200"),
+        ("127.0.0.1", "localhost:8080", "http://localhost:8080", "200"),
+        ("::1", "[::1]:8080", "http://[::1]:8080", "200"),
+        ("127.0.0.1", "evil.example:8080", None, "403"),
+        ("127.0.0.1", "localhost.evil.example", None, "403"),
+        ("127.0.0.1", "", None, "403"),
+        ("127.0.0.1", "localhost:8080", "http://evil.example", "403"),
+        ("127.0.0.1", "localhost:8080", "http://localhost:3000", "403"),
+        ("127.0.0.1", "localhost:8080", "null", "403"),
+        ("127.0.0.1", "[", None, "403"),
+        ("my.lab", "my.lab:8080", "http://my.lab:8080", "200"),
+        ("0.0.0.0", "my.lab:8080", "http://my.lab:8080", "200"),
+        ("0.0.0.0", "my.lab:8080", "http://evil.example", "403"),
+    ],
+)
+def test_other_names_and_pages_of_other_origins_are_refused(listens, host, origin, status):
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        return [b"deleted"]
+
+    environ = {"REQUEST_METHOD": "DELETE", "HTTP_HOST": host} | ({} if origin is None else {"HTTP_ORIGIN": origin})
+    answered = []
+    body = b"".join(same_origin(app, listens)(environ, lambda status, headers: answered.append(status)))
+    assert answered[0].split()[0] == status
+    assert (body == b"deleted") == (status == "200")
