@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike, fspath
@@ -12,6 +14,17 @@ from pathlib import Path
 from typing import Any
 
 _PASSAGE = 2000  # least number of characters of a passage; set by hand
+_FIELDS = ("text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations")
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+_LOADERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 
 
 @dataclass(frozen=True)
@@ -62,14 +75,13 @@ def load_texts() -> Texts:
 def read_texts(
     source: str | PathLike[str] | Sequence[str] | None = None, *, field: str | None = None, limit: int = 4000
 ) -> list[str]:
-    """Reads texts from a list, a file or a Hub data set.
+    """Reads texts from a list, a file or a data set.
 
     Args:
-        source: A list of texts, returned unchanged; a ``.jsonl`` or ``.json`` file with one record per line; any other
-            file, read as plain text; else the name of a Hub data set, ``NAME`` or ``NAME:CONFIG``, whose train split is
-            streamed. Default: the train part of the embedded text.
-        field: Name of a record's text field. Default: ``text``, or Alpaca's ``instruction``, ``input`` and ``output``
-            joined by line breaks.
+        source: A list of texts, returned unchanged; a file or data set, as for ``read_records``, but a text file is
+            one text. Default: the train part of the embedded text.
+        field: Name of a record's text field. Default: ``text``, or the fields of an instruction record joined by line
+            breaks.
         limit: Largest number of records to read.
 
     Raises:
@@ -80,81 +92,202 @@ def read_texts(
     if not isinstance(source, (str, PathLike)):
         return list(source)
     name, path = fspath(source), Path(source)
-    if not path.is_file():
-        texts = _record_texts(_stream(name), field, limit, name)
-    elif path.suffix in (".jsonl", ".json"):
-        texts = _record_texts(_lines(path), field, limit, name)
+    if path.is_file() and _format_of(path) is None:
+        texts = [_plain_text(path)]
     else:
-        texts = [path.read_text(encoding="utf-8")]
+        rows = enumerate(_rows(name, limit)[0], start=1)
+        if field is None:
+            texts = [_joined(_example(row, name, number)) for number, row in rows]
+        else:
+            texts = [_field(row, field, name, number) for number, row in rows]
     if not any(text.strip() for text in texts):
         raise ValueError(f"{name} holds no text.")
     return texts
 
 
-def read_records(source: str | PathLike[str], *, limit: int = 50_000) -> list[Any]:
-    """Reads texts or instruction records from a file or a Hub data set.
+def read_records(source: str | PathLike[str], *, limit: int = 50_000, at_least: int = 1) -> list[Any]:
+    """Reads texts or instruction records from a file or a data set.
+
+    A warning says how many records exceed the limit.
 
     Args:
-        source: File or data set, as for ``read_texts``; each paragraph of a text file is a text.
+        source: A JSON, JSONL, CSV, TSV, Parquet or Arrow file (also compressed by gzip, xz, bzip2 or zstd); any other
+            file, read as plain text in UTF-8; a folder that ``datasets`` can load; else the name of a Hub data set,
+            ``NAME`` or ``NAME:CONFIG``, whose train split is streamed.
         limit: Largest number of texts or records.
+        at_least: Number of texts wanted of a text file: lines, or else passages of 2,000 characters, are the texts
+            where there are fewer paragraphs.
 
     Returns:
-        Records that have ``instruction`` and ``output``, unchanged; the ``text`` of other records; the paragraphs of a
-        text file.
+        Instruction records: mappings with ``instruction``, ``output`` and maybe ``input``; with ``prompt`` and
+        ``completion``; or with ``messages`` of ``role`` and ``content``, into which ShareGPT's ``conversations`` are
+        converted, up to the assistant's last reply. The ``text`` of other records. The paragraphs of a text file.
 
     Raises:
-        ValueError: There is no such file or data set, it is empty, or a record has neither instruction nor text.
+        ValueError: There is no such file or data set, it is empty or not in its format, or a record has none of these
+            fields, or a null in them; the message names the record.
     """
     name, path = fspath(source), Path(source)
-    if path.is_file() and path.suffix not in (".jsonl", ".json"):
-        texts = re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
-        found: list[Any] = [text for text in texts if text.strip()][:limit]
+    found: list[Any]
+    total: int | None
+    if path.is_file() and _format_of(path) is None:
+        found = _pieces(_plain_text(path), at_least)
+        total = len(found)
     else:
-        records = _lines(path) if path.is_file() else _stream(name)
-        found = [_instruction_or_text(record, name) for record in islice(records, limit)]
-    if not found:
+        rows, total = _rows(name, limit)
+        found = [_example(row, name, number) for number, row in enumerate(rows, start=1)]
+    if total is None or total > limit:
+        found, of = found[:limit], "more" if total is None else f"{total:,}"
+        warnings.warn(f"{name}: only the first {limit:,} of {of} records are read; see limit.", stacklevel=2)
+    if not any(text.strip() for text in map(_joined, found)):
         raise ValueError(f"{name} holds no text.")
     return found
 
 
-def _instruction_or_text(record: Any, name: str) -> Any:  # noqa: ANN401
-    if isinstance(record, Mapping) and {"instruction", "output"} <= record.keys():
-        return record
-    if isinstance(record, Mapping) and "text" in record:
-        return str(record["text"])
-    found = ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
-    raise ValueError(f"{name}: a record has neither text nor instruction and output, but {found}.")
+def _plain_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: {_reason(error)}") from error
 
 
-def _lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not a JSON record ({error}).") from error
+def _pieces(text: str, at_least: int) -> list[str]:
+    """Returns the paragraphs of a text, its lines, or passages: the first of these that are enough."""
+    pieces: list[str] = []
+    for pattern in (r"\n\s*\n", r"\n"):
+        pieces = [piece for piece in re.split(pattern, text) if piece.strip()]
+        if len(pieces) >= at_least:
+            return pieces
+    return re.findall(rf"\S.{{1,{_PASSAGE}}}(?=\s|$)|\S+", text, flags=re.DOTALL)
 
 
-def _record_texts(records: Iterable[Any], field: str | None, limit: int, name: str) -> list[str]:
-    texts = []
-    for record in islice(records, limit):
-        if not isinstance(record, Mapping):
-            raise ValueError(f"{name}: a record is {type(record).__name__}, not an object with named fields.")
-        wanted = [field or "text"] if field or "text" in record else ["instruction", "input", "output"]
-        if missing := [key for key in wanted if key not in record]:
-            raise ValueError(f"{name}: a record has no field {', '.join(missing)}, but {', '.join(record)}; name one.")
-        texts.append("\n".join(str(record[key]) for key in wanted if record[key]))
-    return texts
+def _example(row: Mapping[str, Any], name: str, number: int) -> Any:  # noqa: ANN401
+    """Returns a row as a text or an instruction record; see ``read_records``."""
+    there = {key for key, value in row.items() if value is not None}
+    for wanted in ({"instruction", "output"}, {"prompt", "completion"}):
+        if wanted <= there and all(isinstance(row[key], (str, int, float)) for key in wanted):
+            return {key: str(row[key]) for key in row if key in (*wanted, "input") and row[key] is not None}
+    if {"prompt", "completion"} <= there:
+        return {"messages": _messages([*row["prompt"], *row["completion"]], name, number)}
+    for key in ("messages", "conversations"):
+        if key in there:
+            return {"messages": _messages(row[key], name, number)}
+    if "text" in there:
+        return str(row["text"])
+    nulls = [key for key in row if key in _FIELDS and row[key] is None]
+    if nulls:
+        raise ValueError(f"{name}, record {number}: {' and '.join(nulls)} is null; remove the record.")
+    raise ValueError(
+        f"{name}, record {number}: it has none of text, instruction and output, prompt and completion, messages, but "
+        f"{', '.join(row)}."
+    )
 
 
-def _stream(name: str) -> Iterator[Any]:
-    """Yields the records of a Hub data set's train split as they arrive."""
+def _messages(turns: Any, name: str, number: int) -> list[dict[str, str]]:  # noqa: ANN401
+    """Returns a conversation as messages with ``role`` and ``content``; ShareGPT has ``from`` and ``value``."""
+    found = []
+    for turn in turns if isinstance(turns, list) else [turns]:
+        given = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, Mapping) else {}
+        role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f"{name}, record {number}: a message needs a role and a text, got {turn!r:.80}.")
+        found.append({"role": _ROLES.get(role, role), "content": content})
+    while found and found[-1]["role"] != "assistant":
+        found.pop()
+    if len(found) < 2:
+        raise ValueError(f"{name}, record {number}: the conversation has no reply of the assistant.")
+    return found
+
+
+def _joined(example: Any) -> str:  # noqa: ANN401
+    """Returns the texts of an example, joined by line breaks."""
+    if isinstance(example, str):
+        return example
+    if "messages" in example:
+        return "\n".join(message["content"] for message in example["messages"])
+    return "\n".join(example[key] for key in _FIELDS if example.get(key))
+
+
+def _field(row: Mapping[str, Any], field: str, name: str, number: int) -> str:
+    if row.get(field) is None:
+        raise ValueError(f"{name}, record {number}: it has no field {field}, or null there, but {', '.join(row)}.")
+    return str(row[field])
+
+
+def _format_of(path: Path) -> str | None:
+    """Returns the loader of ``datasets`` for a file, by its suffix; None for plain text."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in (".gz", ".xz", ".bz2", ".zst"):
+        suffixes.pop()
+    return _LOADERS.get(suffixes[-1]) if suffixes else None
+
+
+def _rows(name: str, limit: int) -> tuple[list[Mapping[str, Any]], int | None]:
+    """Returns the first rows of a file, a folder or a Hub data set, and the number of all; None if that is unknown.
+
+    Raises:
+        ValueError: It cannot be read; the message names the reason in one line.
+    """
     import datasets
 
-    path, _, config = name.partition(":")
+    path = Path(name)
+    if not path.exists() and (_format_of(path) or path.suffix == ".txt" or name.startswith((".", "/", "~"))):
+        raise ValueError(f"there is no file {name}.")
     try:
-        yield from datasets.load_dataset(path, config or None, split="train", streaming=True, trust_remote_code=False)
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name} is neither a file nor a reachable data set on the Hub ({reason}).") from error
+        with _quiet_datasets(), tempfile.TemporaryDirectory() as cache:
+            if path.exists():
+                data = _load_local(path, cache)
+                return data.select(range(min(limit, len(data)))).to_list(), len(data)
+            repository, _, config = name.partition(":")
+            stream = datasets.load_dataset(
+                repository, config or None, split="train", streaming=True, trust_remote_code=False
+            )
+            rows = list(islice(stream, limit + 1))
+            return rows[:limit], None if len(rows) > limit else len(rows)
+    except (OSError, RuntimeError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        if path.exists():
+            raise ValueError(f"cannot read {name}: {_reason(error)}") from error
+        raise ValueError(f"{name} is neither a file nor a reachable data set on the Hub ({_reason(error)}).") from error
+
+
+def _load_local(path: Path, cache: str) -> Any:  # noqa: ANN401
+    import datasets
+
+    if path.is_file():
+        loader, options = _format_of(path), {}
+        if path.stat().st_size == 0:
+            return datasets.Dataset.from_list([])
+        if loader == "csv":
+            options = {"keep_default_na": False, "sep": "\t" if ".tsv" in path.name.lower() else ","}
+        options |= {"data_files": str(path), "cache_dir": cache}
+        return datasets.load_dataset(loader, split="train", trust_remote_code=False, **options)
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(str(path))
+        return saved["train"] if isinstance(saved, dict) else saved
+    return datasets.load_dataset(str(path), split="train", cache_dir=cache, trust_remote_code=False)
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Hides the progress bars and messages of ``datasets``; its errors are raised anyway."""
+    import datasets
+
+    level, hidden = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not hidden:
+            datasets.enable_progress_bars()
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the cause of an error in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"it is not in UTF-8 (byte 0x{byte:02x}); convert it, such as by iconv -f latin1 -t utf-8"
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gzip
 import json
 import re
 
+import datasets
 import pytest
 
 from rankadaptor_optuna.texts import load_texts, read_records, read_texts
@@ -58,9 +60,16 @@ def test_records_give_their_text_or_alpaca_fields_or_the_field_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("not json", "line 1: not a JSON record"),
-        ("[1, 2]", "a record is list, not an object"),
-        ('{"question": "?"}', "no field instruction, input, output, but question; name one"),
+        ("not json", "cannot read .*bad.jsonl: JSON parse error: Invalid value. in row 0"),
+        ('{"text": "a"}\n{', "cannot read .*bad.jsonl: JSON parse error"),
+        ('{"text": "a"}\n{"text": null}', "bad.jsonl, record 2: text is null; remove the record"),
+        ('{"instruction": "a", "output": null}', "bad.jsonl, record 1: output is null; remove the record"),
+        ('{"question": "?"}', "record 1: it has none of text, instruction and output, .*, messages, but question"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            "record 1: the conversation has no reply of the assistant",
+        ),
+        ('{"messages": [{"role": "user"}]}', "record 1: a message needs a role and a text, got {'role': 'user'}"),
         ('{"text": " "}', "holds no text"),
         ("", "holds no text"),
     ],
@@ -84,5 +93,88 @@ def test_records_are_instructions_texts_or_the_paragraphs_of_a_text_file(tmp_pat
     (tmp_path / "b.txt").write_text("one\ntwo\n\n\nthree\n")
     assert read_records(str(tmp_path / "b.txt")) == ["one\ntwo", "three\n"]
     (tmp_path / "c.jsonl").write_text('{"question": "?"}')
-    with pytest.raises(ValueError, match="neither text nor instruction and output, but question"):
+    with pytest.raises(ValueError, match=r"none of text, instruction and output, prompt and completion, .* question"):
         read_records(tmp_path / "c.jsonl")
+
+
+ALPACA = [{"instruction": "Add.", "input": "", "output": "3"}, {"instruction": "Say.", "input": "x", "output": "5"}]
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("array.json", json.dumps([ALPACA[0], {**ALPACA[1], "output": 5}])),
+        ("numbers.jsonl", "\n".join(json.dumps({**row, "output": int(row["output"])}) for row in ALPACA)),
+        ("mark.json", "\ufeff" + json.dumps(ALPACA)),
+        ("mark.jsonl", "\ufeff" + "\n".join(map(json.dumps, ALPACA))),
+        ("a.csv", "instruction,input,output\nAdd.,,3\nSay.,x,5\n"),
+        ("a.tsv", "instruction\tinput\toutput\nAdd.\t\t3\nSay.\tx\t5\n"),
+        ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ALPACA)).encode())),
+    ],
+)
+def test_instruction_records_are_read_from_any_common_format(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert read_records(tmp_path / name) == ALPACA
+    assert read_texts(tmp_path / name) == ["Add.\n3", "Say.\nx\n5"]
+
+
+def test_parquet_arrow_and_saved_data_sets_are_read(tmp_path):
+    data = datasets.Dataset.from_list(ALPACA)
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=data).save_to_disk(tmp_path / "splits")
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    for source in (tmp_path / "a.parquet", arrow, tmp_path / "saved", tmp_path / "splits"):
+        assert read_records(source) == ALPACA
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "1 + 2 =", "completion": " 3"}, {"prompt": "1 + 2 =", "completion": " 3"}),
+        ({"messages": TURNS}, {"messages": TURNS}),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, {"messages": TURNS}),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, {"messages": TURNS}),
+        ({"messages": [*TURNS, {"role": "user", "content": "Thanks"}]}, {"messages": TURNS}),
+    ],
+)
+def test_conversations_and_completions_are_instruction_records(tmp_path, record, expected):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    assert read_records(tmp_path / "a.jsonl") == [expected]
+    assert len(read_texts(tmp_path / "a.jsonl")) == 1
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a"])
+def test_a_file_in_another_encoding_is_refused_in_one_line(tmp_path, name):
+    (tmp_path / name).write_bytes('{"text": "caf\u00e9"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: it is not in UTF-8 \(byte 0xe9\); convert it"):
+        read_records(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffone", encoding="utf-8")
+    assert read_texts(tmp_path / "a.txt") == read_records(tmp_path / "a.txt") == ["one"]
+
+
+def test_a_text_without_blank_lines_is_split_by_lines_or_passages(tmp_path):
+    lines = [f"line {i}" for i in range(12)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    assert read_records(tmp_path / "a.txt", at_least=10) == lines
+    (tmp_path / "b.txt").write_text("word " * 6000)
+    passages = read_records(tmp_path / "b.txt", at_least=10)
+    assert len(passages) >= 10
+    assert " ".join(passages).split() == ["word"] * 6000
+
+
+def test_records_beyond_the_limit_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(1200)))
+    with pytest.warns(UserWarning, match=r"a\.jsonl: only the first 1,000 of 1,200 records are read; see limit"):
+        assert len(read_records(tmp_path / "a.jsonl", limit=1000)) == 1000
+
+
+@pytest.mark.parametrize("name", ["data/alpaca.jsonl", "text.txt", "./train", "/no/where"])
+def test_a_mistyped_file_is_no_data_set_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **_: pytest.fail("asked the Hub"))
+    with pytest.raises(ValueError, match=f"there is no file {name}"):
+        read_records(name)

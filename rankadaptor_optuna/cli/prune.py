@@ -23,7 +23,8 @@ def prune(
         typer.Option(help="LLM-Pruner's published settings; other options change them."),
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text, JSONL or Hub data set.", show_default="embedded text")
+        str | None,
+        typer.Option(metavar="FILE", help="Text, JSON, CSV, Parquet or Hub data set.", show_default="embedded text"),
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Number format; auto: the checkpoint's.")

@@ -6,9 +6,12 @@ with the study, so a worker on another machine needs only the database and the s
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -257,7 +260,7 @@ class Recipe:
         """Reads the texts or instruction records of the three parts.
 
         Raises:
-            ValueError: A part cannot be read or is empty.
+            ValueError: A part cannot be read, is empty, or is mostly a copy of another.
         """
         from rankadaptor_optuna.texts import load_texts, read_records
 
@@ -265,8 +268,9 @@ class Recipe:
             texts = load_texts()
             parts = Parts(texts.train, texts.validation, texts.report)
         else:
-            records = read_records(self.data.train, limit=self.data.limit)
             named = {8: self.data.report, 9: self.data.validation}
+            at_least = 10 if None in named.values() else 1
+            records = read_records(self.data.train, limit=self.data.limit, at_least=at_least)
             held = {tenth for tenth, name in named.items() if name is None}
             train = [record for i, record in enumerate(records) if i % 10 not in held]
             parts = Parts(train, records[9::10], records[8::10])
@@ -275,7 +279,25 @@ class Recipe:
                 parts = replace(parts, **{name: read_records(source, limit=self.data.limit)})
             if not getattr(parts, name):
                 raise ValueError(f"data.{name}: too few records to keep every tenth for it; name other data.")
+        _check_disjoint(parts, [name for name in ("validation", "report") if getattr(self.data, name) is not None])
         return parts
+
+
+def _check_disjoint(parts: Parts, named: Sequence[str]) -> None:
+    """Warns of named parts that share records with another part.
+
+    Raises:
+        ValueError: Most of a named part's records are in another part.
+    """
+    keys = {name: [json.dumps(record, sort_keys=True) for record in part] for name, part in vars(parts).items()}
+    for name, other in itertools.product(named, keys):
+        there = set(keys[other])
+        shared = sum(key in there for key in keys[name]) if name != other else 0
+        said = f"{shared:,} of the {len(keys[name]):,} records of data.{name} are in the {other} data too"
+        if shared > len(keys[name]) / 2:
+            raise ValueError(f"{said}: a score on these is no score on unseen data; name other data.")
+        if shared:
+            warnings.warn(f"{said}.", stacklevel=3)
 
 
 PRESETS = {

@@ -27,7 +27,7 @@ class Pruning(PruningConfig):
         method: ``"none"``, too: takes the model as it is, such as a model that another tool pruned by whole blocks and
             that looks like a dense one.
         seed: Default: the recipe's seed.
-        calibration: Text or JSONL file, or Hub data set. Default: the embedded text.
+        calibration: File or Hub data set, as for ``data.train``. Default: the embedded text.
     """
 
     calibration: str | None = None
@@ -63,8 +63,8 @@ class Data:
     """Data of recovery and scoring.
 
     Attributes:
-        train: Training data: a text file, JSONL file or Hub data set (``texts.read_records``). Default: the embedded
-            text.
+        train: Training data: a file of text, JSON, JSONL, CSV, Parquet or Arrow, or a Hub data set, with texts,
+            instructions or conversations (``texts.read_records``). Default: the embedded text.
         validation: Data that trials are scored on; must not share records with ``train``. Default: the validation part
             of the embedded text, or every tenth record of ``train``.
         report: Data of comparisons after the search; must not share records with the others. Default: as for

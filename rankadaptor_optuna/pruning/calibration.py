@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+_MOST_CHARACTERS = 10_000_000  # some 2 million tokens, read in seconds; set by hand
 
 
 def draw_samples(
@@ -36,7 +39,14 @@ def draw_samples(
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"calibration must be a list of texts (str), not {type(texts).__name__}")
-    stream = [i for text in texts for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    read, left = [], _MOST_CHARACTERS
+    for text in texts:
+        read.append(text[:left])
+        left -= len(read[-1])
+    if left <= 0:
+        warnings.warn(f"only the first {_MOST_CHARACTERS:,} characters of the calibration text are read.", stacklevel=2)
+    encoded = tokenizer(read, add_special_tokens=False, verbose=False)["input_ids"] if read else []
+    stream = [token for ids in encoded for token in ids]
     windows = len(stream) // sample_length
     if windows < n_samples:
         raise ValueError(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+
 IGNORED = -100  # label of a token that does not count in the loss: transformers' (and PyTorch's) ignore index
+_BATCH = 1_000_000  # characters tokenised at once; set by hand
 # Stanford Alpaca's prompt, which LLM-Pruner's recovery uses too (templates/alpaca.json)
 _PREAMBLE = (
     "Below is an instruction that describes a task{input}. "
@@ -89,12 +98,39 @@ def token_blocks(tokenizer: Any, texts: Iterable[str], length: int, limit: int |
     """
     import torch
 
+    wanted = math.inf if limit is None else limit * length
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = [token for text in texts for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]]
-    n = len(ids) // length if limit is None else min(limit, len(ids) // length)
+    found: list[NDArray[np.int32]] = []
+    n_tokens = 0
+    for batch in _batches(texts, len):
+        encoded = tokenizer(batch, add_special_tokens=False)["input_ids"]
+        found.append(np.asarray([token for ids in encoded for token in [*ids, *end]], dtype=np.int32))
+        n_tokens += len(found[-1])
+        if n_tokens >= wanted:
+            break
+    n = int(min(wanted, n_tokens)) // length
     if n == 0:
-        raise ValueError(f"the text has {len(ids)} tokens, too few for one block of {length}; give more text.")
-    return torch.tensor(ids[: n * length], dtype=torch.long).view(n, length)
+        raise ValueError(f"the text has {n_tokens} tokens, too few for one block of {length}; give more text.")
+    return torch.from_numpy(np.concatenate(found)[: n * length].astype(np.int64)).view(n, length)
+
+
+def _batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Yields items in lists of about a million characters, with a progress bar where this takes over 2 seconds."""
+    from tqdm import tqdm
+
+    items = items if isinstance(items, Sequence) else list(items)
+    with tqdm(items, desc="      tokenize", leave=False, delay=2, dynamic_ncols=True) as shown:
+        batch: list[T] = []
+        n = 0
+        for item in items:
+            batch.append(item)
+            n += size(item)
+            if n >= _BATCH:
+                yield batch
+                shown.update(len(batch))
+                batch, n = [], 0
+        if batch:
+            yield batch
 
 
 def alpaca_prompt(record: Mapping[str, Any]) -> str:
@@ -107,6 +143,33 @@ def alpaca_prompt(record: Mapping[str, Any]) -> str:
     )
 
 
+def prompt_and_response(tokenizer: Any, record: Mapping[str, Any]) -> tuple[str, str]:  # noqa: ANN401
+    """Returns the text that a record's response follows, and the response.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer; its chat template, if any, formats messages.
+        record: ``prompt`` and ``completion``, which are joined as they are; ``messages``, whose last one is the
+            response; or ``instruction``, ``output`` and maybe ``input`` in Alpaca's format.
+
+    Raises:
+        ValueError: A field is missing or null; the message names the record's fields.
+    """
+    messages = record.get("messages")
+    if messages:
+        if tokenizer.chat_template:
+            render = partial(tokenizer.apply_chat_template, tokenize=False)
+            prompt, whole = render(messages[:-1], add_generation_prompt=True), render(messages)
+            if whole.startswith(prompt):
+                return prompt, whole[len(prompt) :]
+        instruction = "\n\n".join(message["content"] for message in messages[:-1])
+        record = {"instruction": instruction, "output": messages[-1]["content"]}
+    names = ("prompt", "completion") if "prompt" in record else ("instruction", "output")
+    if missing := [name for name in names if record.get(name) is None]:
+        raise ValueError(f"a record has no {' and no '.join(missing)}, but {', '.join(record)}.")
+    prompt, response = (str(record[name]) for name in names)
+    return (alpaca_prompt(record) if "prompt" not in record else prompt), response
+
+
 def instruction_examples(
     tokenizer: Any,  # noqa: ANN401
     records: Iterable[Mapping[str, Any]],
@@ -115,11 +178,13 @@ def instruction_examples(
     mask_prompt: bool = True,
     limit: int | None = None,
 ) -> Examples:
-    """Makes examples of instruction records in Alpaca's format, each ended by the end-of-sequence token.
+    """Makes examples of instruction records, each ended by the end-of-sequence token.
+
+    A warning counts the records that were cut or left out.
 
     Args:
         tokenizer: A Hugging Face tokenizer; its begin-of-sequence token, if any, comes first.
-        records: Records with ``instruction``, ``output`` and, optionally, ``input``.
+        records: Records, see ``prompt_and_response``.
         cutoff: Largest number of tokens of an example; an example without a target left is dropped.
         mask_prompt: Whether only the response counts in the loss, as in LLM-Pruner's recovery.
         limit: Largest number of examples. Default: all.
@@ -129,26 +194,40 @@ def instruction_examples(
     """
     import torch
 
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     ids: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
-    for record in records:
+    n_cut = n_dropped = 0
+    for batch in _batches(
+        [prompt_and_response(tokenizer, record) for record in records], lambda pair: sum(map(len, pair))
+    ):
         if len(ids) == limit:
             break
-        if missing := [name for name in ("instruction", "output") if name not in record]:
-            raise ValueError(f"a record has no {' and no '.join(missing)}, but {', '.join(record)}.")
-        prompt, response = (
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (alpaca_prompt(record), record["output"])
+        prompts, responses = (
+            tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in zip(*batch, strict=True)
         )
-        tokens = torch.tensor([*start, *prompt, *response, *end][:cutoff], dtype=torch.long)
-        targets = tokens.clone()
-        targets[: len(start) + len(prompt) if mask_prompt else 0] = IGNORED
-        if (targets[1:] != IGNORED).any():
-            ids.append(tokens)
-            labels.append(targets)
+        for prompt, response in zip(prompts, responses, strict=True):
+            if len(ids) == limit:
+                break
+            first = [] if prompt[:1] == start else start  # chat templates may hold both tokens
+            last = [] if end and end[0] in response[-2:] else end
+            tokens = torch.tensor([*first, *prompt, *response, *last], dtype=torch.long)
+            targets = tokens.clone()
+            targets[: len(first) + len(prompt) if mask_prompt else 0] = IGNORED
+            n_cut += len(tokens) > cutoff
+            if (targets[1:cutoff] != IGNORED).any():
+                ids.append(tokens[:cutoff])
+                labels.append(targets[:cutoff])
+            else:
+                n_dropped += 1
     if not ids:
         raise ValueError(f"no record has a response within {cutoff} tokens; raise the cutoff, or give other records.")
+    if n_cut or n_dropped:
+        warnings.warn(
+            f"of {len(ids) + n_dropped:,} records, {n_dropped:,} have no response within {cutoff} tokens and are left "
+            f"out, and {n_cut - n_dropped:,} are cut there; a larger block_length keeps them.",
+            stacklevel=2,
+        )
     return Examples(ids, labels)
 
 

@@ -52,7 +52,7 @@ def test_it_writes_a_checkpoint_that_opens_and_shows_the_removed_shares(
         (["--ratio", "0.99"], "largest possible ratio is 0."),
         (["--ratio", "2"], "ratio must lie between 0 and 1, got 2.0"),
         (["--criterion", "ppl"], "criterion 'ppl' is unknown to llm-pruner"),
-        (["--calibration", "nowhere.txt"], "nowhere.txt is neither a file"),
+        (["--calibration", "nowhere.txt"], "there is no file nowhere.txt"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_nothing_written(dense_folder, tmp_path, capsys, arguments, says):
@@ -68,7 +68,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_written(dense_folder, tmp_
     [
         (["--ratio", "20"], "ratio must lie between 0 and 1, got 20.0"),
         (["--method", "shortened", "--steps", "2"], "steps=2 has no effect"),
-        (["--calibration", "nowhere.txt"], "nowhere.txt is neither a file"),
+        (["--calibration", "nowhere.txt"], "there is no file nowhere.txt"),
     ],
 )
 def test_options_are_checked_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, arguments, says):

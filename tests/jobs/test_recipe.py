@@ -164,8 +164,26 @@ def test_every_tenth_record_is_kept_for_the_score_unless_other_data_is_named(tmp
     recipe = Recipe.from_dict({"data": {"train": str(train), "validation": str(other)}})
     parts = recipe.read_data()
     assert [len(part) for part in (parts.train, parts.validation, parts.report)] == [23, 2, 2]
-    with pytest.raises(ValueError, match=r"data\.validation: too few records"):
+    with (
+        pytest.warns(UserWarning, match="only the first 5 of 25 records"),
+        pytest.raises(ValueError, match=r"data\.validation: too few records"),
+    ):
         Recipe.from_dict({"data": {"train": str(train), "limit": 5}}).read_data()
+
+
+def test_held_out_data_that_is_the_training_data_is_refused_and_shared_records_are_counted(tmp_path):
+    for name, numbers in (("train", range(20)), ("copy", range(19, -1, -1)), ("other", range(19, 39))):
+        (tmp_path / name).write_text("\n\n".join(f"text {i}" for i in numbers))
+    data = {"train": str(tmp_path / "train")}
+    for part in ("validation", "report"):
+        with pytest.raises(ValueError, match=rf"1[89] of the 20 records of data\.{part} are in the train data too"):
+            Recipe.from_dict({"data": {**data, part: str(tmp_path / "copy")}}).read_data()
+    both = {"validation": str(tmp_path / "other"), "report": str(tmp_path / "other")}
+    with (
+        pytest.warns(UserWarning, match=r"1 of the 20 records of data\.validation are in the train data too"),
+        pytest.raises(ValueError, match=r"20 of the 20 records of data\.validation are in the report data too"),
+    ):
+        Recipe.from_dict({"data": {**data, **both}}).read_data()
 
 
 def test_the_objective_has_the_recipes_settings(model, tokenizer, tmp_path):

@@ -189,7 +189,7 @@ def test_a_worker_with_another_text_is_refused_before_any_pruning(values, tmp_pa
 @pytest.mark.parametrize(
     ("section", "setting", "message"),
     [
-        ("data", {"train": "/no/where.jsonl"}, "/no/where.jsonl is neither a file nor a reachable data set"),
+        ("data", {"train": "/no/where.jsonl"}, "there is no file /no/where.jsonl"),
         ("data", {"block_length": 100_000}, "too few for one block of 100000"),
         ("lora", {"targets": ["q_proj", "v_porj"]}, "has no modules named \\['v_porj'\\] to adapt"),
         ("lora", {"targets": ["q_proj", "lm_head"]}, "has no modules named \\['lm_head'\\] to adapt"),

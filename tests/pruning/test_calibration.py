@@ -28,3 +28,10 @@ def test_too_little_text_says_how_much_there_is(tokenizer):
 def test_calibration_that_is_no_list_of_texts_is_refused(tokenizer, texts):
     with pytest.raises(ValueError, match="list of texts"):
         draw_samples(tokenizer, texts, n_samples=1, sample_length=4, seed=0)
+
+
+def test_no_more_than_the_first_characters_of_a_long_text_are_read(tokenizer, monkeypatch):
+    monkeypatch.setattr("rankadaptor_optuna.pruning.calibration._MOST_CHARACTERS", 30)
+    with pytest.warns(UserWarning, match="only the first 30 characters of the calibration text are read"):
+        windows = draw_samples(tokenizer, ["a" * 20, "b" * 100, "c"], n_samples=6, sample_length=5, seed=0)
+    assert sorted(tokenizer.batch_decode(windows)) == ["aaaaa"] * 4 + ["bbbbb"] * 2

@@ -68,16 +68,61 @@ def test_without_a_mask_every_token_is_a_target(tokenizer):
 
 def test_examples_are_cut_off_and_those_without_a_target_are_dropped(tokenizer):
     short, long = {"instruction": "A", "output": "B" * 50}, {"instruction": "A" * 300, "output": "B"}
-    examples = instruction_examples(tokenizer, [short, long, short], 200)
+    with pytest.warns(
+        UserWarning, match="of 3 records, 1 have no response within 200 tokens and are left out, and 0 are"
+    ):
+        examples = instruction_examples(tokenizer, [short, long, short], 200)
+    with pytest.warns(
+        UserWarning, match="of 2 records, 0 have no response within 180 tokens and are left out, and 2 are"
+    ):
+        instruction_examples(tokenizer, [short, short], 180)
     assert [len(ids) for ids in examples.ids] == [len(alpaca_prompt(short)) + 51] * 2
     assert len(instruction_examples(tokenizer, [short] * 9, 200, limit=4)) == 4
     with pytest.raises(ValueError, match="no record has a response within 200 tokens"):
         instruction_examples(tokenizer, [long], 200)
 
 
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\0{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TURNS = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Ho"},
+]
+
+
+def test_messages_follow_the_chat_template_and_the_last_reply_is_the_target(tokenizer):
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = CHATML
+    examples = instruction_examples(chatting, [{"messages": TURNS}], 1000)
+    assert tokenizer.decode(examples.ids[0]) == f"<system>S{END}<user>Hi{END}<assistant>Ho{END}"
+    assert tokenizer.decode(examples.ids[0][examples.labels[0] != IGNORED]) == f"Ho{END}"
+    plain = instruction_examples(tokenizer, [{"messages": TURNS}], 1000)
+    assert tokenizer.decode(plain.ids[0]).endswith(f"### Instruction:\nS\n\nHi\n\n### Response:\nHo{END}")
+
+
+def test_a_completion_follows_its_prompt(tokenizer):
+    examples = instruction_examples(tokenizer, [{"prompt": "1 + 2 =", "completion": " 3"}], 1000)
+    assert tokenizer.decode(examples.ids[0]) == f"1 + 2 = 3{END}"
+    assert tokenizer.decode(examples.ids[0][examples.labels[0] != IGNORED]) == f" 3{END}"
+
+
+def test_a_limit_reads_no_more_text_than_it_needs(tokenizer, texts, monkeypatch):
+    monkeypatch.setattr("rankadaptor_optuna.recovery.data._BATCH", 100)
+    seen = []
+    counting = lambda batch, **settings: seen.extend(batch) or tokenizer(batch, **settings)  # noqa: E731
+    counting.eos_token_id = tokenizer.eos_token_id
+    blocks = token_blocks(counting, texts, 16, limit=3)
+    assert len(seen) < len(texts)
+    assert torch.equal(blocks, token_blocks(tokenizer, texts, 16)[:3])
+
+
 def test_a_record_without_a_field_is_refused_by_name(tokenizer):
-    with pytest.raises(ValueError, match="a record has no output, but instruction, answer"):
-        instruction_examples(tokenizer, [{"instruction": "A", "answer": "B"}], 100)
+    for record in ({"instruction": "A", "answer": "B"}, {"instruction": "A", "output": None, "answer": "B"}):
+        with pytest.raises(ValueError, match=r"a record has no output, but instruction, (output, )?answer"):
+            instruction_examples(tokenizer, [record], 100)
 
 
 def test_a_batch_is_padded_with_ignored_labels_and_masked_only_where_needed():
