@@ -18,6 +18,7 @@ SPACE_ATTR = "rankadaptor:space"  # the rank space, as RankSpace.to_dict returns
 PRIOR_ATTR = "rankadaptor:prior"  # identity of the prior that the study began with
 RECIPE_ATTR = "rankadaptor:recipe"  # settings of its trials
 DIGESTS_ATTR = "rankadaptor:digests"  # digests of the data of its trials
+UNRECOVERED_ATTR = "rankadaptor:unrecovered"  # score of the pruned model without recovery
 SENSITIVITY_ATTR = "rankadaptor:sensitivity"  # sensitivity of the loss to each layer's adapter, by rank parameter
 TRIALS_ATTR = "rankadaptor:trials"  # number of finished trials to reach
 CONVERGED_ATTR = "rankadaptor:converged"  # statement of StopWhenConverged
@@ -54,6 +55,15 @@ def sensitivity_of(user_attrs: Mapping[str, Any]) -> dict[str, float]:
         return {name: float(each) for name, each in value.items()}
     warn_once(f"{unusable(SENSITIVITY_ATTR, value, 'an object of numbers')}: ignored.")
     return {}
+
+
+def unrecovered_of(user_attrs: Mapping[str, Any]) -> float | None:
+    """Returns the score without recovery stored with a study; None where there is none."""
+    value = user_attrs.get(UNRECOVERED_ATTR)
+    if value is None or is_number(value):
+        return value
+    warn_once(f"{unusable(UNRECOVERED_ATTR, value, 'a number')}: ignored.")
+    return None
 
 
 def converged_of(user_attrs: Mapping[str, Any]) -> str | None:

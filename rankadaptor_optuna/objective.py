@@ -17,7 +17,7 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
 from rankadaptor_optuna.adaptable import check_language_model
-from rankadaptor_optuna.attributes import ITEMS_ATTR
+from rankadaptor_optuna.attributes import ITEMS_ATTR, UNRECOVERED_ATTR
 from rankadaptor_optuna.model_layers import ModelLayers, read_layers
 from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS, LoraSettings, Ranks
 from rankadaptor_optuna.recovery.data import Examples, examples_of
@@ -48,8 +48,8 @@ class RecoveryObjective:
     user attribute ``fail_reason``; its traceback is logged, its memory is freed, and the study goes on. An error of
     ``on_step`` or of the study's pruner ends the study.
 
-    The first trial of uniform ranks also measures how sensitive the loss is to each layer's adapter, see
-    ``note_sensitivity``.
+    The first trial also measures the score without recovery, which ``recommend`` compares with. The first trial of
+    uniform ranks also measures how sensitive the loss is to each layer's adapter, see ``note_sensitivity``.
 
     With ``report_every`` a trial reports its loss on the first held-out blocks during training (negated where higher
     scores are better) and stops where the study's pruner decides so. With ``report_items`` it reports the loss of each
@@ -244,6 +244,8 @@ class RecoveryObjective:
                 note_sensitivity(trial, self.space, model, self.held_out)
             if not math.isfinite(score):
                 raise FloatingPointError(f"the {self.metric} on held-out data is {score}.")
+            seconds = time.perf_counter() - start
+            self._note_unrecovered(trial)
         except _FAILURES as error:
             if error is self._propagated:
                 raise
@@ -253,8 +255,20 @@ class RecoveryObjective:
             trial.set_user_attr("fail_reason", failed)
             free_memory()
             return float("nan")
-        trial.set_user_attr("seconds", round(time.perf_counter() - start, 2))
+        trial.set_user_attr("seconds", round(seconds, 2))
         return score
+
+    def _note_unrecovered(self, trial: Trial) -> None:
+        """Stores with the study the score of the pruned model without recovery, unless it is there."""
+        study = getattr(trial, "study", None)  # a FixedTrial has none
+        if study is None or UNRECOVERED_ATTR in study.user_attrs or verification_seed(trial) is not None:
+            return
+        if self.tasks is None or self.metric == "loss":
+            score = float(block_losses(self.model, self.held_out).mean())
+        else:
+            score = self.tasks.weighted(self.tasks.evaluate(self.model), self.metric)
+        if math.isfinite(score):
+            study.set_user_attr(UNRECOVERED_ATTR, score)
 
     def _report_step(self, trial: Trial, model: Any, done: int) -> None:  # noqa: ANN401
         """Reports the loss on the first held-out blocks at every ``report_every``-th step but the last.

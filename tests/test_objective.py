@@ -340,6 +340,22 @@ def test_a_finished_trial_says_how_fast_it_trained_and_how_much_memory_its_proce
     assert attributes["tokens_per_second"] >= 3 * 2 * 32 / attributes["seconds"] * 0.9
 
 
+def test_the_study_stores_the_score_without_recovery_once(make_job, tokenizer, local_task):
+    tasks = TaskSuite(tokenizer, ("facts",), part="search", limit=6, include_path=str(local_task))
+    for settings in ({}, {"tasks": tasks, "metric": "margin"}):
+        job = make_job(tokenizer, **settings)
+        study = create_study(direction=job.direction, sampler=RankAdaptorSampler(job.space, prior=None, seed=0))
+        study.optimize(job, n_trials=1)
+        stored = study.user_attrs["rankadaptor:unrecovered"]
+        if settings:
+            assert stored == pytest.approx(tasks.weighted(tasks.evaluate(job.model), "margin"))
+        else:
+            assert stored == pytest.approx(block_losses(job.model, job.held_out).mean())
+        study.set_user_attr("rankadaptor:unrecovered", 7.0)
+        study.optimize(job, n_trials=1)
+        assert study.user_attrs["rankadaptor:unrecovered"] == 7.0
+
+
 RECORDS = [{"instruction": f"Say {i}.", "input": "", "output": f"{i} is what I say."} for i in range(12)]
 
 

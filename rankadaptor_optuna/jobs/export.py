@@ -87,7 +87,8 @@ def export(
     if merge:
         adapted = PeftModel.from_pretrained(job.model, out / "adapter")
         save_pruned(adapted.merge_and_unload(), out / "merged", job.tokenizer)
-    say(f"Held-out loss {loss:.4f} nats/token, {before:.4f} without recovery.")
+    worse = " The recovery made the model WORSE." if loss > before else ""
+    say(f"Held-out loss {loss:.4f} nats/token, {before:.4f} without recovery.{worse}")
     return Exported(found, recipe, study.study_name, masked(storage), loss, before, base, out)
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from optuna.study import Study
 
+from rankadaptor_optuna.attributes import unrecovered_of
 from rankadaptor_optuna.priors.choice import PriorLike
 from rankadaptor_optuna.ranks import LoraSettings, Ranks
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.fitted import FittedStudy
 from rankadaptor_optuna.studies.reading import StudyReading
-from rankadaptor_optuna.studies.statement import gain_statement, uniform_statement
+from rankadaptor_optuna.studies.statement import gain_statement, uniform_statement, worse_than_none
 from rankadaptor_optuna.studies.verification import Configuration, Confirmation, Verifications
 from rankadaptor_optuna.surrogate.statistics import t_interval
 
@@ -205,11 +206,17 @@ def _explained(
     gain, gain_std = (float(x[0]) for x in model.predict_lasting_gain(chosen))
     predicted, std = (float(x[0]) for x in model.predict(chosen, fitted.encoding.point(params)))
     n_trials, interval = len(observations.trials), (gain - _NORMAL_975 * gain_std, gain + _NORMAL_975 * gain_std)
+    fixed = None if reading.space is None else reading.space.fixed_ranks
     if (chosen == uniform).all():
-        statement = uniform_statement(uniform, n_trials, n_verified)
+        statement = uniform_statement(uniform, n_trials, n_verified, fixed)
     else:
         holds = own_gain > _NORMAL_975 * own_std
-        statement = gain_statement(uniform, n_trials, gain, interval, holds_on_own_seed=holds, confirmed=confirmed)
+        statement = gain_statement(
+            uniform, n_trials, gain, interval, holds_on_own_seed=holds, confirmed=confirmed, fixed=fixed
+        )
+    unrecovered = unrecovered_of(reading.study.user_attrs)
+    if unrecovered is not None and chosen.any() and reading.sign * predicted < reading.sign * unrecovered:
+        statement += worse_than_none(predicted, unrecovered)
     differing = (np.asarray([fitted.encoding.ranks(t.params) for t in observations.trials]) != chosen).sum(1)
     nearest = np.argsort(differing, kind="stable")[:_N_CLOSEST]
     closest = [(observations.trials[i].number, int(differing[i]), float(observations.values[i, 0])) for i in nearest]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rankadaptor_optuna.studies.verification import Confirmation
 from rankadaptor_optuna.surrogate.grid import Array
 
 
-def uniform_statement(uniform: Array, n_trials: int, n_verified: int) -> str:
+def uniform_statement(uniform: Array, n_trials: int, n_verified: int, fixed: Mapping[int, int] | None = None) -> str:
     """Returns the statement where the uniform configuration, (L,), is recommended.
 
     Args:
         uniform: The uniform configuration, (L,).
         n_trials: Number of trials that the performance model learned from.
         n_verified: Number of configurations that were verified.
+        fixed: Ranks of layers that are not searched.
     """
     verified = f" and {n_verified} configurations verified on fresh seeds" if n_verified else ""
-    return f"Keep {_name(uniform)}: after {n_trials} trials{verified}, no other configuration is safely better."
+    return f"Keep {_name(uniform, fixed)}: after {n_trials} trials{verified}, no other configuration is safely better."
 
 
 def gain_statement(
@@ -26,6 +29,7 @@ def gain_statement(
     *,
     holds_on_own_seed: bool,
     confirmed: Confirmation | None,
+    fixed: Mapping[int, int] | None = None,
 ) -> str:
     """Returns the statement where other ranks than the uniform configuration are recommended.
 
@@ -36,6 +40,7 @@ def gain_statement(
         interval: Its central 95% interval.
         holds_on_own_seed: Whether the predicted gain on the search's own seed is positive with 97.5% confidence.
         confirmed: Measured gain; None without verification.
+        fixed: Ranks of layers that are not searched.
     """
     if interval[0] > 0:
         support = "Supported by the data"
@@ -45,7 +50,9 @@ def gain_statement(
         support = "Supported on the search's own seed only"
     else:
         support = "Not yet supported by the data"
-    predicted = f"{support}: predicted gain over {_name(uniform)} on fresh seeds {_with_interval(gain, interval)}"
+    predicted = (
+        f"{support}: predicted gain over {_name(uniform, fixed)} on fresh seeds {_with_interval(gain, interval)}"
+    )
     return f"{predicted}, from {n_trials} trials.{_confirmation(confirmed)}"
 
 
@@ -61,8 +68,22 @@ def _confirmation(confirmed: Confirmation | None) -> str:
     return said
 
 
-def _name(uniform: Array) -> str:
-    return f"uniform rank {uniform[0]:g}" if len(set(uniform)) == 1 else "the middle of each rank's range"
+def worse_than_none(predicted: float, unrecovered: float) -> str:
+    """Returns the sentence to add where a recovery with the recommended ranks is worse than none."""
+    return (
+        f" But recovery made the model worse: predicted score {predicted:.4f}, without recovery {unrecovered:.4f}. "
+        "Lower the learning rate, or train longer."
+    )
+
+
+def _name(uniform: Array, fixed: Mapping[int, int] | None) -> str:
+    name = f"uniform rank {uniform[0]:g}" if len(set(uniform)) == 1 else "the middle of each rank's range"
+    by_rank: dict[int, list[str]] = {}
+    for layer, rank in (fixed or {}).items():
+        if rank != uniform[0]:
+            by_rank.setdefault(rank, []).append(str(layer))
+    others = "; ".join(f"rank {rank} in layers {', '.join(layers)}" for rank, layers in by_rank.items())
+    return f"{name} in the searched layers ({others})" if others else name
 
 
 def _with_interval(gain: float, interval: tuple[float, float]) -> str:

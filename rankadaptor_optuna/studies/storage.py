@@ -29,6 +29,7 @@ from rankadaptor_optuna.studies.patient_storage import PATIENCE_S, PatientStorag
 
 _HEARTBEAT_S = 60  # interval; a killed worker is noticed after two; set by hand
 _MOST_NAMED = 5  # differing settings in a message
+_MOST_SHOWN = 60  # characters of a setting in a message
 
 
 def create_study(
@@ -106,9 +107,19 @@ def check_same_settings(owner: str, stored: Mapping[str, Any], given: Mapping[st
     was, now = (_leaves(json.loads(json.dumps(settings))) for settings in (stored, given))
     keys = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
     if keys:
-        named = [f"{key} was {was.get(key)!s:.60}, now {now.get(key)!s:.60}" for key in keys[:_MOST_NAMED]]
+        pairs = {key: _around_difference(str(was.get(key)), str(now.get(key))) for key in keys[:_MOST_NAMED]}
+        named = [f"{key} was {before}, now {after}" for key, (before, after) in pairs.items()]
         more = [f"and {len(keys) - _MOST_NAMED} more"] if len(keys) > _MOST_NAMED else []
         raise ValueError(f"{owner} belongs to other settings: {'; '.join(named + more)}. Use those, or {other}.")
+
+
+def _around_difference(was: str, now: str) -> tuple[str, str]:
+    """Returns two texts, cut to 60 characters around their first difference where one is longer."""
+    same = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
+    start = max(0, same - 20) if max(len(was), len(now)) > _MOST_SHOWN else 0
+    end = start + _MOST_SHOWN
+    before, after = (f"{'...' * (start > 0)}{text[start:end]}{'...' * (len(text) > end)}" for text in (was, now))
+    return before, after
 
 
 def _leaves(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -18,6 +18,7 @@ def model_card(exported: Exported) -> str:
     found, recipe = exported.recommendation, exported.recipe
     dense = HUB_MODEL if recipe.model == "embedded" else recipe.model
     after, before = (f"{loss:.4f} (perplexity {math.exp(loss):.2f})" for loss in (exported.loss, exported.loss_before))
+    worse = " **The recovery made the model worse.**" if exported.loss > exported.loss_before else ""
     searched = ["yes" if module in found.ranks else "no" for module in found.all_ranks]
     ranks = from_columns({"layer": [*found.all_ranks], "rank": [*found.all_ranks.values()], "searched": searched})
     return f"""---
@@ -40,7 +41,7 @@ model = PeftModel.from_pretrained(model, {json.dumps((exported.out.resolve() / "
 {found.evidence.statement} Source: {found.evidence.n_trials} trials of study {code_span(exported.study_name)} in
 {code_span(exported.storage_masked)}.
 
-Validation loss per token: {after}; without recovery {before}. The search scored its trials on this text.
+Validation loss per token: {after}; without recovery {before}.{worse} The search scored its trials on this text.
 
 Trainable parameters: {as_count(found.cost)} (budget {markdown(recipe.space.budget)}). `rank_pattern.json` holds the
 arguments of `peft.LoraConfig`.

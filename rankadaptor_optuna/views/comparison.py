@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rankadaptor_optuna.jobs.output import write_text
-from rankadaptor_optuna.jobs.results import OURS, UNTRAINED, Comparison, PairedDifference
+from rankadaptor_optuna.jobs.results import NONE, OURS, UNTRAINED, Comparison, PairedDifference
 from rankadaptor_optuna.views.pictures import draw_comparison
 from rankadaptor_optuna.views.style import as_count, as_mean, as_millions
 from rankadaptor_optuna.views.tables import Table, from_columns, markdown_table
@@ -45,7 +45,7 @@ def _accuracy(shares: Sequence[float]) -> str:
 
 def comparison_verdict(comparison: Comparison) -> str:
     """Returns how the recommended ranks compare with each reference, by perplexity and by the searched metric."""
-    lines = []
+    lines = [worse] if (worse := worse_than_none(comparison)) else []
     for measure in ("loss", *comparison.row(OURS).scores):
         name = "perplexity" if measure == "loss" else measure
         lines.append(f"{OURS} by {name}, paired differences on {len(comparison.seeds)} fresh seeds:\n")
@@ -56,6 +56,17 @@ def comparison_verdict(comparison: Comparison) -> str:
             )
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def worse_than_none(comparison: Comparison) -> str:
+    """Returns the sentence to say where recovery with the recommended ranks is worse than none, else an empty text."""
+    rows = {row.method: row for row in comparison.rows}
+    if NONE not in rows or (ours := np.mean(rows[OURS].losses)) <= (none := rows[NONE].losses[0]):
+        return ""
+    return (
+        f"Recovery made the model WORSE than no recovery: perplexity {math.exp(ours):.2f} with the recommended ranks, "
+        f"{math.exp(none):.2f} without. Lower the learning rate, or train longer.\n"
+    )
 
 
 def _cost_note(comparison: Comparison, method: str) -> str:

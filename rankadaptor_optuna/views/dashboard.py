@@ -116,8 +116,10 @@ def _cost_text(view: StudyView, found: Recommendation) -> str:
     space = view.space
     of_ranks = space is None or set(space.costs) == {1.0}
     text = f"{'Sum of ranks' if of_ranks else 'Trainable parameters'}: {as_count(found.cost)}"
-    if space is None or space.budget is None:
+    if space is None:
         return f"{text}, no budget"
+    if space.budget is None:
+        return f"{text}, no budget (uniform: {as_count(space.cost(space.uniform()))})"
     return f"{text} of {as_count(space.budget)} in the budget ({as_percent(found.cost / space.budget)})"
 
 

@@ -7,7 +7,7 @@ import math
 from rankadaptor_optuna.jobs.output import write_text
 from rankadaptor_optuna.jobs.results import UNIFORM, QuickstartResult
 from rankadaptor_optuna.studies.reading import StudyReading
-from rankadaptor_optuna.views.comparison import comparison_table, difference_text
+from rankadaptor_optuna.views.comparison import comparison_table, difference_text, worse_than_none
 from rankadaptor_optuna.views.dashboard import closest_trials, publish_reading
 from rankadaptor_optuna.views.pictures import draw_progress, draw_ranks
 from rankadaptor_optuna.views.study_view import StudyView
@@ -18,8 +18,14 @@ from rankadaptor_optuna.views.tables import markdown_table
 def report_verdict(result: QuickstartResult) -> str:
     """Returns whether the recommendation beat uniform, in one sentence."""
     comparison = result.comparison
+    worse = " ".join(worse_than_none(comparison).split())
     if comparison.ranks == comparison.uniform:
-        return "The search recommends the uniform configuration itself: it expects no other to be safely better."
+        rank = next(iter(comparison.uniform.values()))
+        fixed = {layer: r for layer, r in result.search.space.fixed_ranks.items() if r != rank}
+        others = ", ".join(f"{layer} (rank {r})" for layer, r in fixed.items())
+        where = f" of the searched layers, all but {others}," if fixed else ""
+        sentence = f"The search recommends the uniform configuration{where} itself"
+        return f"{sentence}: it expects no other to be safely better. {worse}".rstrip()
     paired = comparison.paired(UNIFORM)
     sentence = {
         "better": "The recommendation beat uniform",
@@ -27,7 +33,7 @@ def report_verdict(result: QuickstartResult) -> str:
         "tie": "No difference from uniform was shown",
     }[paired.verdict]
     where = f"on {len(comparison.seeds)} fresh seeds and text that the search did not use"
-    return f"{sentence} {where}: perplexity {difference_text(paired)}."
+    return f"{sentence} {where}: perplexity {difference_text(paired)}. {worse}".rstrip()
 
 
 def report_text(result: QuickstartResult) -> str:

@@ -49,6 +49,18 @@ def test_recommend_says_what_is_missing(study, message):
         recommend(study())
 
 
+@pytest.mark.parametrize(("direction", "sign"), [("maximize", 1), ("minimize", -1)])
+def test_a_recovery_that_is_worse_than_none_is_said(direction, sign):
+    study = run(5, direction=direction)
+    predicted = recommend(study).predicted
+    for unrecovered, worse in ((predicted + sign, True), (predicted - sign, False), ("high", False)):
+        study.set_user_attr("rankadaptor:unrecovered", unrecovered)
+        statement = recommend(study).evidence.statement
+        assert ("But recovery made the model worse: predicted score" in statement) is worse
+    study.set_user_attr("rankadaptor:unrecovered", predicted + sign)
+    assert f"without recovery {predicted + sign:.4f}. Lower the learning rate" in recommend(study).evidence.statement
+
+
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_the_recommendation_is_within_the_budget_and_better_than_uniform(direction):
     study = run(20, direction=direction)

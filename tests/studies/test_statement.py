@@ -25,6 +25,14 @@ def test_where_uniform_is_recommended(uniform, n_verified, statement):
     assert uniform_statement(uniform, 20, n_verified) == statement
 
 
+def test_fixed_layers_are_named_beside_the_uniform_rank():
+    fixed = {0: 12, 3: 12, 4: 2, 5: 8}
+    name = "uniform rank 8 in the searched layers (rank 12 in layers 0, 3; rank 2 in layers 4)"
+    assert uniform_statement(EIGHT, 20, 0, fixed).startswith(f"Keep {name}: after 20 trials")
+    statement = gain_statement(EIGHT, 20, 0.3, (0.1, 0.5), holds_on_own_seed=True, confirmed=None, fixed=fixed)
+    assert f"predicted gain over {name} on fresh seeds" in statement
+
+
 @pytest.mark.parametrize(
     ("low", "holds", "verified", "support"),
     [

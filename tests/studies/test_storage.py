@@ -53,6 +53,24 @@ def test_another_recipe_is_refused_and_the_differences_named(url):
     assert optuna.load_study(study_name="s", storage=url).user_attrs[RECIPE_ATTR] == RECIPE
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "shown"),
+    [
+        ("a" * 60, "b" * 60, (f"was {'a' * 60}, ", f"now {'b' * 60}.")),
+        (
+            "/models/" + "x" * 90 + "-one",
+            "/models/" + "x" * 90 + "-two",
+            (f"was ...{'x' * 19}-one, ", f"now ...{'x' * 19}-two."),
+        ),
+        ("x" * 90, "x" * 90 + "y" * 90, (f"was ...{'x' * 20}, ", f"now ...{'x' * 20}{'y' * 40}....")),
+    ],
+)
+def test_long_settings_are_shown_where_they_differ(was, now, shown):
+    with pytest.raises(ValueError, match="model was") as caught:
+        check_same_settings("out", {"model": was}, {"model": now}, "another")
+    assert all(part in str(caught.value) for part in shown)
+
+
 def test_at_most_five_differences_are_named():
     keys = [f"k{i}" for i in range(7)]
     with pytest.raises(ValueError, match=r"out belongs to other settings: a\.k0 was 0, now 1; ") as caught:

@@ -25,10 +25,16 @@ def test_the_card_has_study_ranks_budget_and_losses(make_study, tmp_path, model,
     for part in ("4 trials of study `mine`", "mysql://me:***@host/db", f"{found.cost:,.0f} (budget uniform:8)"):
         assert part in card
     assert "2.5000 (perplexity 12.18); without recovery 3.5000 (perplexity 33.12)" in card
+    assert "made the model worse" not in card
     assert '"steps": 2' in card
     assert found.all_ranks.keys() - found.ranks.keys() == {0, 7}
     for layer, rank in found.all_ranks.items():
         assert f"| {layer} | {rank} | {'yes' if layer in found.ranks else 'no'} |" in card
+
+
+def test_the_card_says_that_a_recovery_made_the_model_worse(make_study, tmp_path):
+    write_card(Exported(recommend(make_study(4)), Recipe(), "mine", "sqlite://", 3.5, 2.5, "base", tmp_path))
+    assert "12.18). **The recovery made the model worse.** The search" in (tmp_path / "README.md").read_text()
 
 
 def test_names_of_others_are_no_markup_in_the_card(make_study, tmp_path):

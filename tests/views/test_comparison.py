@@ -41,6 +41,12 @@ def test_the_verdict_says_wins_and_losses_alike():
     assert verdicts[0].endswith(": -26.16% (95% interval -27.22% to -25.10%)")
 
 
+def test_a_recovery_that_is_worse_than_none_is_said_first():
+    rows = [row(method, [1.0] if method == "no recovery" else None) for method in COMPARED_METHODS]
+    text = comparison_verdict(comparison(rows))
+    assert text.startswith("Recovery made the model WORSE than no recovery: perplexity 8.17 with the recommended ranks")
+
+
 def test_the_verdict_says_where_trainable_parameters_differ():
     rows = [row(method, parameters=8 if method == "EVA" else 10) for method in COMPARED_METHODS]
     text = comparison_verdict(comparison(rows))

@@ -9,7 +9,7 @@ import optuna
 import pytest
 from optuna_dashboard import get_note, save_note
 
-from rankadaptor_optuna import publish_dashboard, recommend
+from rankadaptor_optuna import RankSpace, publish_dashboard, recommend
 from rankadaptor_optuna.attributes import CONVERGED_ATTR, RECIPE_ATTR, SENSITIVITY_ATTR
 from rankadaptor_optuna.ranks import LoraSettings
 from rankadaptor_optuna.views.dashboard import HEAT_MAP_ID, PROGRESS_ID, RANKS_ID
@@ -167,3 +167,11 @@ def test_without_the_extra_it_says_what_to_install(make_study, missing, monkeypa
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=rf"{missing} is not installed; it belongs to the extra 'dashboard'"):
         publish_dashboard(make_study(0))
+
+
+def test_without_a_budget_the_note_has_the_cost_of_uniform_ranks_too(make_study):
+    space = RankSpace(4, (2, 4, 8), costs=[100, 100, 200, 200])
+    study = make_study(5, space)
+    publish_dashboard(study)
+    cost = recommend(study).cost
+    assert f"* Trainable parameters: {cost:,.0f}, no budget (uniform: 4,800)." in get_note(study)
