@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from benchmarks.tasks.families import tiny_model
+from benchmarks.families.models import tiny_model
 from rankadaptor_optuna import RankSpace, RecoveryObjective
 from rankadaptor_optuna.model_layers import read_layers
 from rankadaptor_optuna.ranks import TARGETS, LoraSettings

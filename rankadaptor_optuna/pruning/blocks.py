@@ -176,7 +176,7 @@ def without_blocks(
         try:
             found = _logits(new, sample, use_cache=True).float()  # some caches need blocks of a kind
         except Exception as error:  # code of any family
-            reason = " ".join(str(error).split())[:200]
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ValueError(f"{type(model).__name__} does not run without blocks {gone}: {reason}") from error
     most = _TOLERANCE.get(model.dtype, _COARSE) if model.device.type == "cpu" else _COARSE
     if not (found - expected).abs().max() <= most * expected.abs().max():
@@ -238,7 +238,10 @@ def _follow_config(new: Any, kept: Sequence[int], n_blocks: int) -> None:  # noq
     designed = {key: (tuple(t.shape), t.dtype.is_floating_point) for key, t in fresh.state_dict().items()}
     actual = {key: (tuple(t.shape), t.dtype.is_floating_point) for key, t in new.state_dict().items()}
     if odd := sorted(key for key in designed.keys() | actual.keys() if designed.get(key) != actual.get(key)):
-        raise ValueError(f"cannot remove whole blocks from {name}: {odd[0]} depends on their number or order")
+        raise ValueError(
+            f"cannot remove whole blocks from {name}: {odd[0]} depends on their number or order; "
+            "other blocks may do (keep_first, keep_last)"
+        )
     modules = dict(fresh.named_modules(remove_duplicate=False))
     for path, module in new.named_modules(remove_duplicate=False):
         for key, value in vars(modules[path]).items():

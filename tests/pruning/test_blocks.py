@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
-from benchmarks.tasks.families import tiny_model
+from benchmarks.families.models import tiny_model
 from rankadaptor_optuna import RankSpace
 from rankadaptor_optuna.pruning import profile_of, prune
 from rankadaptor_optuna.pruning.blocks import importance_by_whole_model, skipped

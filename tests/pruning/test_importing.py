@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, MistralConfig
 from transformers.models.llama import modeling_llama
 
-from benchmarks.tasks.families import tiny_model
+from benchmarks.families.models import tiny_model
 from rankadaptor_optuna.pruning import importing, load_pruned, profile_of
 
 KEPT = {1: ([0], range(40)), 2: ([0, 1], range(0, 64, 2)), 3: ([1], range(8, 64))}  # heads, channels

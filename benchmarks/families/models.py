@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # Of a byte-level text model of 4 layers; a configuration keeps the settings that its family does not know as extras.
 _TEXT: dict[str, Any] = {
@@ -138,8 +139,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "attention"] * 2,
         "shared_intermediate_size": 16,
     },
-    "qwen3_next": {**_EXPERTS, "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8},
-    "recurrent_gemma": {"lru_width": 32},
+    "qwen3_next": {
+        **_EXPERTS,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+    },
+    "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "attention"]},
     "lfm2": {},
     "rwkv": {"attention_hidden_size": 32, "context_length": 128},
     "llava": {"vision_config": {"model_type": "clip_vision_model", **_VISION}, "image_token_id": 250},
@@ -148,6 +155,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 _WITH_IMAGES = {"llava": "llama", "gemma3": "gemma3_text"}
 _CLASSES = {"llava": "LlavaForConditionalGeneration", "t5": "T5ForConditionalGeneration"}
+
+
+class ByteLevelTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer with one token per byte and no special tokens."""
+
+    def __init__(self, **_: Any) -> None:  # noqa: ANN401
+        vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        super().__init__(tokenizer_object=backend)  # type: ignore[no-untyped-call]
 
 
 def tiny_model(family: str) -> Any:  # noqa: ANN401

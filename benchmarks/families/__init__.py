@@ -1,0 +1,1 @@
+"""Pruning, recovery and export of many model families."""
