@@ -18,6 +18,7 @@ _READ_BY_KERNELS = ("out_proj", "x_proj", "dt_proj")
 _READ_BY_MODEL = ("correction_coefs",)  # Gemma3n clamps this weight in training (models/gemma3n/modeling_gemma3n.py)
 # PEFT takes these names for fused experts (peft/utils/transformers_weight_conversion.py: _MOE_TARGET_MODULE_MAPPING)
 _NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_CROSS = re.compile(r"\.(cross_attn|crossattention|encoder_attn)\.")
 _NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")  # the outermost list on the way to a module
 
 
@@ -76,7 +77,11 @@ def check_language_model(model: Any) -> None:  # noqa: ANN401
     Raises:
         ValueError: It has no language-model head.
     """
-    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None:
+    try:
+        headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
+    except (AttributeError, NotImplementedError):  # classes from elsewhere
+        return
+    if headless:
         raise ValueError(
             f"{type(model).__name__} has no language-model head, so it has no loss on text; "
             "load the model with AutoModelForCausalLM."
@@ -107,6 +112,8 @@ def adaptable_linears(model: Any) -> Linears:  # noqa: ANN401
             reason = "shared by several layers"
         elif last in _READ_BY_KERNELS and hasattr(parent, "A_log") and hasattr(parent, "D"):
             reason = "bypassed by the kernels of state-space mixers"
+        elif _CROSS.search(name):
+            reason = "attends to an encoder, which text alone does not run"
         elif last in _READ_BY_MODEL:
             reason = "its weight is read without the module"
         elif has_experts and last in _NAMES_OF_EXPERTS:
@@ -163,8 +170,8 @@ def path_of_layers(model: Any, linears: Iterable[str]) -> tuple[str, list[str]]:
         found = [path for path in found if fits(path)] or found if len(found) > 1 else found
     if len(found) > 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(found)} lists of layers: {', '.join(found)}; pass the causal language "
-            "model inside it."
+            f"{type(model).__name__} has {len(found)} lists of layers: {', '.join(found)}; a rank space needs a "
+            "decoder with one."
         )
     return found[0], [path for path in lists if path != found[0]]
 
@@ -173,7 +180,10 @@ def _decoder_name(model: Any) -> str:  # noqa: ANN401
     """Returns the dotted name of the text decoder, as far as transformers knows it; else empty."""
     if not hasattr(model, "get_decoder"):
         return ""
-    decoder = model.get_decoder()
+    try:
+        decoder = model.get_decoder()
+    except (AttributeError, NotImplementedError):  # classes from elsewhere
+        return ""
     return next((name for name, module in model.named_modules() if module is decoder), "")
 
 

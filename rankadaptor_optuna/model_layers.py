@@ -75,13 +75,15 @@ def read_layers(model: Any, targets: Iterable[str] | None, granularity: Granular
         model: A ``torch.nn.Module``.
         targets: Names of the adapted modules (ends of their dotted names, or as in ``ModelLayers.targets``). LLaMA's
             seven names, the default of recipes, stand for every linear module of a layer where one of them is missing.
-            Default: every linear module of a layer.
+            Default, and PEFT's ``"all-linear"``: every linear module of a layer.
         granularity: Whether layers or sublayers have ranks.
 
     Raises:
         ValueError: The model cannot be adapted, a name fits no linear module of a layer, or, by sublayers, a layer has
             none in one of them or some outside both.
     """
+    if isinstance(targets, str):
+        targets = None if targets == "all-linear" else (targets,)
     found = adaptable_linears(model)
     wanted, notes = _selected(model, found, None if targets is None else tuple(targets))
     modules: dict[str, Module] = {}
@@ -112,6 +114,8 @@ def _selected(
     """Returns the names of the modules to adapt, and notes."""
     if targets is None:
         return list(found.features), []
+    if not targets:
+        raise ValueError("targets must name at least one module, got none; leave it out to adapt all linear modules.")
     chosen = {target: [name for name in found.features if _matches(name, target)] for target in targets}
     missing = [target for target, names in chosen.items() if not names]
     there = list(dict.fromkeys(name.rpartition(".")[2] for name in found.features))
@@ -179,7 +183,7 @@ def _removed(
 def _linear_weights(model: Any, path: str, granularity: Granularity) -> dict[Module, int]:  # noqa: ANN401
     """Returns the number of linear weights of each layer or sublayer."""
     weights: dict[Module, int] = {}
-    for name, linear in model.named_modules():
+    for name, linear in model.named_modules(remove_duplicate=False):  # a shared module belongs to each of its layers
         if not name.startswith(f"{path}.") or (size := features(linear)) is None:
             continue
         if (module := module_of(name, granularity, path)) is not None:

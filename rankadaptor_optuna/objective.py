@@ -136,7 +136,8 @@ class RecoveryObjective:
         self.seed = seed
         self.on_step = on_step
         check_language_model(self.model)
-        layers = read_layers(self.model, targets or space.targets or TARGETS, space.granularity)
+        chosen = space.targets or TARGETS if targets is None else targets
+        layers = read_layers(self.model, chosen, space.granularity)
         self.lora = LoraSettings(layers.targets, alpha_ratio, alpha, dropout)
         check_counts(space, layers)
         check_attachable(self.model, self.lora, layers)

@@ -43,6 +43,7 @@ def test_the_parameters_counted_are_those_trained_each_one_and_again(family, ids
         ("mamba", r"mixer\.x_proj, mixer\.dt_proj, mixer\.out_proj \(bypassed by the kernels"),
         ("zamba2", r"shared_transformer\.self_attn\.q_proj.* \(shared by several layers"),
         ("phimoe", r"mlp\.router \(a router"),
+        ("trocr", r"encoder_attn\.k_proj, .* \(attends to an encoder"),
     ],
 )
 def test_modules_without_adapter_are_named(family, note):
@@ -121,6 +122,21 @@ def test_a_target_that_is_missing_is_refused(model, targets):
     message = rf"no modules named \['{targets[1]}'\] to adapt below 'model.layers.<i>.'; there are q_proj, k_proj"
     with pytest.raises(ValueError, match=message):
         RankSpace.from_model(model, targets=targets)
+
+
+def test_targets_may_be_all_or_one_but_not_none(model):
+    assert RankSpace.from_model(model, targets="all-linear") == RankSpace.from_model(model)
+    assert RankSpace.from_model(model, targets="q_proj") == RankSpace.from_model(model, targets=["q_proj"])
+    with pytest.raises(ValueError, match="targets must name at least one module, got none"):
+        RankSpace.from_model(model, targets=[])
+
+
+def test_modules_that_layers_share_get_no_adapter_and_are_no_damage(model):
+    for layer in model.model.layers:
+        layer.self_attn = model.model.layers[0].self_attn
+    space = RankSpace.from_model(model)
+    assert space.targets == ("gate_proj", "up_proj", "down_proj")
+    assert space.layers == (0, 1, 2, 3)
 
 
 def test_an_objective_adapts_the_modules_of_its_space(tokenizer, texts):

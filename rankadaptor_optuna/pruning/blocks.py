@@ -244,10 +244,9 @@ def _follow_config(new: Any, kept: Sequence[int], n_blocks: int) -> None:  # noq
         )
     modules = dict(fresh.named_modules(remove_duplicate=False))
     for path, module in new.named_modules(remove_duplicate=False):
-        for key, value in vars(modules[path]).items():
-            if key.startswith("_") or key in _OWN or not _is_plain(value) or not _is_plain(vars(module).get(key)):
-                continue
-            if vars(module)[key] != value:
+        for key, value in vars(modules.get(path, module)).items():
+            own = vars(module).get(key, ...)
+            if not key.startswith("_") and key not in _OWN and _is_plain(value) and _is_plain(own) and own != value:
                 setattr(module, key, copy.copy(value))
     if hasattr(fresh, "all_tied_weights_keys"):
         new.all_tied_weights_keys = fresh.all_tied_weights_keys
