@@ -68,7 +68,11 @@ def error_line(error: Exception, url: str | sqlalchemy.URL) -> str:
     try:
         parsed = sqlalchemy.make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: the port is not a number
-        return "not a database URL, which is like sqlite:///study.db or postgresql://user:password@host/db"
+        return "give a URL such as sqlite:///study.db or postgresql://user:password@host/db"
+    if isinstance(error, sqlalchemy.exc.NoSuchModuleError):
+        return (
+            f"SQLAlchemy knows no database {parsed.drivername!r}; there are sqlite, postgresql and mysql, among others"
+        )
     secrets = [str(parsed.password or ""), *(str(value) for key, value in parsed.query.items() if _SECRET.search(key))]
     for secret in secrets:
         line = line.replace(secret, MASK) if secret else line

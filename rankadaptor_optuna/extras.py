@@ -13,6 +13,7 @@ EXTRAS = {
     "lm_eval": "llm",
     "accelerate": "llm",
     "pydantic": "llm",
+    "filelock": "llm",
     "tomli": "llm",
     "datasets": "llm",  # of lm_eval
     "optuna_dashboard": "dashboard",

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = None if argv is None else list(argv)
     try:
         code = build_app()(args, prog_name="rankadaptor", standalone_mode=False, obj=called)
-    except (typer.TyperException, ValueError, ImportError) as error:
+    except (typer.TyperException, ValueError, ImportError, OSError) as error:
         print(f"rankadaptor{called['command']}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     if code == _INTERRUPTED:

@@ -17,7 +17,7 @@ def search(
     trials: Annotated[
         int | None, typer.Option(metavar="N", help="Number of trials to reach.", show_default="the study's, else 25")
     ] = None,
-    out: Out = Path("rankadaptor-out"),
+    out: Out = Path("rankadaptor-search"),
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Optuna storage.", show_default="SQLite in --out")
     ] = None,

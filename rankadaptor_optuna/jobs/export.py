@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_optuna.database import masked
+from rankadaptor_optuna.folders import check_writable
 from rankadaptor_optuna.jobs.output import bar, write_json
 from rankadaptor_optuna.jobs.results import Exported
 from rankadaptor_optuna.jobs.stored import load_pruned_job, stored_study
@@ -61,6 +62,7 @@ def export(
 
     from rankadaptor_optuna.pruning.checkpoint import check_save_path, save_pruned
 
+    check_writable(out)
     own = out / "pruned"
     if [path.name for path in out.glob("*")] == ["pruned"]:
         pruned = pruned or own

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tqdm import tqdm
-
 from rankadaptor_optuna.database import masked
+from rankadaptor_optuna.jobs.output import bar
 from rankadaptor_optuna.jobs.results import TrainedPrior
 from rankadaptor_optuna.priors.meta import MAX_EPOCHS, meta_train
 from rankadaptor_optuna.priors.store import PriorStore, parse_reference
@@ -41,13 +40,13 @@ def train_prior(
     for study, why in reasons.items():
         say(f"Not learned from: study {study!r}: {why}")
     if len(tasks) < 2:
-        raise ValueError(f"{masked(storage_url)} has {len(tasks)} studies to learn from; meta-learning needs two.")
+        raise ValueError(f"studies to learn from in {masked(storage_url)}: {len(tasks)}; meta-learning needs two.")
     say(f"Learning from {len(tasks)} studies, {sum(len(task.scores) for task in tasks)} trials")
-    with tqdm(total=MAX_EPOCHS, desc="meta-train", leave=False, dynamic_ncols=True) as bar:
+    with bar("meta-train", MAX_EPOCHS) as shown:
 
         def progress(epoch: int, loss: float) -> None:
-            bar.set_postfix_str(f"held-out loss {loss:.3f}", refresh=False)
-            bar.update()
+            shown.set_postfix_str(f"held-out loss {loss:.3f}", refresh=False)
+            shown.update()
 
         prior = meta_train(tasks, seed=seed, progress=progress)
     return TrainedPrior(PriorStore(storage_url).add(name, prior), prior, len(tasks), reasons)

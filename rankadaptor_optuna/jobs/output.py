@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from rankadaptor_optuna.folders import check_writable
 from rankadaptor_optuna.studies.storage import check_same_settings
 
 
@@ -40,7 +44,8 @@ class OutputFolder:
         measured: Measurements so far, as ``results.json`` holds them.
 
     Raises:
-        ValueError: The folder is not empty and belongs to other settings, which the message names.
+        ValueError: The folder cannot be written to, or is not empty and belongs to other settings, which the message
+            names.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class OutputFolder:
         read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> None:
         self.path, self._settings = path, json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        check_writable(path)
         self.stored: Mapping[str, Any] = {}
         self.measured: dict[str, Any] = {}
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -82,9 +88,25 @@ class OutputFolder:
         return self.measured[key]
 
 
+@contextmanager
+def only_process(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Lets one process of this machine and user at a time work in a folder; others wait, and say so."""
+    name = f"{getattr(os, 'getuid', int)()}-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}"
+    lock = FileLock(Path(tempfile.gettempdir()) / f"rankadaptor-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"Waiting for another process that works in {path}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def bar(name: str, total: int) -> tqdm:
-    """Returns a progress bar that disappears when it is closed."""
-    return tqdm(total=total, desc=f"      {name}", leave=False, dynamic_ncols=True, smoothing=0.1)
+    """Returns a progress bar that disappears when it is closed; it shows nothing outside of a terminal."""
+    return tqdm(total=total, desc=f"      {name}", leave=False, dynamic_ncols=True, smoothing=0.1, disable=None)
 
 
 @contextmanager

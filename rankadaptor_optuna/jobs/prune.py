@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rankadaptor_optuna.folders import check_writable
 from rankadaptor_optuna.jobs.output import progress_bar
 from rankadaptor_optuna.jobs.results import PruneResult
 from rankadaptor_optuna.recovery.data import token_blocks
@@ -37,6 +38,7 @@ def prune_checkpoint(
     from rankadaptor_optuna.pruning.checkpoint import check_prunable, check_save_path
     from rankadaptor_optuna.recovery.models import load_model, n_parameters
 
+    check_writable(out)
     check_save_path(out)
     options = dict(options or {})
     texts = read_texts(options.pop("calibration", None))

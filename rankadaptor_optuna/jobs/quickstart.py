@@ -53,15 +53,16 @@ def quickstart(
     # the study's recipe is the given one
     settings: dict[str, Any] = {"pruned": pruned, "methods": methods, "trust_study": True, "say": say}
     comparison = compare(searched.storage, study_name, out / "compare", **settings)
-    return QuickstartResult(searched, comparison, _exported(searched), time.perf_counter() - start)
+    return QuickstartResult(searched, comparison, _exported(searched, say), time.perf_counter() - start)
 
 
-def _exported(searched: SearchResult) -> Exported:
+def _exported(searched: SearchResult, say: Callable[[str], None]) -> Exported:
     """Trains and writes the adapter, unless ``out/adapter`` has the recommended ranks already."""
     recipe, ranks, out = searched.recipe, searched.recommendation.ranks, searched.out
     folder, base = recipe_folder(out, recipe), str((out / "pruned").resolve())
     done = folder.measured.get("adapter")  # earlier versions kept a text there
     if not isinstance(done, dict) or done["ranks"] != ranks.to_json() or not (out / "adapter").exists():
+        say("Adapter: training with the recommended ranks")
         job = load_pruned_job(recipe, out / "pruned", ranks, searched.study_name)
         loss, before = train_adapter(job, ranks, out / "adapter", base=base)
         done = {"ranks": ranks.to_json(), "loss": loss, "loss_before": before}

@@ -13,7 +13,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 from rankadaptor_optuna.attributes import DIGESTS_ATTR, TRIALS_ATTR, digests_of, trials_of
 from rankadaptor_optuna.database import masked
 from rankadaptor_optuna.jobs.inputs import Inputs
-from rankadaptor_optuna.jobs.output import write_json
+from rankadaptor_optuna.jobs.output import only_process, write_json
 from rankadaptor_optuna.jobs.priors import read_prior
 from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.results import SearchResult
@@ -24,7 +24,7 @@ from rankadaptor_optuna.priors.choice import OnBadPrior
 from rankadaptor_optuna.recovery.processes import join_processes, main_first, process_index
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.studies.recommendation import recommend
-from rankadaptor_optuna.studies.storage import create_study, open_storage
+from rankadaptor_optuna.studies.storage import check_study_name, create_study, open_storage
 
 if TYPE_CHECKING:
     from rankadaptor_optuna.pruning.core import PrunedModel
@@ -78,10 +78,11 @@ def search(
 
     if trials is not None and trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}.")
+    check_study_name(study_name)
     join_processes()
     url = storage or f"sqlite:///{(out / 'study.db').as_posix()}"
     settings = recipe.resolved().to_dict()
-    with main_first():
+    with main_first(), only_process(out, say):
         folder = recipe_folder(out, recipe)
         opened = None if storage is None else open_storage(storage)
         if opened is not None:
@@ -118,6 +119,7 @@ def search(
         study.set_metric_names([job.metric])
         check_digests(study, digests)
         study.set_user_attr(DIGESTS_ATTR, {**digests_of(study.user_attrs), **digests})
+        check_digests(study, digests)  # again: a worker with other data may have begun at the same moment
     if process_index() != 0:
         job.follow()
         return SearchResult(study, study_name, url, recipe, job.space, recommend(study), inputs.pruned, out)
@@ -125,7 +127,7 @@ def search(
     study.set_user_attr(TRIALS_ATTR, target)
     say(f"Study {study_name!r} in {masked(url)}: {target} trials, {job.space!r}")
     try:
-        run_trials(study, job, target, shared=storage is not None, say=say)
+        run_trials(study, job, target, shared=True, say=say)
     finally:
         job.release()
     found = recommend(study)

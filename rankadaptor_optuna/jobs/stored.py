@@ -42,7 +42,8 @@ def stored_study(url: str, study_name: str | None = None, trust_study: bool = Fa
     if study_name is None:
         study_name = _only_study(storage, url)
     elif study_name not in optuna.get_all_study_names(storage):
-        raise ValueError(f"{masked(url)} has no study named {study_name!r}; name one, or give a recipe to start it.")
+        names = ", ".join(map(one_line, optuna.get_all_study_names(storage)[:_MOST_NAMED])) or "none"
+        raise ValueError(f"{masked(url)} has no study named {study_name!r}; there is {names}.")
     study = optuna.load_study(study_name=study_name, storage=storage)
     try:
         stored = recipe_of(study.user_attrs)

@@ -29,6 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from rankadaptor_optuna.folders import check_writable
 from rankadaptor_optuna.pruning.checkpoint import (
     LayerProfile,
     check_save_path,
@@ -104,11 +105,14 @@ def import_checkpoint(
             holds no Llama, Mistral, Qwen2 or Qwen3 model.
     """
     file, out = Path(file), Path(out)
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
     if not allow_pickle:
         raise ValueError(
             f"{file} is a pickle. To read it by torch's restricted unpickler, which runs no code from it, "
             "set allow_pickle=True (--allow-pickle)"
         )
+    check_writable(out)
     check_save_path(out)
     content = _unpickle(file)
     model = content.get("model") if isinstance(content, Mapping) else None
@@ -130,7 +134,7 @@ def import_checkpoint(
 
 def _unpickle(file: Path) -> Any:  # noqa: ANN401
     """Returns the file's content, with stubs for objects of the packages in ``_PACKAGES``."""
-    if not file.is_file() or not zipfile.is_zipfile(file):
+    if not zipfile.is_zipfile(file):
         raise ValueError(f"{file} is not in torch.save's zip format; give the pytorch_model.bin of LLM-Pruner")
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -66,13 +67,19 @@ def n_parameters(model: Any) -> int:  # noqa: ANN401
 
 
 def quiet() -> None:
-    """Hides transformers' progress bars and its messages below errors, so that those of this package stay readable."""
+    """Hides progress bars and messages of model libraries, but errors, so that those of this package stay readable.
+
+    Call it before any of them is imported: outside of a terminal it turns off the bars of downloads, too.
+    """
+    if not sys.stderr.isatty():
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     import transformers
 
     logging = transformers.utils.logging
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library about another
 
 
 def search_dtype(device: str | None = None) -> Any:  # noqa: ANN401

@@ -28,6 +28,7 @@ from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.patient_storage import PATIENCE_S, PatientStorage
 
 _HEARTBEAT_S = 60  # interval; a killed worker is noticed after two; set by hand
+_LONGEST_NAME = 512  # characters of a study name in Optuna's tables
 _MOST_NAMED = 5  # differing settings in a message
 _MOST_SHOWN = 60  # characters of a setting in a message
 
@@ -60,8 +61,9 @@ def create_study(
         pruner: Optuna pruner, which stops trials by their reports. Default: Optuna's ``MedianPruner``.
 
     Raises:
-        ValueError: The storage cannot be opened, or the study belongs to another recipe.
+        ValueError: The name is too long, the storage cannot be opened, or the study belongs to another recipe.
     """
+    check_study_name(study_name)
     opened = open_storage(storage) if isinstance(storage, str) else storage
     study = optuna.create_study(
         storage=opened,
@@ -79,6 +81,18 @@ def create_study(
             study.set_user_attr(RECIPE_ATTR, dict(recipe))
         check_recipe(study, recipe)
     return study
+
+
+def check_study_name(name: str | None) -> None:
+    """Checks that all databases can hold a study's name.
+
+    Raises:
+        ValueError: It is too long, or has a zero byte.
+    """
+    if name is not None and (len(name) > _LONGEST_NAME or "\0" in name):
+        raise ValueError(
+            f"a study name has at most {_LONGEST_NAME} characters and no zero byte, got {len(name)}: {name!r:.60}."
+        )
 
 
 def check_recipe(study: Study, recipe: Mapping[str, Any]) -> None:

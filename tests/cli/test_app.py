@@ -9,6 +9,7 @@ import pytest
 from rankadaptor_optuna import __version__
 from rankadaptor_optuna.cli import main
 
+OPENING = "rankadaptor dashboard: error: cannot open the storage"
 COMMANDS = [
     "quickstart",
     "search",
@@ -44,6 +45,15 @@ def test_without_a_command_the_commands_are_listed(arguments, capsys):
         (["search", "--trials"], "rankadaptor search: error: Option '--trials' requires an argument"),
         (["export", "--storage", "x"], "rankadaptor export: error: Missing argument 'OUT'"),
         (["dashboard"], "rankadaptor dashboard: error: Missing option '--storage'"),
+        (
+            ["dashboard", "--storage", "s.db"],
+            f"{OPENING} (not a database URL): give a URL such as sqlite:///study.db or ",
+        ),
+        (
+            ["dashboard", "--storage", "postgres://h/d"],
+            f"{OPENING} postgres://h/d: SQLAlchemy knows no database 'postgres'",
+        ),
+        (["import-checkpoint", "no.bin", "out"], "rankadaptor import-checkpoint: error: there is no file no.bin"),
         (["dashboard", "--storage", "no url"], "rankadaptor dashboard: error: cannot open the storage"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -59,7 +59,7 @@ def test_the_command_says_what_was_learned_and_how_to_use_it(url, capsys):
         (["--name", "a b"], "expected a prior like db:NAME"),
         (["--name", "a@1"], "without a version"),
         (["--study", "nothing"], "no study is named 'nothing'"),
-        (["--study", "empty"], "has 0 studies to learn from; meta-learning needs two"),
+        (["--study", "empty"], ": 0; meta-learning needs two"),
     ],
 )
 def test_what_cannot_be_learned_is_an_error_in_one_line(url, capsys, arguments, error):

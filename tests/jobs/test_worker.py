@@ -121,7 +121,7 @@ def test_verification_trials_do_not_count(new_study):
     assert len(study.trials) == 2
 
 
-def test_a_trials_line_says_its_score_and_what_changed(new_study):
+def test_a_trials_line_says_its_score_and_what_changed(new_study, capfd):
     study, lines = new_study("s"), []
     for ranks in ({}, {2: 8, 3: 8, 5: 8, 0: 2, 4: 2}):
         study.enqueue_trial(SPACE.to_params(SPACE.uniform() | ranks))
@@ -130,5 +130,6 @@ def test_a_trials_line_says_its_score_and_what_changed(new_study):
         "Trial 0: accuracy 60.0000; uniform ranks",
         "Trial 1: accuracy 92.0000; more rank in 2-3 5, less rank in 0 4",
     ]
+    assert "\r" not in capfd.readouterr().err, "no progress bar outside of a terminal"
     failed = optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs={"fail_reason": "a\nb"})
     assert trial_line(failed, SPACE, "loss").endswith(": fail (a b)")

@@ -142,3 +142,10 @@ def test_a_storage_that_cannot_be_opened_is_named_without_its_password(url):
     assert "s3cret" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("name", ["n" * 513, "a\0b"])
+def test_a_name_that_some_database_cannot_hold_is_refused(url, name):
+    with pytest.raises(ValueError, match="a study name has at most 512 characters"):
+        create_study(storage=url, study_name=name)
+    assert create_study(storage=url, study_name="n" * 512).study_name == "n" * 512
