@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from optuna.study import Study
 
-from rankadaptor_optuna.jobs.inputs import Inputs
+from rankadaptor_optuna.jobs.inputs import Inputs, digest
 from rankadaptor_optuna.jobs.output import OutputFolder, bar, write_json
 from rankadaptor_optuna.jobs.recipe import Recipe, comparable
 from rankadaptor_optuna.jobs.results import (
@@ -42,6 +42,7 @@ from rankadaptor_optuna.recovery.references import (
 )
 from rankadaptor_optuna.studies.reading import study_space
 from rankadaptor_optuna.studies.recommendation import recommend
+from rankadaptor_optuna.studies.storage import check_same_settings
 
 
 def compare(
@@ -95,7 +96,7 @@ def compare(
     ours = ",".join(map(str, found.ranks.values()))
     _name_ranks(folder)
     evaluation = recipe.evaluation.for_report(tasks, include_path, limit)
-    bench = _Bench(recipe, evaluation, found.ranks, pruned, study, "AdaLoRA" in methods)
+    bench = _Bench(recipe, evaluation, found.ranks, pruned, study, "AdaLoRA" in methods, folder)
     fresh = tuple(1000 * (recipe.seed + 1) + i for i in range(seeds))
     uniform, rows = space.uniform(), []
     for method in methods:
@@ -125,6 +126,9 @@ def _name_ranks(folder: OutputFolder) -> None:
         folder.measured = {key.replace(f"{OURS},", name): value for key, value in folder.measured.items()}
 
 
+_REPORT = "digest of the report data"
+
+
 class _Bench:
     """The pruned model with the data of a comparison, loaded on first use: all may have been measured before."""
 
@@ -136,9 +140,10 @@ class _Bench:
         pruned: Path | None,
         study: Study,
         has_adalora: bool,
+        folder: OutputFolder,
     ) -> None:
         self._recipe, self._evaluation, self._ranks = recipe, evaluation, ranks
-        self._pruned, self._study, self._has_adalora = pruned, study, has_adalora
+        self._pruned, self._study, self._has_adalora, self._folder = pruned, study, has_adalora, folder
 
     @cached_property
     def _inputs(self) -> Inputs:
@@ -150,9 +155,17 @@ class _Bench:
 
     @cached_property
     def _report(self) -> tuple[Any, Any]:
-        """The report data as examples, and the tasks."""
+        """The report data as examples, and the tasks.
+
+        Raises:
+            ValueError: Earlier measurements in the output folder are of other data.
+        """
         inputs, texts = self._inputs, self._inputs.parts.report
         examples = inputs.examples(texts, self._recipe.data.report_blocks)
+        now, owner = {_REPORT: digest(examples)}, f"--out {self._folder.path}"
+        was = {key: value for key, value in self._folder.measured.items() if key in now}
+        check_same_settings(owner, was or now, now, "another --out")
+        self._folder.measured |= now  # written with the next measurement
         return examples, self._evaluation.suite(inputs.tokenizer, "report", texts)
 
     @cached_property

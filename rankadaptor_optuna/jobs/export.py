@@ -17,7 +17,6 @@ from rankadaptor_optuna.model_layers import modules_of
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.evaluate import block_losses
-from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.recommendation import recommend
 
 if TYPE_CHECKING:
@@ -120,8 +119,7 @@ def train_adapter(
                 loss = float(block_losses(adapted, job.held_out).mean())
                 config = adapted.peft_config["default"]
                 config.base_model_name_or_path = base
-                if not any("*" in target for target in job.lora.targets):  # else the modules are listed by full name
-                    _adapt_further_layers(config, job.space, ranks)
+                _adapt_further_layers(config, job, ranks)
                 shutil.rmtree(scratch, ignore_errors=True)
                 scratch.parent.mkdir(parents=True, exist_ok=True)
                 adapted.save_pretrained(scratch)
@@ -140,11 +138,16 @@ def _absolute(model: str | Path) -> str:
     return str(Path(model).resolve()) if Path(model).exists() else str(model)
 
 
-def _adapt_further_layers(config: Any, space: RankSpace, ranks: Ranks) -> None:  # noqa: ANN401
-    """Makes the adapter's configuration exclude layers without an adapter, instead of listing those with one.
+def _adapt_further_layers(config: Any, job: RecoveryObjective, ranks: Ranks) -> None:  # noqa: ANN401
+    """Makes the adapter's configuration name layers beyond the model's last one, too.
 
     A model with more layers, such as the dense one, then lacks weights for them, and PEFT says so.
     """
+    space, targets = job.space, job.lora.targets
+    if any("*" in target for target in targets):  # the modules are listed by their full names
+        further = {target.replace(".*.", f".{space.n_layers}.", 1) for target in targets}
+        config.target_modules = {*config.target_modules, *further}
+        return
     adapted = space.with_fixed(ranks).adapted
     absent = [module for module in modules_of(range(space.n_layers), space.granularity) if module not in adapted]
     patterns = Ranks.uniform(absent, 1).rank_pattern

@@ -60,8 +60,7 @@ class Inputs:
 
     def digests(self) -> dict[str, str]:
         """Returns digests of what trials depend on beside the recipe: data and, for a dense model, calibration text."""
-        sequences = [ids for part in (self.train, self.held_out) for pair in (part.ids, part.labels) for ids in pair]
-        found = {"data": _digest(ids.numpy().tobytes() for ids in sequences)}
+        found = {"data": digest(self.train, self.held_out)}
         if self._prunes:
             found["calibration"] = _digest(text.encode() for text in read_texts(self._recipe.pruning.calibration))
         return found
@@ -85,6 +84,12 @@ class Inputs:
             on_pruned(self.model, self.tokenizer, self.pruned)
         data = {"train": self.train, "validation": self.held_out}
         return self._recipe.objective(self.model, self.tokenizer, **data, **settings)
+
+
+def digest(*parts: Examples) -> str:
+    """Returns a digest of token sequences and their labels."""
+    sequences = [ids for part in parts for pair in (part.ids, part.labels) for ids in pair]
+    return _digest(ids.numpy().tobytes() for ids in sequences)
 
 
 def _digest(parts: Iterable[bytes]) -> str:

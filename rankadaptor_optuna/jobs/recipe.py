@@ -169,11 +169,11 @@ class Recipe:
         return self.open_model(None if self.model == "embedded" else self.model)
 
     def resolved(self) -> Recipe:
-        """Returns the recipe with the dtype that this machine chooses, and without a device, which changes no score."""
+        """Returns the recipe with the dtype that this machine chooses."""
         from rankadaptor_optuna.recovery.models import search_dtype
 
         dtype = self.dtype or str(search_dtype(self.device)).removeprefix("torch.")
-        return replace(self, dtype=dtype, device=None)
+        return replace(self, dtype=dtype)
 
     def prunes(self, model: Any) -> bool:  # noqa: ANN401
         """Returns whether a trial needs this model pruned: it is dense, and the recipe names a pruning method."""
@@ -330,8 +330,8 @@ PRESETS = {
 def comparable(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns a stored recipe in the current format, with all settings, to compare with ``Recipe.resolved``.
 
-    It has no device, and the dtype of ``now`` where an earlier version left the choice to the machine. Settings that
-    are no recipe are unchanged.
+    It has the device of ``now``, which changes no score, and its dtype where an earlier version left the choice to the
+    machine. Settings that are no recipe are unchanged.
 
     Raises:
         ValueError: A newer version wrote the recipe.
@@ -341,4 +341,4 @@ def comparable(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping[str
         settings = Recipe.from_dict(settings).to_dict()
     except ValueError:
         return settings
-    return {**settings, "device": None, "dtype": settings["dtype"] or now["dtype"]}
+    return {**settings, "device": now["device"], "dtype": settings["dtype"] or now["dtype"]}

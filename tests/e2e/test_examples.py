@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
     ("name", "says"),
     [
         ("drop_in", "and 20 more with RankAdaptorSampler"),
-        ("plain_peft", "rank_pattern = {"),
+        ("plain_peft", "LoraConfig arguments: {"),
         ("trainer", "learning rate = "),
     ],
 )

@@ -110,6 +110,17 @@ def test_it_goes_on_where_it_stopped_and_measures_only_new_ranks_anew(compared, 
     assert len(measured) == 2, "the recommendation is uniform, which has been measured"
 
 
+def test_measurements_on_another_report_text_are_refused(again, tmp_path, recipe, monkeypatch):
+    again(tmp_path / "c", methods=[NONE])
+    parts = recipe.read_data()
+    monkeypatch.setattr(Recipe, "read_data", lambda self: replace(parts, report=parts.report[1:]))
+    with pytest.raises(
+        ValueError, match=r"--out .*c belongs to other settings: digest of the report data was \w+, now"
+    ):
+        again(tmp_path / "c", methods=[NONE, UNIFORM])
+    assert again(tmp_path / "c", methods=[NONE]).row(NONE).losses, "all was measured"
+
+
 def test_tasks_given_are_scored_on_items_to_report_on(again, tmp_path, local_task, monkeypatch):
     parts = []
     real = TaskSuite.__init__

@@ -4,19 +4,22 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from rankadaptor_optuna import RankSpace
 from rankadaptor_optuna.cli import main
 from rankadaptor_optuna.jobs import export as module
 from rankadaptor_optuna.jobs.export import export
 from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.search import search
 from rankadaptor_optuna.pruning import load_pruned
-from rankadaptor_optuna.ranks import Ranks
+from rankadaptor_optuna.ranks import LoraSettings, Ranks
+from rankadaptor_optuna.recovery.lora import lora_config
 
 
 def adapters(model):
@@ -176,3 +179,18 @@ def test_what_cannot_be_exported_is_refused(searched, make_model, tokenizer, tmp
         assert main(["export", str(tmp_path / arguments[0]), "--storage", url, "--trust-study", *arguments[1:]]) == 2
         assert says in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_of_modules_with_full_names_lacks_weights_on_a_deeper_model_too(tmp_path, recwarn):
+    def gpt2(n_layers):
+        return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=n_layers, n_head=2, n_positions=32))
+
+    space = RankSpace.from_model(gpt2(2), (0, 2, 4), "uniform:2")
+    job, ranks = SimpleNamespace(space=space, lora=LoraSettings(space.targets)), Ranks({0: 4, 1: 0})
+    adapted = get_peft_model(gpt2(2), lora_config(ranks, job.lora))
+    module._adapt_further_layers(adapted.peft_config["default"], job, ranks)
+    adapted.save_pretrained(tmp_path)
+    assert trained_parameters(PeftModel.from_pretrained(gpt2(2), tmp_path)) == space.cost(ranks)
+    assert not any("missing adapter keys" in str(each.message) for each in recwarn)
+    with pytest.warns(UserWarning, match=r"missing adapter keys.*h\.2\."):
+        PeftModel.from_pretrained(gpt2(3), tmp_path)

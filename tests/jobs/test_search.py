@@ -161,7 +161,8 @@ def test_a_worker_on_another_kind_of_machine_is_refused_unless_the_recipe_says_t
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     options = {"trials": 1, "storage": url, "say": lambda line: None}
     search(replace(recipe, device="cpu"), tmp_path / "one", **options)
-    assert optuna.load_study(study_name="search", storage=url).user_attrs["rankadaptor:recipe"]["device"] is None
+    assert stored_recipe(url, trust_study=True) == replace(recipe, device="cpu", dtype="float32")
+    search(recipe, tmp_path / "one", **options)
     monkeypatch.setattr(rankadaptor_optuna.recovery.models, "search_dtype", lambda device: torch.bfloat16)
     search(replace(recipe, dtype="float32"), tmp_path / "two", **options)
     for out in ("one", "three"):
