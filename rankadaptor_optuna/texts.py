@@ -172,7 +172,7 @@ def _example(row: Mapping[str, Any], name: str, number: int) -> Any:  # noqa: AN
     for key in ("messages", "conversations"):
         if key in there:
             return {"messages": _messages(row[key], name, number)}
-    if "text" in there:
+    if "text" in there and isinstance(row["text"], (str, int, float)):
         return str(row["text"])
     nulls = [key for key in row if key in _FIELDS and row[key] is None]
     if nulls:
@@ -189,6 +189,8 @@ def _messages(turns: Any, name: str, number: int) -> list[dict[str, str]]:  # no
     for turn in turns if isinstance(turns, list) else [turns]:
         given = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, Mapping) else {}
         role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
+        if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
+            content = "".join(str(part["text"]) for part in content)
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"{name}, record {number}: a message needs a role and a text, got {turn!r:.80}.")
         found.append({"role": _ROLES.get(role, role), "content": content})
@@ -231,10 +233,13 @@ def _rows(name: str, limit: int) -> tuple[list[Mapping[str, Any]], int | None]:
     import datasets
 
     path = Path(name)
-    if not path.exists() and (_format_of(path) or path.suffix == ".txt" or name.startswith((".", "/", "~"))):
+    if not path.exists() and (
+        _format_of(path) or path.suffix == ".txt" or name.startswith((".", "/", "~")) or name.endswith("/")
+    ):
         raise ValueError(f"there is no file {name}.")
     try:
-        with _quiet_datasets(), tempfile.TemporaryDirectory() as cache:
+        with _quiet_datasets(), tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Length of header or names does not match")  # of pandas
             if path.exists():
                 data = _load_local(path, cache)
                 return data.select(range(min(limit, len(data)))).to_list(), len(data)
@@ -245,6 +250,8 @@ def _rows(name: str, limit: int) -> tuple[list[Mapping[str, Any]], int | None]:
             rows = list(islice(stream, limit + 1))
             return rows[:limit], None if len(rows) > limit else len(rows)
     except (OSError, RuntimeError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        if path.exists() and "corresponds to no data" in str(error):
+            return [], 0
         if path.exists():
             raise ValueError(f"cannot read {name}: {_reason(error)}") from error
         raise ValueError(f"{name} is neither a file nor a reachable data set on the Hub ({_reason(error)}).") from error
@@ -254,11 +261,14 @@ def _load_local(path: Path, cache: str) -> Any:  # noqa: ANN401
     import datasets
 
     if path.is_file():
-        loader, options = _format_of(path), {}
+        loader = _format_of(path)
+        options: dict[str, Any] = {}
         if path.stat().st_size == 0:
             return datasets.Dataset.from_list([])
         if loader == "csv":
-            options = {"keep_default_na": False, "sep": "\t" if ".tsv" in path.name.lower() else ","}
+            # with index columns, a text with a comma that is not quoted would lose all before it
+            options = {"keep_default_na": False, "index_col": False}
+            options["sep"] = "\t" if ".tsv" in path.name.lower() else ","
         options |= {"data_files": str(path), "cache_dir": cache}
         return datasets.load_dataset(loader, split="train", trust_remote_code=False, **options)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():

@@ -71,6 +71,8 @@ def test_records_give_their_text_or_alpaca_fields_or_the_field_named(tmp_path):
         ),
         ('{"messages": [{"role": "user"}]}', "record 1: a message needs a role and a text, got {'role': 'user'}"),
         ('{"text": " "}', "holds no text"),
+        ("[]", "holds no text"),
+        ('{"text": {"a": 1}}', "record 1: it has none of text"),
         ("", "holds no text"),
     ],
 )
@@ -137,6 +139,7 @@ def test_parquet_arrow_and_saved_data_sets_are_read(tmp_path):
         ({"prompt": TURNS[:1], "completion": TURNS[1:]}, {"messages": TURNS}),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, {"messages": TURNS}),
         ({"messages": [*TURNS, {"role": "user", "content": "Thanks"}]}, {"messages": TURNS}),
+        ({"messages": [{"role": t["role"], "content": [{"text": t["content"]}]} for t in TURNS]}, {"messages": TURNS}),
     ],
 )
 def test_conversations_and_completions_are_instruction_records(tmp_path, record, expected):
@@ -173,7 +176,15 @@ def test_records_beyond_the_limit_are_counted(tmp_path):
         assert len(read_records(tmp_path / "a.jsonl", limit=1000)) == 1000
 
 
-@pytest.mark.parametrize("name", ["data/alpaca.jsonl", "text.txt", "./train", "/no/where"])
+def test_a_csv_file_whose_rows_have_more_cells_than_its_head_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text\na text, with a comma\n")
+    with pytest.raises(ValueError, match=r"cannot read .*a\.csv: Length of header or names does not match"):
+        read_records(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text('text\n"a text, with a comma"\n')
+    assert read_records(tmp_path / "a.csv") == ["a text, with a comma"]
+
+
+@pytest.mark.parametrize("name", ["data/alpaca.jsonl", "text.txt", "./train", "/no/where", "data/"])
 def test_a_mistyped_file_is_no_data_set_of_the_hub(name, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **_: pytest.fail("asked the Hub"))
     with pytest.raises(ValueError, match=f"there is no file {name}"):

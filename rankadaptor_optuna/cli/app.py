@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -106,6 +107,7 @@ def _prepared(command: Run, needed: Sequence[str] = ()) -> Run:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
         require(*needed)
         if "transformers" in needed:
             from rankadaptor_optuna.recovery.models import quiet
