@@ -87,6 +87,7 @@ def compare(
     if unknown := [method for method in methods if method not in (DENSE, *COMPARED_METHODS)]:
         raise ValueError(f"no method named {unknown[0]!r}; there are {', '.join((DENSE, *COMPARED_METHODS))}.")
     study, recipe = stored_study(storage, study_name, trust_study)
+    evaluation = recipe.evaluation.for_report(tasks, include_path, limit)
     if "AdaLoRA" in methods and recipe.training.epochs is None:
         check_adalora(recipe.training)
     found, space = recommend(study), study_space(study)
@@ -95,7 +96,6 @@ def compare(
     folder = OutputFolder(out, settings, partial(_read_settings, recipe=settings["recipe"]))
     ours = ",".join(map(str, found.ranks.values()))
     _name_ranks(folder)
-    evaluation = recipe.evaluation.for_report(tasks, include_path, limit)
     bench = _Bench(recipe, evaluation, found.ranks, pruned, study, "AdaLoRA" in methods, folder)
     fresh = tuple(1000 * (recipe.seed + 1) + i for i in range(seeds))
     uniform, rows = space.uniform(), []

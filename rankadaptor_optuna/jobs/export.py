@@ -62,6 +62,8 @@ def export(
     from rankadaptor_optuna.pruning.checkpoint import check_save_path, save_pruned
 
     check_writable(out)
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}.")
     own = out / "pruned"
     if [path.name for path in out.glob("*")] == ["pruned"]:
         pruned = pruned or own

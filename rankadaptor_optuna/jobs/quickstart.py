@@ -10,11 +10,13 @@ from typing import Any
 from rankadaptor_optuna.database import masked
 from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.export import train_adapter
+from rankadaptor_optuna.jobs.inputs import Inputs
 from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.results import DENSE, NONE, OURS, UNIFORM, Exported, QuickstartResult, SearchResult
 from rankadaptor_optuna.jobs.search import search
 from rankadaptor_optuna.jobs.stored import load_pruned_job, recipe_folder
 from rankadaptor_optuna.priors.choice import OnBadPrior
+from rankadaptor_optuna.recovery.evaluate import block_losses
 
 
 def quickstart(
@@ -48,7 +50,13 @@ def quickstart(
     """
     start = time.perf_counter()
     options: dict[str, Any] = {"storage": storage, "study_name": study_name, "prior": prior}
-    searched = search(recipe, out, trials=trials, on_bad_prior=on_bad_prior, say=say, **options)
+
+    def check_report(inputs: Inputs) -> None:
+        report = inputs.parts.report
+        inputs.examples(report, recipe.data.report_blocks)
+        recipe.evaluation.for_report().suite(inputs.tokenizer, "report", report)
+
+    searched = search(recipe, out, trials=trials, on_bad_prior=on_bad_prior, check=check_report, say=say, **options)
     pruned, methods = out / "pruned", (DENSE, NONE, UNIFORM, OURS)
     # the study's recipe is the given one
     settings: dict[str, Any] = {"pruned": pruned, "methods": methods, "trust_study": True, "say": say}
@@ -57,14 +65,17 @@ def quickstart(
 
 
 def _exported(searched: SearchResult, say: Callable[[str], None]) -> Exported:
-    """Trains and writes the adapter, unless ``out/adapter`` has the recommended ranks already."""
+    """Trains and writes the adapter, unless ``out/adapter`` has the recommended ranks already, or all ranks are 0."""
     recipe, ranks, out = searched.recipe, searched.recommendation.ranks, searched.out
     folder, base = recipe_folder(out, recipe), str((out / "pruned").resolve())
     done = folder.measured.get("adapter")  # earlier versions kept a text there
     if not isinstance(done, dict) or done["ranks"] != ranks.to_json() or not (out / "adapter").exists():
         say("Adapter: training with the recommended ranks")
         job = load_pruned_job(recipe, out / "pruned", ranks, searched.study_name)
-        loss, before = train_adapter(job, ranks, out / "adapter", base=base)
+        if any(searched.recommendation.all_ranks.values()):
+            loss, before = train_adapter(job, ranks, out / "adapter", base=base)
+        else:
+            loss = before = float(block_losses(job.model, job.held_out).mean())
         done = {"ranks": ranks.to_json(), "loss": loss, "loss_before": before}
         folder.record("adapter", done)
     storage = masked(searched.storage)

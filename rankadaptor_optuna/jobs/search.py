@@ -52,6 +52,7 @@ def search(
     study_name: str = "search",
     prior: str | None = "pretrained",
     on_bad_prior: OnBadPrior = "raise",
+    check: Callable[[Inputs], Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> SearchResult:
     """Prunes the model if it is dense, searches ranks up to a number of trials, and recommends.
@@ -68,6 +69,7 @@ def search(
         study_name: Name of the study.
         prior: See ``RankAdaptorSampler``; a prior of a database must be in ``storage``.
         on_bad_prior: See ``RankAdaptorSampler``.
+        check: Called before any pruning; it may refuse data that a later job needs.
         say: Receives one line for each step.
 
     Raises:
@@ -93,6 +95,8 @@ def search(
         if not is_pruned:
             say(f"Model: {one_line(recipe.model)}")
         inputs = Inputs(recipe, out / "pruned" if is_pruned else None)
+        if check is not None:
+            check(inputs)
         digests, suite = inputs.digests(), recipe.evaluation.suite(inputs.tokenizer, "search")
         if opened is not None and study_name in optuna.get_all_study_names(opened):
             check_digests(optuna.load_study(study_name=study_name, storage=opened), digests)

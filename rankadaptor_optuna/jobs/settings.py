@@ -142,7 +142,7 @@ class Evaluation:
             self,
             tasks=named or self.tasks,
             metric="loss" if named else self.metric,
-            limit=limit or self.report_limit,
+            limit=self.report_limit if limit is None else limit,
             include_path=include_path or self.include_path,
         )
 

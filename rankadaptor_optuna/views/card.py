@@ -29,14 +29,7 @@ tags: [lora, pruning, rankadaptor]
 
 # LoRA recovery of a pruned {markdown(dense)}, with a rank per layer
 
-```python
-import rankadaptor_optuna  # registers the pruned architecture
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({json.dumps(exported.base)})  # its layers are those of the adapter
-model = PeftModel.from_pretrained(model, {json.dumps((exported.out.resolve() / "adapter").as_posix())})
-```
+{usage(exported)}
 
 {found.evidence.statement} Source: {found.evidence.n_trials} trials of study {code_span(exported.study_name)} in
 {code_span(exported.storage_masked)}.
@@ -54,6 +47,20 @@ arguments of `peft.LoraConfig`.
 {as_json(recipe.to_dict())}
 ```
 """
+
+
+def usage(exported: Exported) -> str:
+    """Returns the code that loads an adapter on its base, as Markdown."""
+    if not any(exported.recommendation.all_ranks.values()):
+        return "There is no adapter: every layer has rank 0."
+    return f"""```python
+import rankadaptor_optuna  # registers the pruned architecture
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({json.dumps(exported.base)})  # its layers are those of the adapter
+model = PeftModel.from_pretrained(model, {json.dumps((exported.out.resolve() / "adapter").as_posix())})
+```"""
 
 
 def write_card(exported: Exported) -> None:

@@ -7,6 +7,7 @@ import math
 from rankadaptor_optuna.jobs.output import write_text
 from rankadaptor_optuna.jobs.results import UNIFORM, QuickstartResult
 from rankadaptor_optuna.studies.reading import StudyReading
+from rankadaptor_optuna.views.card import usage
 from rankadaptor_optuna.views.comparison import comparison_table, difference_text, worse_than_none
 from rankadaptor_optuna.views.dashboard import closest_trials, publish_reading
 from rankadaptor_optuna.views.pictures import draw_progress, draw_ranks
@@ -43,7 +44,7 @@ def report_text(result: QuickstartResult) -> str:
     ranks = list(found.ranks.values())
     table = [["layer", *map(str, space.layers)]]
     table += [[name or "rank", *map(str, ranks[part])] for name, part in space.series.items()]
-    kept = ", ".join(str(layer) for layer in space.fixed_ranks)
+    kept = ", ".join(f"{layer} (rank {rank})" for layer, rank in space.fixed_ranks.items())
     return f"""# LoRA ranks for each layer
 
 {report_verdict(result)}
@@ -69,14 +70,7 @@ Evidence: {found.evidence.statement} Closest finished trials: {closest_trials(fo
 
 ## Use the adapter
 
-```python
-import rankadaptor_optuna  # registers the pruned architecture
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{result.exported.base}")
-model = PeftModel.from_pretrained(model, "{(result.exported.out.resolve() / "adapter").as_posix()}")
-```
+{usage(result.exported)}
 
 ## Recipe
 

@@ -155,6 +155,7 @@ def test_what_cannot_be_compared_is_refused_before_any_work(searched, recipe, ag
     monkeypatch.setattr(module, "stored_study", lambda *args: (searched.study, short))
     for options, says in (
         ({"seeds": 1}, "seeds must be at least 2"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"methods": ["LoRA"]}, "no method named 'LoRA'; there are dense, no recovery, LoRA, uniform"),
         ({}, "AdaLoRA needs at least 4 training steps, got 3"),
     ):

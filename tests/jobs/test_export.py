@@ -173,6 +173,7 @@ def test_what_cannot_be_exported_is_refused(searched, make_model, tokenizer, tmp
     for arguments, says in (
         (["x", "--study", "none"], "no study named 'none'"),
         (["x", "--steps", "0"], "steps must be positive, got 0"),
+        (["x", "--seed", "-1"], "seed must be at least 0, got -1"),
         (["x", "--pruned", str(tmp_path / "other")], "not those that study 'search' searched"),
         (["full"], "exists and is not empty"),
     ):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rankadaptor_optuna.jobs.quickstart import quickstart
 from rankadaptor_optuna.jobs.recipe import PRESETS, Recipe
 from rankadaptor_optuna.jobs.results import DENSE, NONE, OURS, UNIFORM
 from rankadaptor_optuna.pruning import load_pruned
+from rankadaptor_optuna.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,29 @@ def test_running_again_computes_nothing(first, nothing_is_computed):
     assert len(again.search.study.trials) == 2
 
 
+def test_a_report_text_that_is_too_short_is_refused_before_any_pruning(first, tmp_path, monkeypatch):
+    recipe, parts = first[0], first[0].read_data()
+    monkeypatch.setattr(Recipe, "prune", lambda *args: pytest.fail("pruned"))
+    monkeypatch.setattr(Recipe, "read_data", lambda self: replace(parts, report=["short"]))
+    with pytest.raises(ValueError, match="too few for one block of 32"):
+        quickstart(recipe, tmp_path / "out", trials=1, say=lambda line: None)
+    assert not (tmp_path / "out" / "pruned").exists()
+
+
+def test_where_every_layer_is_recommended_rank_0_no_adapter_is_written(first, tmp_path, monkeypatch):
+    _, out, found = first
+    shutil.copytree(out, tmp_path / "out")
+    none = Ranks.uniform(found.search.space.with_fixed(found.search.recommendation.ranks), 0)
+    searched = replace(
+        found.search,
+        recommendation=replace(found.search.recommendation, ranks=Ranks({1: 0, 2: 0}), all_ranks=none),
+        out=tmp_path / "out",
+    )
+    monkeypatch.setattr(module, "train_adapter", lambda *args, **_: pytest.fail("trained"))
+    exported = module._exported(searched, lambda line: None)
+    assert exported.loss == exported.loss_before == pytest.approx(found.exported.loss_before)
+
+
 def test_an_adapter_of_other_ranks_is_replaced(first, tmp_path, monkeypatch):
     recipe, out, _ = first
     shutil.copytree(out, tmp_path / "out")
@@ -125,5 +150,5 @@ def test_a_quickstart_of_an_earlier_version_goes_on(model, tokenizer, tmp_path, 
 def texts_of(tokenizer):
     from rankadaptor_optuna.jobs.recipe import Parts
 
-    texts = ["rank of a layer " * 300]
+    texts = ["rank of a layer " * 300] * 4  # continuation needs four
     return Parts(texts, texts, texts)

@@ -18,7 +18,7 @@ from rankadaptor_optuna.jobs.results import (
     Row,
     SearchResult,
 )
-from rankadaptor_optuna.views.report import report_verdict, write_report
+from rankadaptor_optuna.views.report import report_text, report_verdict, write_report
 
 LOSSES = {DENSE: [2.0], NONE: [3.0], UNIFORM: [2.5, 2.6, 2.55], OURS: [2.4, 2.5, 2.44]}
 
@@ -51,13 +51,20 @@ def test_the_report_has_measurements_ranks_and_settings(result, tmp_path):
     assert "\n".join(rows) in text
     assert report_verdict(result) in text
     assert "| dense | 7.39 |" in text
-    assert "Layers 0, 7 are not pruned and not searched." in text
+    assert "Layers 0 (rank 8), 7 (rank 8) are not pruned and not searched." in text
     assert '"seed": 3' in text
     assert f'from_pretrained(model, "{tmp_path.as_posix()}/adapter")' in text
     for picture in ("ranks.png", "progress.png"):
         assert f"({picture})" in text
         assert (tmp_path / picture).stat().st_size > 1000
     assert "Recommended ranks" in get_note(result.search.study)
+
+
+def test_without_any_adapter_the_report_says_so(result):
+    found = result.exported.recommendation
+    none = replace(found, all_ranks=type(found.all_ranks).uniform(found.all_ranks, 0))
+    text = report_text(replace(result, exported=replace(result.exported, recommendation=none)))
+    assert "## Use the adapter\n\nThere is no adapter: every layer has rank 0.\n" in text
 
 
 @pytest.mark.parametrize("result", ["layer"], indirect=True)
