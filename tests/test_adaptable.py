@@ -17,7 +17,7 @@ from rankadaptor_optuna.recovery.references import adapter_parameters, fisher_in
 from rankadaptor_optuna.recovery.train import TrainingConfig, train
 
 ALL = ["phi3", "opt", "gpt2", "gemma3n_text", "qwen3_moe", "deepseek_v3", "jamba", "zamba2", "llava"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*no adapters in", "ignore:fan_in_fan_out")
+pytestmark = pytest.mark.filterwarnings("ignore:.*no adapters in")
 
 
 @pytest.mark.parametrize("family", ALL)

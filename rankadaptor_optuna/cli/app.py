@@ -113,6 +113,13 @@ def _prepared(command: Run, needed: Sequence[str] = ()) -> Run:
             from rankadaptor_optuna.recovery.models import quiet
 
             quiet()
-        command(**arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command(**arguments)
 
     return run
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Prints a warning in one line."""
+    print(f"rankadaptor: warning: {one_line(str(message))}", file=sys.stderr)

@@ -46,13 +46,19 @@ def attached(model: Any, config: LoraConfig, *, seed: int) -> Iterator[PeftModel
     Yields:
         The model with the adapter.
     """
-    from peft import get_peft_model
-
     with detached(model):
         with fixed_rng(seed):
-            adapted = get_peft_model(model, config)
+            adapted = adapted_model(model, config)
         _initialise(adapted, seed)
         yield adapted
+
+
+def adapted_model(model: Any, config: Any, **options: Any) -> PeftModel:  # noqa: ANN401
+    """Returns ``peft.get_peft_model``; tells PEFT where weights are transposed, as in GPT-2, or it would warn."""
+    from peft import get_peft_model
+
+    config.fan_in_fan_out = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    return get_peft_model(model, config, **options)
 
 
 @contextmanager
@@ -101,12 +107,10 @@ def check_attachable(model: Any, settings: LoraSettings, layers: ModelLayers) ->
     Raises:
         ValueError: PEFT refuses the model, or adapts other modules.
     """
-    from peft import get_peft_model
-
     config = lora_config(Ranks.uniform(layers.costs, 1), settings)
     with detached(model):
         try:
-            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+            adapted = adapted_model(model, config, low_cpu_mem_usage=True)
         except (ValueError, NotImplementedError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"PEFT cannot adapt {type(model).__name__}: {reason}") from error

@@ -16,7 +16,7 @@ import numpy as np
 from rankadaptor_optuna.model_layers import layer_of, read_layers
 from rankadaptor_optuna.ranks import TARGETS, LoraSettings, Ranks
 from rankadaptor_optuna.recovery.data import Examples
-from rankadaptor_optuna.recovery.lora import detached, fixed_rng
+from rankadaptor_optuna.recovery.lora import adapted_model, detached, fixed_rng
 from rankadaptor_optuna.recovery.train import TrainingConfig, batches, train
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def adalora(
         ValueError: The training has fewer than 4 steps, too few for AdaLoRA's three phases.
         FloatingPointError: The loss is not finite.
     """
-    from peft import AdaLoraConfig, get_peft_model
+    from peft import AdaLoraConfig
 
     lora = lora or LoraSettings()
     training = training.for_examples(len(data))
@@ -105,7 +105,7 @@ def adalora(
     )
     with detached(model):
         with fixed_rng(seed):
-            adapted: Any = get_peft_model(model, config)
+            adapted: Any = adapted_model(model, config)
         _keep_parameters(adapted.base_model.rankallocator, adapted, parameters)
         allocate = adapted.base_model.update_and_allocate
         train(adapted, data, training, seed=seed, on_step=on_step, before_zero_grad=allocate)
@@ -172,7 +172,7 @@ def eva(
     Raises:
         FloatingPointError: The loss is not finite.
     """
-    from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+    from peft import EvaConfig, LoraConfig, initialize_lora_eva_weights
 
     lora = lora or LoraSettings()
     rank = _mean_rank(model, lora, parameters)
@@ -188,7 +188,7 @@ def eva(
     (rows,) = batches(len(data), replace(training, steps=1, batch_size=_EVA_EXAMPLES, epochs=None), seed)
     with detached(model):
         with fixed_rng(seed):
-            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+            adapted = adapted_model(model, config, low_cpu_mem_usage=True)
             components = _eva_components(adapted, data.batch(rows), rank, parameters)
             initialize_lora_eva_weights(adapted, eva_state_dict=components)
         train(adapted, data, training, seed=seed, on_step=on_step)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import optuna
 import pytest
@@ -150,3 +151,17 @@ def test_priors_of_a_database_need_no_model_library(monkeypatch, tmp_path, capsy
     for library in ("transformers", "peft", "lm_eval", "accelerate", "datasets", "plotly", "matplotlib"):
         monkeypatch.setitem(sys.modules, library, None)
     assert main(["priors", "list", "--storage", f"sqlite:///{tmp_path / 's.db'}"]) == 0
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    from rankadaptor_optuna.jobs import prune as job
+
+    def warn(*_, **__):
+        warnings.warn("no adapters in:\n experts", stacklevel=1)
+        raise ValueError("that was all.")
+
+    monkeypatch.setattr(job, "prune_checkpoint", warn)
+    before = warnings.showwarning
+    assert main(["prune", "somewhere", "nowhere"]) == 2
+    assert "rankadaptor: warning: no adapters in: experts\n" in capsys.readouterr().err
+    assert warnings.showwarning is before

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.families.models import tiny_model
+from rankadaptor_optuna import RankSpace
 from rankadaptor_optuna.ranks import TARGETS, LoraSettings
 from rankadaptor_optuna.recovery.lora import attached, lora_config
 
@@ -157,3 +159,11 @@ def test_torchs_own_generator_is_left_alone(model):
     with attached(model, lora_config({0: 4}, LoraSettings(dropout=0.1)), seed=0):
         assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_transposed_weights_of_gpt2_are_adapted_without_a_warning(recwarn, ids):
+    gpt2 = tiny_model("gpt2")
+    space = RankSpace.from_model(gpt2)
+    with attached(gpt2, lora_config(space.uniform(), LoraSettings(space.targets)), seed=0) as adapted:
+        assert {config.fan_in_fan_out for config in adapted.peft_config.values()} == {True}
+    assert not [w for w in recwarn if "fan_in_fan_out" in str(w.message)]
