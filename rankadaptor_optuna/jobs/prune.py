@@ -46,7 +46,9 @@ def prune_checkpoint(
     dense, tokenizer = load_model(None if model == "embedded" else model, dtype)
     check_prunable(dense, config.method)
     if preset:
-        config = PruningConfig().changed(**llm_pruner_preset(dense.config.get_text_config().num_hidden_layers) | options)
+        config = PruningConfig().changed(
+            **llm_pruner_preset(dense.config.get_text_config().num_hidden_layers) | options
+        )
     before, device, parameters = _perplexity(dense, tokenizer), dense.device, n_parameters(dense)
     with progress_bar("prune") as progress:
         pruned = prune(dense, tokenizer, config, calibration=texts, progress=progress)

@@ -66,7 +66,7 @@ def transformer_layers(model: nn.Module) -> list[nn.Module]:
     def complain(path: str, found: str) -> ValueError:
         return ValueError(
             f"cannot prune {type(model).__name__}: looked for {_LOOKED_FOR}, but {path} is {found}; "
-            "pass an unquantised Llama-, Mistral-, Qwen2- or Qwen3-like causal model without adapters"
+            "pass an unquantised Llama-, Mistral-, Qwen2- or Qwen3-like causal model, or use method 'shortened'"
         )
 
     layers = getattr(getattr(model, "model", None), "layers", None)

@@ -34,13 +34,17 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = os.fspath(model_dir() if path is None else path)
+    if os.path.isabs(source) and not os.path.isdir(source):
+        raise ValueError(f"there is no model folder {source!r}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or search_dtype(device), trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"cannot load a model from {source!r}: {' '.join(str(error).split())}") from error
+        # transformers lists some 200 classes that it can load
+        reason = " ".join(str(error).split()).partition(" Model type should be one of")[0]
+        raise ValueError(f"cannot load a causal language model from {source!r}: {reason}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(

@@ -4,8 +4,11 @@ import math
 import re
 from dataclasses import fields
 
+import peft
 import pytest
+from transformers import AutoModelForCausalLM
 
+from benchmarks.families.models import tiny_model
 from rankadaptor_optuna.cli import main
 from rankadaptor_optuna.pruning.config import PruningConfig
 
@@ -31,7 +34,7 @@ def dense_folder(model, tokenizer, tmp_path):
 def test_it_writes_a_checkpoint_that_opens_and_shows_the_removed_shares(
     dense_folder, tmp_path, capsys, arguments, removed
 ):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     assert main(["prune", str(dense_folder), str(tmp_path / "out"), *arguments, *TINY]) == 0
     out = capsys.readouterr().out
@@ -104,6 +107,23 @@ def test_a_checkpoint_with_another_head_is_refused(tokenizer, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "dense")
     assert main(["prune", str(tmp_path / "dense"), str(tmp_path / "out")]) == 2
     assert "it lacks lm_head.weight; a model with another head has no loss on text" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_pruned_is_refused_in_a_short_line(dense_folder, tokenizer, tmp_path, capsys):
+    tiny_model("t5").save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    config = peft.LoraConfig(target_modules=["q_proj"], base_model_name_or_path=str(dense_folder))
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(dense_folder), config).save_pretrained(
+        tmp_path / "adapter"
+    )
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    for name, says in (
+        ("nowhere", "there is no model folder"),
+        ("t5", "for this kind of AutoModel: AutoModelForCausalLM.\n"),
+        ("adapter", "LlamaForCausalLM carries a PEFT adapter already"),
+    ):
+        assert main(["prune", str(tmp_path / name), str(tmp_path / "out")]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_it_does_not_write_over_something(dense_folder, capsys):

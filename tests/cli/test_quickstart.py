@@ -70,7 +70,7 @@ def test_a_model_whose_file_is_cut_short_is_named(refused, tmp_path, model, toke
     tokenizer.save_pretrained(tmp_path / "half")
     weights = tmp_path / "half" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "cannot load a model from" in refused("--model", str(tmp_path / "half"))
+    assert "cannot load a causal language model from" in refused("--model", str(tmp_path / "half"))
 
 
 def test_the_out_of_other_settings_is_left_alone(refused, tmp_path):
