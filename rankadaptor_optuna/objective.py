@@ -24,6 +24,7 @@ from rankadaptor_optuna.recovery.data import Examples, examples_of
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, check_attachable, check_count, lora_config, trainable_parameters
 from rankadaptor_optuna.recovery.memory import free_memory, peak_memory
+from rankadaptor_optuna.recovery.models import check_inputs
 from rankadaptor_optuna.recovery.processes import broadcast, fail_together, process_index
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
@@ -147,6 +148,8 @@ class RecoveryObjective:
         self.train = read(train)
         self.training = (training or TrainingConfig()).for_examples(len(self.train))
         self.held_out = read(validation, limit=validation_blocks)
+        for examples in (self.train, self.held_out):
+            check_inputs(self.model, examples)
         self._report = self.held_out.first(report_blocks)
 
     @contextmanager

@@ -46,9 +46,8 @@ def prune_checkpoint(
     dense, tokenizer = load_model(None if model == "embedded" else model, dtype)
     check_prunable(dense, config.method)
     if preset:
-        config = PruningConfig().changed(
-            **llm_pruner_preset(dense.config.get_text_config().num_hidden_layers) | options
-        )
+        published = llm_pruner_preset(dense.config.get_text_config().num_hidden_layers)
+        config = PruningConfig().changed(**published | options)
     before, device, parameters = _perplexity(dense, tokenizer), dense.device, n_parameters(dense)
     with progress_bar("prune") as progress:
         pruned = prune(dense, tokenizer, config, calibration=texts, progress=progress)
@@ -61,7 +60,10 @@ def prune_checkpoint(
 
 def _perplexity(model: Any, tokenizer: Any) -> float:  # noqa: ANN401
     """Returns the perplexity on the first blocks of the embedded text's validation part."""
+    from rankadaptor_optuna.pruning.calibration import check_vocabulary
+
     texts = load_texts().validation
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _BLOCK_LENGTH
     blocks = token_blocks(tokenizer, texts, min(_BLOCK_LENGTH, longest), _BLOCKS)
+    check_vocabulary(blocks, model.get_input_embeddings().weight.shape[0])
     return math.exp(min(float(block_losses(model, blocks).mean()), _LARGEST_LOSS))

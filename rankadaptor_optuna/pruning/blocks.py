@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankadaptor_optuna.adaptable import check_adaptable, features, path_of_layers
+from rankadaptor_optuna.pruning.calibration import check_vocabulary
 from rankadaptor_optuna.pruning.config import BlockCriterion
 from rankadaptor_optuna.pruning.gradients import Gradient, Progress, evaluation_mode
 from rankadaptor_optuna.pruning.importance import parameter_importance
@@ -98,11 +99,7 @@ def _loss(model: nn.Module, row: torch.Tensor) -> torch.Tensor:
 
 def _logits(model: Any, row: torch.Tensor, *, use_cache: bool = False) -> torch.Tensor:  # noqa: ANN401
     embedding = model.get_input_embeddings()
-    if int(row.max()) >= embedding.weight.shape[0]:
-        raise ValueError(
-            f"the tokenizer gave token id {int(row.max())}, but the model knows {embedding.weight.shape[0]} tokens: "
-            "pass the model's own tokenizer"
-        )
+    check_vocabulary(row, embedding.weight.shape[0])
     return model(input_ids=row[None].to(embedding.weight.device), use_cache=use_cache).logits[0]
 
 

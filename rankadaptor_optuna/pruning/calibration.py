@@ -12,6 +12,19 @@ import torch
 _MOST_CHARACTERS = 10_000_000  # some 2 million tokens, read in seconds; set by hand
 
 
+def check_vocabulary(ids: torch.Tensor, n_tokens: int) -> None:
+    """Checks that a model knows the tokens.
+
+    Raises:
+        ValueError: A token id is outside its vocabulary.
+    """
+    if int(ids.max()) >= n_tokens:
+        raise ValueError(
+            f"the tokenizer gave token id {int(ids.max())}, but the model knows {n_tokens} tokens: "
+            "pass the model's own tokenizer"
+        )
+
+
 def draw_samples(
     tokenizer: Any,  # noqa: ANN401
     texts: Sequence[str],

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankadaptor_optuna.pruning.calibration import check_vocabulary
 from rankadaptor_optuna.pruning.structure import transformer_layers
 
 
@@ -34,11 +35,7 @@ class BlockStream:
         self.samples = samples
         self._model = model
         vocabulary = model.get_parameter("model.embed_tokens.weight").shape[0]
-        if int(samples.max()) >= vocabulary:
-            raise ValueError(
-                f"the tokenizer gave token id {int(samples.max())}, but the model knows {vocabulary} tokens: "
-                "pass the model's own tokenizer"
-            )
+        check_vocabulary(samples, vocabulary)
         self._arguments = self._record_arguments()
 
     @torch.no_grad()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from typing import Any
 
 from rankadaptor_optuna.adaptable import features
+from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.embedded import model_dir
+
+# Tables of learned positions, which end; rotary positions do not.
+_POSITIONS = re.compile(r"\b(wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
 
 
 def load_model(
@@ -58,6 +63,26 @@ def load_model(
     except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
         raise ValueError(f"cannot put the model on device {device!r}: {str(error).splitlines()[0]}") from error
     return model, tokenizer
+
+
+def check_inputs(model: Any, examples: Examples) -> None:  # noqa: ANN401
+    """Checks that a model knows the tokens of examples, and as many positions.
+
+    Raises:
+        ValueError: A token id is outside its vocabulary, or an example is longer than its table of positions.
+    """
+    largest, n_tokens = max(int(ids.max()) for ids in examples.ids), model.get_input_embeddings().weight.shape[0]
+    if largest >= n_tokens:
+        raise ValueError(
+            f"the tokenizer gave token id {largest}, but the model knows {n_tokens} tokens: "
+            "pass the model's own tokenizer."
+        )
+    longest, limit = max(map(len, examples.ids)), getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+    has_table = any(_POSITIONS.search(name) for name, _ in model.named_parameters())
+    if has_table and limit and longest > limit:
+        raise ValueError(
+            f"an example has {longest} tokens, but {type(model).__name__} knows {limit} positions; lower block_length."
+        )
 
 
 def n_parameters(model: Any) -> int:  # noqa: ANN401

@@ -112,10 +112,9 @@ def test_a_checkpoint_with_another_head_is_refused(tokenizer, tmp_path, capsys):
 def test_a_folder_that_cannot_be_pruned_is_refused_in_a_short_line(dense_folder, tokenizer, tmp_path, capsys):
     tiny_model("t5").save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
     config = peft.LoraConfig(target_modules=["q_proj"], base_model_name_or_path=str(dense_folder))
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(dense_folder), config).save_pretrained(
-        tmp_path / "adapter"
-    )
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     for name, says in (
         ("nowhere", "there is no model folder"),
@@ -124,6 +123,13 @@ def test_a_folder_that_cannot_be_pruned_is_refused_in_a_short_line(dense_folder,
     ):
         assert main(["prune", str(tmp_path / name), str(tmp_path / "out")]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_refused(make_model, tokenizer, tmp_path, capsys):
+    make_model(vocab_size=100).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    assert main(["prune", str(tmp_path / "dense"), str(tmp_path / "out")]) == 2
+    assert "but the model knows 100 tokens: pass the model's own tokenizer" in capsys.readouterr().err
 
 
 def test_it_does_not_write_over_something(dense_folder, capsys):
