@@ -200,3 +200,19 @@ def test_packed_weights_are_counted_by_their_features(model, texts):
     assert sum(RankSpace.from_model(model).costs) == cost
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj is quantised, so it has no Fisher information"):
         fisher_information(model, [])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"vocab_size": 100}, r"token id \d+, but the model knows 100 tokens: pass the model's own tokenizer"),
+        ("gpt2", {}, r"an example has 160 tokens, but GPT2LMHeadModel knows 128 positions; lower block_length"),
+    ],
+)
+def test_data_that_a_model_does_not_take_is_refused(family, changes, message, tokenizer, texts):
+    model = tiny_model(family)
+    if changes:
+        model.resize_token_embeddings(changes["vocab_size"])
+    data = {"train": texts, "validation": texts, "block_length": 160}
+    with pytest.raises(ValueError, match=message):
+        RecoveryObjective(model, tokenizer, RankSpace.from_model(model), **data)

@@ -9,7 +9,6 @@ import torch
 from optuna.trial import TrialState
 
 import rankadaptor_optuna.objective
-from benchmarks.families.models import tiny_model
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective, create_study
 from rankadaptor_optuna.attributes import SENSITIVITY_ATTR, VERIFY_ATTR
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
@@ -435,19 +434,3 @@ def test_a_sensitivity_that_is_not_finite_is_not_told(job, monkeypatch):
     broken = {"model.layers.0.mlp.up_proj": math.nan}
     monkeypatch.setattr("rankadaptor_optuna.studies.sensitivity_note.sensitivities", lambda *_: broken)
     assert SENSITIVITY_ATTR not in run(job, 1).user_attrs
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "message"),
-    [
-        ("llama", {"vocab_size": 100}, r"token id \d+, but the model knows 100 tokens: pass the model's own tokenizer"),
-        ("gpt2", {}, r"an example has 160 tokens, but GPT2LMHeadModel knows 128 positions; lower block_length"),
-    ],
-)
-def test_data_that_a_model_does_not_take_is_refused(family, changes, message, tokenizer, texts):
-    model = tiny_model(family)
-    if changes:
-        model.resize_token_embeddings(changes["vocab_size"])
-    data = {"train": texts, "validation": texts, "block_length": 160}
-    with pytest.raises(ValueError, match=message):
-        RecoveryObjective(model, tokenizer, RankSpace.from_model(model), **data)
