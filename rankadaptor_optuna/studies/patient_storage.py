@@ -9,7 +9,7 @@ All that this package works around in Optuna's storages stands here. Optuna 4.9 
 * A worker that was paused beyond the grace period dies of ``Cannot tell a FAIL trial``. Here it warns and goes on.
 * A trial that failed for want of heartbeats is queued with its parameters, but without ranks that were only announced.
 * Optuna replaces an attribute, whoever has set it meanwhile. Here an attribute can be set for the first time only.
-* ``optimize`` lets an interrupted trial fail. ``hand_back`` lets it wait for a worker, with its number and parameters.
+* ``optimize`` lets a trial fail that Ctrl-C interrupts. Here it waits for a worker, with its number and parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -144,6 +145,8 @@ class PatientStorage(RDBStorage):
         """Sets state and values, unless another worker has taken this process's trial for dead."""
         if state is TrialState.RUNNING:  # before others can see an old heartbeat
             self.record_heartbeat(trial_id)
+        elif state is TrialState.FAIL and trial_id in self._own and _is_interrupted():
+            state = TrialState.WAITING
         store, attempts = partial(super().set_trial_state_values, trial_id, state, values), 0
         read = partial(super().get_trial, trial_id)
 
@@ -285,6 +288,16 @@ class QueueAgain(RetryHeartbeatStaleTrialCallback):
             fixed = trial.system_attrs.get("fixed_params")
             trial.system_attrs["fixed_params"] = {**missing, **(fixed if isinstance(fixed, dict) else {})}
         super().__call__(study, trial)
+
+
+def _is_interrupted() -> bool:
+    """Returns whether ``optimize`` ends a trial whose objective Ctrl-C has interrupted: only its frame knows."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "_run_trial" and "func_err" in frame.f_locals:
+            return isinstance(frame.f_locals["func_err"], KeyboardInterrupt)
+    return False
 
 
 def hand_back(study: Study, trial: Trial) -> None:

@@ -25,6 +25,7 @@ READABLE = ("1", FORMAT)
 # these exhaust memory, or overflow in the performance model.
 _MOST_OUTPUTS, _MOST_HIDDEN, _MOST_LAYERS = 1024, 4096, 16
 _LARGEST = 1e6
+_LARGEST_EFFECT = 1e4  # 16 for the shipped prior; from 1e6 on, covariances are not positive definite
 _DEEPEST_CARD = 16
 PRETRAINED = Path(__file__).parent / "pretrained" / "prior.safetensors"
 
@@ -62,6 +63,11 @@ class Prior:
                 raise ValueError(f"{name} must be finite, at most {_LARGEST:g}, got {np.abs(value).max()}")
         if not self.std.min() >= 1 / _LARGEST:
             raise ValueError(f"std must be at least {1 / _LARGEST:g}, got {self.std.min()}")
+        reach = np.abs(self.mlp.weights[-1]).sum(0) + np.abs(self.mlp.biases[-1])  # most of each output: |tanh| < 1
+        if (largest := (reach * (np.abs(self.mean) + self.std)).max()) > _LARGEST_EFFECT:
+            raise ValueError(
+                f"it expects scores of up to {largest:.2g} standard deviations, {_LARGEST_EFFECT:g} at most"
+            )
         if sizes[-1] > _MOST_OUTPUTS or max(sizes) > _MOST_HIDDEN or len(sizes) > _MOST_LAYERS + 1:
             raise ValueError(f"the network is too large: widths {sizes[:_MOST_LAYERS]}")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.study import StudyDirection
+from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
 from rankadaptor_optuna.attributes import converged_of, sensitivity_of
@@ -101,9 +101,15 @@ class StudyView:
             uniform_ranks=None if space is None else tuple(space.uniform().values()),
             profile=space.profile if space is not None and any(space.profile) else None,
             sensitivity=tuple(value / whole for value in sensitivity) if whole > 0 else None,
-            objective=one_line((study.metric_names or ["score"])[0]),
+            objective=_metric_name(study),
             minimize=minimize,
             n_pruned=states.count(TrialState.PRUNED),
             n_failed=states.count(TrialState.FAIL),
             converged=converged_of(study.user_attrs),
         )
+
+
+def _metric_name(study: Study) -> str:
+    """Returns the name of the first metric, which anyone may have stored; ``"score"`` where it has none."""
+    names = study.metric_names
+    return one_line(names[0]) if isinstance(names, list) and names else "score"

@@ -206,3 +206,27 @@ def test_a_pickled_storage_waits_too(url, monkeypatch, slept):
     study.optimize(objective, n_trials=1)
     assert study.trials[0].state is TrialState.COMPLETE
     assert len(slept) == 1
+
+
+def test_a_trial_of_optimize_that_is_interrupted_waits_for_a_worker(url):
+    def interrupted(trial):
+        value = objective(trial)
+        if trial.number == 2:
+            raise KeyboardInterrupt
+        return value
+
+    whole = worker(url, "whole")
+    whole.optimize(objective, n_trials=4)
+    study = worker(url)
+    with pytest.raises(KeyboardInterrupt):
+        study.optimize(interrupted, n_trials=4)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "WAITING"]
+    worker(url).optimize(objective, n_trials=2)
+    assert [(t.params, t.value) for t in study.trials] == [(t.params, t.value) for t in whole.trials]
+
+
+def test_a_trial_that_fails_by_itself_fails(url):
+    study = worker(url)
+    with pytest.raises(ZeroDivisionError):
+        study.optimize(lambda trial: 1 / 0, n_trials=1)
+    assert study.trials[0].state is TrialState.FAIL
