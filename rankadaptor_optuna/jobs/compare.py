@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from optuna.study import Study
@@ -44,6 +44,9 @@ from rankadaptor_optuna.studies.reading import study_space
 from rankadaptor_optuna.studies.recommendation import recommend
 from rankadaptor_optuna.studies.storage import check_same_settings
 
+if TYPE_CHECKING:
+    from rankadaptor_optuna.pruning.core import PrunedModel
+
 
 def compare(
     storage: str,
@@ -69,7 +72,7 @@ def compare(
         storage: Optuna storage URL.
         study_name: A study with a recipe (``search``). Default: the only such study.
         out: Folder for the results.
-        pruned: Folder of the pruned model. Default: pruned again as the recipe says.
+        pruned: Folder of the pruned model. Default: ``out/pruned``, pruned again as the recipe says.
         seeds: Number of fresh seeds.
         methods: Methods to compare, of ``COMPARED_METHODS`` and ``DENSE``, in the order of the rows.
         tasks: lm-eval tasks. Default: the recipe's for reports; without any, only the loss is measured.
@@ -96,6 +99,7 @@ def compare(
     folder = OutputFolder(out, settings, partial(_read_settings, recipe=settings["recipe"]))
     ours = ",".join(map(str, found.ranks.values()))
     _name_ranks(folder)
+    pruned = out / "pruned" if pruned is None and (out / "pruned").exists() else pruned
     bench = _Bench(recipe, evaluation, found.ranks, pruned, study, "AdaLoRA" in methods, folder)
     fresh = tuple(1000 * (recipe.seed + 1) + i for i in range(seeds))
     uniform, rows = space.uniform(), []
@@ -170,9 +174,17 @@ class _Bench:
 
     @cached_property
     def _job(self) -> RecoveryObjective:
-        job = self._inputs.objective(tasks=None)
+        job = self._inputs.objective(self._keep, tasks=None)
         check_modules(job, self._ranks, self._study.study_name, self._pruned or self._recipe.model)
         return job
+
+    def _keep(self, model: Any, tokenizer: Any, pruned: PrunedModel | None) -> None:  # noqa: ANN401
+        """Writes what was pruned here, for a run that goes on."""
+        from rankadaptor_optuna.pruning.checkpoint import save_pruned
+
+        if pruned is not None:
+            self._folder.start()
+            save_pruned(model, self._folder.path / "pruned", tokenizer)
 
     def recover_and_measure(self, method: str, seed: int) -> dict[str, Any]:
         _, job = self._report, self._job  # read before any training, as either may be refused

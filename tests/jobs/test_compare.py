@@ -121,6 +121,15 @@ def test_measurements_on_another_report_text_are_refused(again, tmp_path, recipe
     assert again(tmp_path / "c", methods=[NONE]).row(NONE).losses, "all was measured"
 
 
+def test_a_model_pruned_for_a_comparison_is_pruned_once(searched, tmp_path, monkeypatch):
+    options = {"seeds": 2, "trust_study": True, "say": lambda line: None}
+    first = compare(searched.storage, None, tmp_path / "c", methods=[NONE], **options)
+    monkeypatch.setattr(Recipe, "prune", lambda *args: pytest.fail("pruned again"))
+    again = compare(searched.storage, None, tmp_path / "c", methods=[NONE, UNIFORM], **options)
+    assert again.row(NONE) == first.row(NONE)
+    assert again.row(UNIFORM).parameters == searched.space.budget
+
+
 def test_tasks_given_are_scored_on_items_to_report_on(again, tmp_path, local_task, monkeypatch):
     parts = []
     real = TaskSuite.__init__
