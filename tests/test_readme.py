@@ -50,7 +50,7 @@ PYTHON_BLOCKS = [e for path in DOCUMENTS for e in examples(path, PythonCodeBlock
     "arguments", [pytest.param(c, id=f"{name_of(e)} {' '.join(c)}") for e in SHELL_BLOCKS for c in commands(e.parsed)]
 )
 def test_commands_and_their_options_exist(arguments, monkeypatch):
-    monkeypatch.setattr(app, "_prepared", lambda command, **_: functools.wraps(command)(lambda **options: None))
+    monkeypatch.setattr(app, "_prepared", lambda command, *_: functools.wraps(command)(lambda **options: None))
     assert main(arguments) == 0
 
 
