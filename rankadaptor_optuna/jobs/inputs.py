@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.recovery.data import Examples, examples_of
+from rankadaptor_optuna.recovery.models import check_inputs
 from rankadaptor_optuna.texts import read_texts
 
 if TYPE_CHECKING:
@@ -53,10 +54,16 @@ class Inputs:
         self.training = recipe.training.for_examples(len(self.train))
 
     def examples(self, data: Sequence[Any], limit: int | None = None) -> Examples:
-        """Returns data as token sequences, as the recipe says; ``limit`` is the most blocks or records."""
+        """Returns data as token sequences, as the recipe says; ``limit`` is the most blocks or records.
+
+        Raises:
+            ValueError: The data is too short, or the model does not take its tokens or its length.
+        """
         settings = self._recipe.data
         read = partial(examples_of, self.tokenizer, length=settings.block_length, mask_prompt=settings.mask_prompt)
-        return read(data, limit=limit)
+        found = read(data, limit=limit)
+        check_inputs(self.model, found)
+        return found
 
     def digests(self) -> dict[str, str]:
         """Returns digests of what trials depend on beside the recipe: data and, for a dense model, calibration text."""

@@ -206,6 +206,13 @@ def test_data_targets_and_budget_are_checked_before_any_pruning(tiny, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_tokens_that_the_model_does_not_know_are_refused_before_any_pruning(tiny, make_model, tokenizer, tmp_path):
+    make_model(vocab_size=64).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"the tokenizer gave token id \d+, but the model knows 64 tokens"):
+        Inputs(Recipe.from_dict({**tiny[0], "model": str(tmp_path / "dense")}))
+
+
 def test_a_pruned_model_outlives_a_later_refusal(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Recipe, "check_space", lambda *args: None)
     values = {**tiny[0], "space": {"candidates": [2, 4, 8], "budget": 8500}}
