@@ -27,6 +27,17 @@ _OWN = ("training", "gradient_checkpointing")  # attributes of a module's state,
 _PLAIN = (bool, int, float, str, type(None))
 
 
+def check_unquantised(model: nn.Module) -> None:
+    """Checks that the weights of a model are numbers.
+
+    Raises:
+        ValueError: They are quantised.
+    """
+    linears = (module for module in model.modules() if features(module) is not None)
+    if any(not p.is_floating_point() for module in linears for p in module.parameters()):
+        raise ValueError(f"cannot prune {type(model).__name__}: its weights are quantised; load the model unquantised")
+
+
 def block_list(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """Finds the list of blocks of a model's text decoder.
 
@@ -36,15 +47,13 @@ def block_list(model: nn.Module) -> tuple[str, list[nn.Module]]:
     Raises:
         ValueError: There is none, or several, or the model is quantised, adapted or an encoder-decoder.
     """
-    name = type(model).__name__
     check_adaptable(model)
-    found = {path: module for path, module in model.named_modules() if features(module) is not None}
-    if any(not p.is_floating_point() for module in found.values() for p in module.parameters()):
-        raise ValueError(f"cannot prune {name}: its weights are quantised; load the model unquantised.")
-    path, _ = path_of_layers(model, found)
+    check_unquantised(model)
+    path, _ = path_of_layers(model, [name for name, module in model.named_modules() if features(module) is not None])
     blocks = model.get_submodule(path)
     if not isinstance(blocks, nn.ModuleList):
-        raise ValueError(f"cannot prune {name}: {path} is a {type(blocks).__name__}, not a list of blocks.")
+        kind = type(blocks).__name__
+        raise ValueError(f"cannot prune {type(model).__name__}: {path} is a {kind}, not a list of blocks")
     return path, list(blocks)
 
 

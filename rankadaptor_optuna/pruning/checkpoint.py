@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rankadaptor_optuna.adaptable import check_adaptable, check_language_model
 from rankadaptor_optuna.pruning import modeling
-from rankadaptor_optuna.pruning.blocks import block_list
+from rankadaptor_optuna.pruning.blocks import block_list, check_unquantised
 from rankadaptor_optuna.pruning.structure import transformer_layers
 
 
@@ -72,6 +72,7 @@ def check_prunable(model: nn.Module, method: str = "llm-pruner") -> None:
     if getattr(config, "pruning", None) is not None:
         raise ValueError("the model is pruned already; prune the dense model with a larger ratio instead")
     check_adaptable(model)
+    check_unquantised(model)
     if method == "shortened":
         block_list(model)
     else:

@@ -56,10 +56,11 @@ def load_model(
             f"cannot load a causal language model from {source!r}: it lacks {', '.join(missing[:3])}; "
             "a model with another head has no loss on text."
         )
-    if getattr(model, "hf_quantizer", None) is not None:
-        return model, tokenizer  # quantised weights stay where they were loaded
     try:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError:  # transformers refuses to move some quantised models: they stay where they were loaded
+        if getattr(model, "hf_quantizer", None) is None:
+            raise
     except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
         raise ValueError(f"cannot put the model on device {device!r}: {str(error).splitlines()[0]}") from error
     return model, tokenizer

@@ -65,11 +65,17 @@ def test_blocks_that_cannot_be_removed_are_refused(family, reason, tokenizer, te
 
 
 @pytest.mark.parametrize("method", ["llm-pruner", "shortened"])
-def test_other_classes_and_offloaded_weights_are_refused(model, tokenizer, texts, method):
+def test_other_classes_quantised_and_offloaded_weights_are_refused(model, tokenizer, texts, method):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     classifier = LlamaForSequenceClassification(LlamaConfig(vocab_size=256, num_hidden_layers=4, **sizes))
     with pytest.raises(ValueError, match="LlamaForSequenceClassification has no language-model head"):
         prune(classifier, tokenizer, calibration=texts, method=method)
+    mlp = model.model.layers[2].mlp
+    dense = mlp.up_proj.weight
+    mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(64 * 16, 1, dtype=torch.uint8), False)  # packed
+    with pytest.raises(ValueError, match="cannot prune LlamaForCausalLM: its weights are quantised; load the model un"):
+        prune(model, tokenizer, calibration=texts, method=method)
+    mlp.up_proj.weight = dense
     model.model.layers[3].to("meta")
     with pytest.raises(ValueError, match="LlamaForCausalLM has weights that are offloaded to disk"):
         prune(model, tokenizer, calibration=texts, method=method)
