@@ -18,6 +18,7 @@ from rankadaptor_optuna.jobs.recipe import Recipe, comparable
 from rankadaptor_optuna.jobs.results import (
     COMPARED_METHODS,
     DENSE,
+    FISHER,
     NONE,
     OURS,
     UNIFORM,
@@ -36,6 +37,7 @@ from rankadaptor_optuna.recovery.references import (
     adalora,
     adapter_parameters,
     check_adalora,
+    differentiable_weights,
     eva,
     fisher_information,
     proportional_ranks,
@@ -100,7 +102,7 @@ def compare(
     ours = ",".join(map(str, found.ranks.values()))
     _name_ranks(folder)
     pruned = out / "pruned" if pruned is None and (out / "pruned").exists() else pruned
-    bench = _Bench(recipe, evaluation, found.ranks, pruned, study, "AdaLoRA" in methods, folder)
+    bench = _Bench(recipe, evaluation, found.ranks, pruned, study, methods, folder)
     fresh = tuple(1000 * (recipe.seed + 1) + i for i in range(seeds))
     uniform, rows = space.uniform(), []
     for method in methods:
@@ -143,17 +145,17 @@ class _Bench:
         ranks: Ranks,
         pruned: Path | None,
         study: Study,
-        has_adalora: bool,
+        methods: Sequence[str],
         folder: OutputFolder,
     ) -> None:
         self._recipe, self._evaluation, self._ranks = recipe, evaluation, ranks
-        self._pruned, self._study, self._has_adalora, self._folder = pruned, study, has_adalora, folder
+        self._pruned, self._study, self._methods, self._folder = pruned, study, methods, folder
 
     @cached_property
     def _inputs(self) -> Inputs:
         inputs = Inputs(self._recipe, self._pruned)
         check_digests(self._study, inputs.digests())
-        if self._has_adalora:
+        if "AdaLoRA" in self._methods:
             check_adalora(inputs.training)  # epochs have become steps
         return inputs
 
@@ -176,6 +178,8 @@ class _Bench:
     def _job(self) -> RecoveryObjective:
         job = self._inputs.objective(self._keep, tasks=None)
         check_modules(job, self._ranks, self._study.study_name, self._pruned or self._recipe.model)
+        if FISHER in self._methods:
+            differentiable_weights(job.model, job.lora.targets)  # refuses quantised weights before any recovery
         return job
 
     def _keep(self, model: Any, tokenizer: Any, pruned: PrunedModel | None) -> None:  # noqa: ANN401
@@ -269,7 +273,7 @@ def fisher_ranks(job: RecoveryObjective) -> Ranks:
 _ADAPTIVE: dict[str, Any] = {"AdaLoRA": adalora, "EVA": eva}  # methods that choose ranks by themselves
 _ALLOCATIONS: dict[str, Callable[[RecoveryObjective, Ranks], Ranks]] = {
     UNIFORM: lambda job, recommended: job.space.uniform(),
-    "Fisher-proportional": lambda job, recommended: fisher_ranks(job),
+    FISHER: lambda job, recommended: fisher_ranks(job),
     OURS: lambda job, recommended: recommended,
 }
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rankadaptor_optuna.studies.recommendation import Recommendation
     from rankadaptor_optuna.surrogate.prior import Prior
 
-DENSE, NONE, UNIFORM, OURS = "dense", "no recovery", "LoRA, uniform", "RankAdaptor"
-COMPARED_METHODS = (NONE, UNIFORM, "AdaLoRA", "EVA", "Fisher-proportional", OURS)
+DENSE, NONE, UNIFORM, FISHER, OURS = "dense", "no recovery", "LoRA, uniform", "Fisher-proportional", "RankAdaptor"
+COMPARED_METHODS = (NONE, UNIFORM, "AdaLoRA", "EVA", FISHER, OURS)
 UNTRAINED = (DENSE, NONE)  # measured once, as no seed matters
 EQUAL_PARAMETERS = 0.01  # largest share by which numbers of parameters count as equal; set by hand
 

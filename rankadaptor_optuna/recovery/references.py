@@ -252,6 +252,21 @@ def _eva_components(
     return {name: found[name][0][:r].clone() for (name, _), r in zip(layers, ranks, strict=True)}
 
 
+def differentiable_weights(model: Any, targets: Sequence[str]) -> dict[int, list[Any]]:  # noqa: ANN401
+    """Returns the adapted weights of each layer, which a Fisher information needs unquantised.
+
+    Raises:
+        ValueError: A weight is quantised.
+    """
+    weights: dict[int, list[Any]] = {}
+    for name, layer in read_layers(model, targets, "layer").modules.items():
+        weight = model.get_submodule(name).weight
+        if not weight.is_floating_point():
+            raise ValueError(f"{name} is quantised, so it has no Fisher information; load the model unquantised.")
+        weights.setdefault(layer_of(layer), []).append(weight)
+    return weights
+
+
 def fisher_information(
     model: Any,  # noqa: ANN401
     data: Examples,
@@ -277,12 +292,7 @@ def fisher_information(
 
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training, device = model.training, next(model.parameters()).device
-    weights: dict[int, list[Any]] = {}
-    for name, layer in read_layers(model, targets, "layer").modules.items():
-        weight = model.get_submodule(name).weight
-        if not weight.is_floating_point():
-            raise ValueError(f"{name} is quantised, so it has no Fisher information; load the model unquantised.")
-        weights.setdefault(layer_of(layer), []).append(weight)
+    weights = differentiable_weights(model, targets)
     found = dict.fromkeys(weights, 0.0)
     try:
         model.eval()

@@ -224,3 +224,13 @@ def test_parameters_that_differ_by_over_one_percent_are_said(tmp_path):
     for parameters, difference in ((10, 0), (9.95, 0), (5, 1.0), (12, -1 / 6)):
         rows = [replace(row, parameters=10 if row.method == OURS else parameters) for row in found.rows]
         assert replace(found, rows=rows).cost_difference("EVA") == pytest.approx(difference)
+
+
+def test_quantised_weights_are_refused_before_any_recovery(again, tmp_path, monkeypatch):
+    def refuse(model, targets):
+        raise ValueError("q_proj is quantised")
+
+    monkeypatch.setattr(module, "differentiable_weights", refuse)
+    monkeypatch.setattr(module, "_recover_and_measure", lambda *_: pytest.fail("it recovered"))
+    with pytest.raises(ValueError, match="q_proj is quantised"):
+        again(tmp_path / "out")
