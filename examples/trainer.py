@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
 from rankadaptor_optuna.pruning import prune
+from rankadaptor_optuna.ranks import LoraSettings
 from rankadaptor_optuna.recovery.lora import lora_config
 from rankadaptor_optuna.recovery.models import load_model
 from rankadaptor_optuna.texts import load_texts
@@ -30,7 +31,7 @@ def examples(passages: list[str], n: int) -> list[dict[str, list[int]]]:
 def model_init(trial: optuna.Trial | None):
     set_seed(0)  # the same for every trial, so that they differ by their ranks
     ranks = space.uniform() if trial is None else space.suggest(trial)
-    return get_peft_model(copy.deepcopy(pruned), lora_config(space.with_fixed(ranks)))
+    return get_peft_model(copy.deepcopy(pruned), lora_config(space.with_fixed(ranks), LoraSettings(space.targets)))
 
 
 def hp_space(trial: optuna.Trial) -> dict[str, float]:
