@@ -39,7 +39,8 @@ def test_eight_writers_on_a_fresh_database_make_one_chain(url: str, at_once: Cal
 
 
 def test_priors_and_studies_leave_each_other_alone(url: str) -> None:
-    large = Prior(MLP([np.ones((3, 20_000))], [np.zeros(20_000)]), np.zeros(20_000), np.ones(20_000))
+    sizes = [(3, 4000), (4000, 16)]
+    large = Prior(MLP([np.full(s, 1e-3) for s in sizes], [np.zeros(s[1]) for s in sizes]), np.zeros(16), np.ones(16))
     store = PriorStore(url)
     for name in ("mine", "Mine"):  # case matters, also where the database's own collation ignores it
         store.add(name, large)
