@@ -129,7 +129,7 @@ def test_a_study_that_cannot_be_published_is_named_and_the_others_are_shown(
 ) -> None:
     warnings = [line for line in server[1].read_text().splitlines() if line.startswith("warning: study")]
     assert len(warnings) == 1
-    assert "'broken' is not published: ValueError: not a rank space" in warnings[0]
+    assert "'broken' is not published: ValueError: the rank space stored with" in warnings[0]
     page.goto(server[0])
     for name in ("shown", "broken", "other"):
         sync_api.expect(page.get_by_text(name, exact=False).first).to_be_visible()
