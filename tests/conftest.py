@@ -191,6 +191,7 @@ def texts():
     return [" ".join(draw.choices(words, k=30)) for _ in range(12)]
 
 
-def pytest_collection_modifyitems(items):
-    """Fast tests first."""
-    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
+def pytest_collection_modifyitems(config, items):
+    """Fast tests first; among parallel workers long ones first, so that the last worker does not end late."""
+    is_parallel = hasattr(config, "workerinput")
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None, reverse=is_parallel)

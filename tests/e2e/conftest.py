@@ -27,13 +27,6 @@ def missing(what: str) -> NoReturn:
     pytest.skip(message)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lets one xdist worker run all tests of a file, which share a server, a browser or a finished run."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent and "fuzz_seed" not in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
