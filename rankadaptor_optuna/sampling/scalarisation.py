@@ -15,8 +15,9 @@ _RHO = 0.05  # weight of the sum beside the Chebyshev term: Knowles (2006), equa
 def scalarised(values: Array, directions: Sequence[StudyDirection], rng: np.random.Generator) -> Array:
     """Returns objective values as scores, higher is better.
 
-    One objective is returned with its sign. Several objectives z, standardised, are joined by an augmented Chebyshev
-    function with weights w drawn uniformly from the simplex anew for each proposal::
+    One objective is returned with its sign. Several objectives are measured from the ideal point, in units of their
+    ranges: z is 0 at the best value and -1 at the worst. They are joined by an augmented Chebyshev function with
+    weights w drawn uniformly from the simplex anew for each proposal::
 
         min_j(w_j z_j) + 0.05 sum_j(w_j z_j)
 
@@ -36,8 +37,8 @@ def scalarised(values: Array, directions: Sequence[StudyDirection], rng: np.rand
     scores: Array = values * signs
     if scores.shape[1] == 1:
         return scores[:, 0]
-    spread = scores.std(0)
-    scores = (scores - scores.mean(0)) / np.where(spread > 0, spread, 1)
+    ranges = np.ptp(scores, axis=0)
+    scores = (scores - scores.max(0)) / np.where(ranges > 0, ranges, 1)
     weighted = rng.dirichlet(np.ones(scores.shape[1])) * scores
     joined: Array = weighted.min(1) + _RHO * weighted.sum(1)
     return joined

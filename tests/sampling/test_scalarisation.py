@@ -28,15 +28,22 @@ def test_one_objective_is_the_score(direction, scores):
     assert scalarised(np.asarray([[1.0], [3.0], [2.0]]), [direction], None).tolist() == scores
 
 
-def test_several_objectives_are_joined_by_the_augmented_chebyshev_function():
-    values = np.asarray([[0.0, 30.0], [2.0, 10.0]])  # standardised, higher is better: (-1, -1), (1, 1)
-    assert scalarised(values, [UP, DOWN], Weights(0.25, 0.75)) == pytest.approx([-0.75 - 0.05, 0.25 + 0.05])
-    values = np.asarray([[0.0, 10.0], [2.0, 30.0]])  # (-1, 1), (1, -1)
-    assert scalarised(values, [UP, DOWN], Weights(0.25, 0.75)) == pytest.approx([-0.25 + 0.025, -0.75 - 0.025])
+def test_several_objectives_are_joined_by_the_augmented_chebyshev_function_of_distances_to_the_ideal_point():
+    values = np.asarray([[0.0, 30.0], [2.0, 10.0]])  # distances to the best, in ranges: (1, 1), (0, 0)
+    assert scalarised(values, [UP, DOWN], Weights(0.25, 0.75)) == pytest.approx([-0.75 - 0.05, 0])
+    values = np.asarray([[0.0, 10.0], [2.0, 30.0]])  # (1, 0), (0, 1)
+    assert scalarised(values, [UP, DOWN], Weights(0.25, 0.75)) == pytest.approx([-0.2625, -0.7875])
 
 
 def test_an_objective_that_is_always_the_same_does_not_matter():
-    assert scalarised(np.asarray([[0.0, 5.0], [2.0, 5.0]]), [UP, UP], Weights(0.5, 0.5))[1] == pytest.approx(0.025)
+    assert scalarised(np.asarray([[0.0, 5.0], [2.0, 5.0]]), [UP, UP], Weights(0.5, 0.5)) == pytest.approx([-0.525, 0])
+
+
+def test_the_ends_of_the_front_are_reached():
+    x = np.linspace(0, 1, 21)
+    front = np.stack([x, 1 - x], axis=1)
+    best = [int(scalarised(front, [UP, UP], np.random.default_rng(seed)).argmax()) for seed in range(200)]
+    assert np.quantile(best, [0.05, 0.95]) == pytest.approx([1, 19], abs=1)
 
 
 def test_a_concave_region_of_the_front_is_reached():
