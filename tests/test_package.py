@@ -53,6 +53,10 @@ def test_an_unknown_name_is_an_attribute_error():
         rankadaptor_optuna.Nonsense  # noqa: B018
 
 
+# as tools do that ask whether a module exists
+_LOOK = "import importlib.util; importlib.util.find_spec('transformers.models.auto.modeling_auto')"
+
+
 def test_after_the_import_pruned_checkpoints_open_in_either_order(model, tokenizer, texts, tmp_path):
     from rankadaptor_optuna.pruning import prune
 
@@ -63,10 +67,10 @@ def test_after_the_import_pruned_checkpoints_open_in_either_order(model, tokeniz
     code = f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})).__name__)"
     processes = [
         subprocess.Popen([sys.executable, "-c", "\n".join([*order, code])], stdout=subprocess.PIPE, text=True)
-        for order in (imports, imports[::-1])
+        for order in (imports, imports[::-1], [imports[0], _LOOK, imports[1]])
     ]
     opened = [process.communicate()[0].split()[-1] for process in processes]
-    assert opened == ["PrunedLlamaForCausalLM"] * 2
+    assert opened == ["PrunedLlamaForCausalLM"] * 3
 
 
 def test_code_of_models_and_data_sets_is_refused_explicitly():

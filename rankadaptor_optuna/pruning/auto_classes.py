@@ -24,6 +24,8 @@ class _ThenRegister(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if _FINDER in sys.meta_path:
+            sys.meta_path.remove(_FINDER)
         self._loader.exec_module(module)
         with suppress(ImportError):  # an old transformers, which cannot prune, must still import
             import_module(_REGISTERS)
@@ -33,16 +35,18 @@ class _WhenImported(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _AUTO:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)
         return spec
 
 
+_FINDER = _WhenImported()
+
+
 def register_when_imported() -> None:
     """Registers the pruned classes now if the Auto classes are imported, else as soon as they are."""
     if _AUTO in sys.modules:
         import_module(_REGISTERS)
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+    elif _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
