@@ -27,6 +27,7 @@ from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.patient_storage import hand_back
 
+_MOST_FAILURES = 5  # failed trials in a row after which a worker stops; set by hand
 _STOPPING = b"\nInterrupted: stops as soon as the database has the trial. Interrupt again to stop at once.\n"
 
 
@@ -113,7 +114,8 @@ def run_trials(
     Args:
         study: The study.
         job: Its objective; a progress bar follows its steps.
-        n_trials: Number of finished or pruned trials to reach, verification trials not counted.
+        n_trials: Number of completed or pruned trials to reach, verification trials not counted. A worker stops earlier
+            after 5 failed trials in a row.
         shared: Whether other workers may run trials: these count while they run, and the end waits for them.
         say: Receives one line for each trial.
 
@@ -132,10 +134,10 @@ def run_trials(
     def n_elsewhere() -> int:
         return len(trials(TrialState.RUNNING)) if shared else 0
 
-    most = n_trials - n_done()  # failed trials of this worker count: no endless loop
-    if most <= 0:
+    missing = n_trials - n_done()
+    if missing <= 0:
         return
-    with bar("search", most * steps) as shown, Interrupts() as interrupts:
+    with bar("search", missing * steps) as shown, Interrupts() as interrupts:
 
         def describe(doing: str = "search") -> None:
             done = trials(TrialState.COMPLETE)
@@ -145,28 +147,30 @@ def run_trials(
             shown.set_description(f"      {doing}, {n_done()} of {n_trials} trials{best}")
 
         job.on_step = lambda step, loss: shown.update(1)
-        n_run = 0
+        in_a_row = 0  # failed trials of this worker
         try:
-            while n_run < most or n_elsewhere():
-                missing = n_trials - n_done()
-                if missing <= 0 and not n_elsewhere():
-                    break
-                if n_run == most or missing <= n_elsewhere():  # all workers recommend from the same trials
+            while (missing > 0 and in_a_row < _MOST_FAILURES) or n_elsewhere():
+                if in_a_row == _MOST_FAILURES or missing <= n_elsewhere():  # all workers recommend from the same trials
                     describe("waiting for other workers")
                     with interrupts.at_once():
                         time.sleep(1)
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                         optuna.storages.fail_stale_trials(study)
+                    missing = n_trials - n_done()
                     continue
                 describe()
-                n_run += 1
                 finished = run_trial(study, job, interrupts)
+                if verification_seed(finished) is None:
+                    in_a_row = in_a_row + 1 if finished.state is TrialState.FAIL else 0
                 with tqdm.external_write_mode():
                     say(trial_line(finished, getattr(job, "space", None), getattr(job, "metric", "score")))
                 interrupts.check()
+                missing = n_trials - n_done()
         finally:
             job.on_step = None
+    if in_a_row == _MOST_FAILURES:
+        say(f"Stopped after {in_a_row} failed trials in a row, at {n_done()} of {n_trials}.")
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         reason = one_line(study.trials[-1].user_attrs.get("fail_reason", "no reason recorded"))
         raise ValueError(f"no trial finished; the last one failed with {reason}")

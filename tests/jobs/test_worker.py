@@ -101,7 +101,7 @@ def test_failed_and_pruned_trials_are_told(new_study):
     assert [t.state.name for t in study.trials] == ["FAIL", "PRUNED", "COMPLETE", "FAIL"]
 
 
-def test_only_failures_end_after_as_many_trials_as_were_wanted(new_study):
+def test_only_failures_end_after_five_in_a_row(new_study):
     study = new_study("s")
 
     def job(trial):
@@ -111,14 +111,25 @@ def test_only_failures_end_after_as_many_trials_as_were_wanted(new_study):
     job.training, job.direction = Job.training, "maximize"
     with pytest.raises(ValueError, match=r"no trial finished; .* RuntimeError: out of \\x1b memory"):
         run_trials(study, job, 3, shared=True)
-    assert len(study.trials) == 3
+    assert len(study.trials) == 5
 
 
-def test_verification_trials_do_not_count(new_study):
-    study = new_study("s")
-    study.enqueue_trial({}, user_attrs={VERIFY_ATTR: 7})
-    run_trials(study, Job(), 2, shared=False)
-    assert len(study.trials) == 2
+def test_failed_and_verification_trials_use_up_no_tries(new_study):
+    study, lines = new_study("s"), []
+    for seed in (7, 8):
+        study.enqueue_trial({}, user_attrs={VERIFY_ATTR: seed})
+
+    def job(trial):
+        SPACE.suggest(trial)
+        return float("nan") if trial.number in (3, 4, 6) or trial.number > 8 else 1.0
+
+    job.training, job.direction = Job.training, "maximize"
+    run_trials(study, job, 4, shared=False, say=lines.append)
+    states = [t.state.name for t in study.trials]
+    assert states == ["COMPLETE"] * 3 + ["FAIL"] * 2 + ["COMPLETE", "FAIL"] + ["COMPLETE"] * 2
+    run_trials(study, job, 6, shared=False, say=lines.append)
+    assert len(study.trials) == 14
+    assert lines[-1] == "Stopped after 5 failed trials in a row, at 4 of 6."
 
 
 def test_a_trials_line_says_its_score_and_what_changed(new_study, capfd):
