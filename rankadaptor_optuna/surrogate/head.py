@@ -22,6 +22,13 @@ Formulas:
     posterior   w | y ~ N(m + P^-1 u, P^-1)                                     RW 2.8, with a prior mean
     evidence    log p(y) = -1/2 (log|2 pi W^-1| + log|P| + log|S| + q - u'P^-1 u)   RW 2.30, by RW A.9 and A.10
     mixture     mean and variance by the laws of total expectation and total variance
+
+Where there are many more features than observations, the same posterior in terms of the observations is cheaper:
+    C           (n, n)  covariance of the scores, XSX' + W^-1                      RW 2.12
+    posterior   m + SX'C^-1 (y - Xm), covariance S - SX'C^-1 XS                    RW 2.11
+    draw        w + SX'C^-1 (y - Xw - e) with w ~ N(m, S), e ~ N(0, W^-1)          Matheron's rule: Wilson et al. (2020,
+                                                                                   arXiv:2002.09309), equation 8
+    evidence    log p(y) = -1/2 (log|2 pi C| + (y - Xm)'C^-1 (y - Xm))             RW 2.30
 """
 
 from __future__ import annotations
@@ -32,9 +39,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rankadaptor_optuna.surrogate.grid import Array
 
+_WIDE = 300  # features from which the dual form is faster, where observations are few; set by hand
 _NEGLIGIBLE = 1e-4  # share of the evidence below which a point is left out of the mixture; set by hand, for speed
 
 
@@ -91,43 +100,30 @@ class BayesianHead:
         self, features: Array, targets: Array, grid: list[Hyperparameters], extra: Array | None = None
     ) -> None:
         extra = np.zeros(len(targets)) if extra is None else extra
-        means, std = np.stack([h.mean for h in grid]), np.stack([h.std for h in grid])
-        noises = np.asarray([h.noise for h in grid])
-        evidence = np.asarray([h.log_prior for h in grid])
-        factors: list[Array] = [np.zeros(0)] * len(grid)
-        for noise, data in _statistics_by_noise(features, targets, extra, np.unique(noises)):
-            at = np.flatnonzero(noises == noise)
-            projected = data.xy - means[at] @ data.xx  # u
-            found = _bordered_factors(data.xx, projected, std[at])
-            evidence[at] += _log_evidence(data, means[at], std[at], projected, found)
-            for g, factor in zip(at, found, strict=True):
-                factors[g] = factor
+        n, width = features.shape
+        form = _Dual if width > _WIDE and 2 * n < width else _Primal
+        posterior = form(features, targets, grid, extra)
+        evidence = np.asarray([h.log_prior for h in grid]) + posterior.log_evidence
         self.log_evidence = float(np.logaddexp.reduce(evidence))
         weights = np.exp(evidence - self.log_evidence)
         kept = np.flatnonzero(weights > _NEGLIGIBLE)
         self.weights: Array = weights[kept] / weights[kept].sum()
-        self._prior_mean, self._prior_variance = means[kept], std[kept] ** 2
-        self._factor, self._mean = _posteriors(np.stack([factors[g] for g in kept]), self._prior_mean)
+        self._prior_mean = np.stack([grid[g].mean for g in kept])
+        self._prior_variance = np.stack([grid[g].std for g in kept]) ** 2
+        self._posterior = posterior
+        self._mean = posterior.keep(kept)
         self.mean: Array = self.weights @ self._mean
-        self.noise = float(np.sqrt(self.weights @ noises[kept] ** 2))
-
-    @cached_property
-    def _inverse(self) -> Array:
-        """L^-1 of each point, (K, F, F)."""
-        return np.asarray(np.linalg.inv(self._factor), dtype=np.float64)
+        self.noise = float(np.sqrt(self.weights @ np.asarray([grid[g].noise for g in kept]) ** 2))
 
     def sample(self, rng: np.random.Generator) -> Array:
         """Returns one draw of the weights, (F,), its hyperparameters drawn by their evidence (Thompson sampling)."""
-        g = rng.choice(len(self.weights), p=self.weights)
-        # m + P^-1 u + L^-T z with z ~ N(0, I) has covariance P^-1
-        drawn: Array = self._mean[g] + np.linalg.solve(self._factor[g].T, rng.standard_normal(self._mean.shape[1]))
-        return drawn
+        return self._posterior.sample(int(rng.choice(len(self.weights), p=self.weights)), rng)
 
     def covariance_with(self, features: Array) -> Array:
         """Returns the covariance of each weight with features @ w over the mixture, (F,), for one row (F,)."""
-        within = self._inverse.transpose(0, 2, 1) @ (self._inverse @ features)[:, :, None]  # P^-1 features
         between = self._mean - self.mean
-        covariance: Array = self.weights @ (within[:, :, 0] + between * (between @ features)[:, None])
+        within = self._posterior.covariance_with(features)
+        covariance: Array = self.weights @ (within + between * (between @ features)[:, None])
         return covariance
 
     def predict(self, features: Array) -> tuple[Array, Array]:
@@ -143,11 +139,107 @@ class BayesianHead:
         """
         keep = 1 / (1 + apart)
         means = features @ (self._prior_mean + keep * (self._mean - self._prior_mean)).T
-        spreads = np.stack([((features @ inverse.T) ** 2).sum(1) for inverse in self._inverse], axis=1)
+        spreads = self._posterior.variance(features)
         spreads = keep**2 * (spreads + apart * features**2 @ self._prior_variance.T)
         mean = means @ self.weights
         variance = (spreads + means**2) @ self.weights - mean**2
         return mean, np.sqrt(np.maximum(variance, 0))
+
+
+class _Primal:
+    """Posteriors of all points in terms of the weights.
+
+    Attributes:
+        log_evidence: log p(y) of each point, (G,).
+    """
+
+    def __init__(self, features: Array, targets: Array, grid: list[Hyperparameters], extra: Array) -> None:
+        means, std = np.stack([h.mean for h in grid]), np.stack([h.std for h in grid])
+        noises = np.asarray([h.noise for h in grid])
+        self.log_evidence = np.zeros(len(grid))
+        self._factors: list[Array] = [np.zeros(0)] * len(grid)
+        self._prior_means = means
+        for noise, data in _statistics_by_noise(features, targets, extra, np.unique(noises)):
+            at = np.flatnonzero(noises == noise)
+            projected = data.xy - means[at] @ data.xx  # u
+            found = _bordered_factors(data.xx, projected, std[at])
+            self.log_evidence[at] = _log_evidence(data, means[at], std[at], projected, found)
+            for g, factor in zip(at, found, strict=True):
+                self._factors[g] = factor
+
+    def keep(self, kept: NDArray[np.intp]) -> Array:
+        """Drops all points but some, and returns their posterior means, (K, F)."""
+        bordered = np.stack([self._factors[g] for g in kept])
+        self._factor, self._mean = _posteriors(bordered, self._prior_means[kept])
+        self._factors = []
+        return self._mean
+
+    @cached_property
+    def _inverse(self) -> Array:
+        """L^-1 of each point, (K, F, F)."""
+        return np.asarray(np.linalg.inv(self._factor), dtype=np.float64)
+
+    def sample(self, g: int, rng: np.random.Generator) -> Array:
+        """Returns a draw of the weights from the posterior of a kept point, (F,)."""
+        # m + P^-1 u + L^-T z with z ~ N(0, I) has covariance P^-1
+        drawn: Array = self._mean[g] + np.linalg.solve(self._factor[g].T, rng.standard_normal(self._mean.shape[1]))
+        return drawn
+
+    def covariance_with(self, features: Array) -> Array:
+        """Returns P^-1 features of each kept point, (K, F), for one row (F,)."""
+        covariance: Array = (self._inverse.transpose(0, 2, 1) @ (self._inverse @ features)[:, :, None])[:, :, 0]
+        return covariance
+
+    def variance(self, features: Array) -> Array:
+        """Returns the variance of features @ w of each kept point, (n, K)."""
+        return np.stack([((features @ inverse.T) ** 2).sum(1) for inverse in self._inverse], axis=1)
+
+
+class _Dual:
+    """The same as ``_Primal`` in terms of the observations."""
+
+    def __init__(self, features: Array, targets: Array, grid: list[Hyperparameters], extra: Array) -> None:
+        self._features, self._targets, self._grid, self._extra = features, targets, grid, extra
+        self._factors, evidence = [], []
+        for h in grid:
+            scaled = features * h.std
+            factor = np.linalg.cholesky(scaled @ scaled.T + np.diag(h.noise**2 + extra))
+            white = np.linalg.solve(factor, targets - features @ h.mean)
+            self._factors.append(factor)
+            evidence.append(-0.5 * (len(targets) * np.log(2 * np.pi) + white @ white) - np.log(factor.diagonal()).sum())
+        self.log_evidence = np.asarray(evidence)
+
+    def keep(self, kept: NDArray[np.intp]) -> Array:
+        """Drops all points but some, and returns their posterior means, (K, F)."""
+        self._grid, self._factors = [self._grid[g] for g in kept], [self._factors[g] for g in kept]
+        return np.stack([self._corrected(g, h.mean, self._targets) for g, h in enumerate(self._grid)])
+
+    def _corrected(self, g: int, weights: Array, targets: Array) -> Array:
+        """Returns w + SX'C^-1 (y - Xw), (F,)."""
+        factor = self._factors[g]
+        white = np.linalg.solve(factor, targets - self._features @ weights)
+        corrected: Array = weights + self._grid[g].std ** 2 * (self._features.T @ np.linalg.solve(factor.T, white))
+        return corrected
+
+    def sample(self, g: int, rng: np.random.Generator) -> Array:
+        """Returns a draw of the weights from the posterior of a kept point, (F,)."""
+        point = self._grid[g]
+        prior = point.mean + point.std * rng.standard_normal(len(point.std))
+        errors = np.sqrt(point.noise**2 + self._extra) * rng.standard_normal(len(self._targets))
+        return self._corrected(g, prior, self._targets - errors)
+
+    def covariance_with(self, features: Array) -> Array:
+        """Returns (S - SX'C^-1 XS) features of each kept point, (K, F), for one row (F,)."""
+        scaled = [point.std**2 * features for point in self._grid]
+        return np.stack([self._corrected(g, each, np.zeros(len(self._targets))) for g, each in enumerate(scaled)])
+
+    def variance(self, features: Array) -> Array:
+        """Returns the variance of features @ w of each kept point, (n, K)."""
+        columns = []
+        for point, factor in zip(self._grid, self._factors, strict=True):
+            known = np.linalg.solve(factor, (self._features * point.std**2) @ features.T)
+            columns.append((features**2) @ point.std**2 - (known**2).sum(0))
+        return np.stack(columns, axis=1)
 
 
 def _statistics_by_noise(

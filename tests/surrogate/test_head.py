@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rankadaptor_optuna.surrogate import head as module
 from rankadaptor_optuna.surrogate.head import BayesianHead, Hyperparameters
 
 RNG = np.random.default_rng(0)
@@ -123,3 +124,28 @@ def test_a_hyperparameter_is_sampled_as_often_as_its_weight_says():
     head, rng = BayesianHead(np.zeros((0, F)), np.zeros(0), [far, near]), np.random.default_rng(0)
     share = np.mean([head.sample(rng)[0] > 500 for _ in range(1000)])
     assert share == pytest.approx(0.25, abs=0.05)
+
+
+def test_many_features_of_few_observations_have_the_same_posterior(monkeypatch):
+    x, y, extra = X[:, :3].repeat(3, axis=1)[:3], Y[:3], np.asarray([0.0, 0.5, 0.0])
+    grid = [
+        Hyperparameters(np.linspace(-1, 1, 9), np.linspace(0.1, 2, 9), 0.3),
+        Hyperparameters(np.zeros(9), np.full(9, 0.5), 0.9, log_prior=-1.0),
+    ]
+    primal = BayesianHead(x, y, grid, extra)
+    monkeypatch.setattr(module, "_WIDE", 8)
+    dual = BayesianHead(x, y, grid, extra)
+    new = np.random.default_rng(1).standard_normal((4, 9))
+    assert type(primal._posterior) is not type(dual._posterior)
+    assert dual.log_evidence == pytest.approx(primal.log_evidence)
+    assert dual.weights == pytest.approx(primal.weights)
+    assert dual.mean == pytest.approx(primal.mean)
+    for apart in (0.0, 1 / 3):
+        for found, expected in zip(dual.predict_shared(new, apart), primal.predict_shared(new, apart), strict=True):
+            assert found == pytest.approx(expected)
+    assert dual.covariance_with(new[0]) == pytest.approx(primal.covariance_with(new[0]))
+    rng = np.random.default_rng(0)
+    draws = np.stack([dual.sample(rng) for _ in range(4000)]) @ new.T
+    mean, std = primal.predict(new)
+    assert draws.mean(0) == pytest.approx(mean, abs=0.1)
+    assert draws.std(0) == pytest.approx(std, rel=0.05)
