@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
@@ -16,7 +16,7 @@ _PRIOR_TRIALS = 2  # weight of the prior slope, in trials; set by hand
 _PRIOR_SQUARES = 0.5  # squared residuals that are added, in variances of the values; set by hand
 
 
-def extrapolated_values(trials: Sequence[FrozenTrial], values: Array) -> dict[int, tuple[float, float]]:
+class Extrapolation:
     """Predicts the final value of each pruned trial by linear regression on the reports of trials with a value.
 
     With reports x and values y of the n trials that reported at the same step, the prediction at x* and its variance
@@ -34,43 +34,85 @@ def extrapolated_values(trials: Sequence[FrozenTrial], values: Array) -> dict[in
 
     A report is the one at the pruned trial's last step. Where steps are items of an evaluation (``ITEMS_ATTR``), it is
     the mean over all items that the pruned trial reported, as these may be easier than the other items.
-
-    Args:
-        trials: Complete and pruned trials, n.
-        values: Their values, (n,), NaN where unknown.
-
-    Returns:
-        Value and variance by index in ``trials``, for pruned trials with at least 3 trials to compare with.
     """
-    by_steps: dict[tuple[int, ...], list[int]] = {}
-    for i in map(int, np.flatnonzero(np.isnan(values))):
-        reports = trials[i].intermediate_values
-        if trials[i].state is TrialState.PRUNED and reports:
-            steps = tuple(sorted(reports)) if trials[i].user_attrs.get(ITEMS_ATTR) else (max(reports),)
-            if math.isfinite(_mean_report(trials[i], steps)):
-                by_steps.setdefault(steps, []).append(i)
-    extrapolated = {}
-    for steps, pruned in by_steps.items():
-        pairs = [
-            (report, value)
-            for trial, value in zip(trials, values, strict=True)
-            if not math.isnan(value) and math.isfinite(report := _mean_report(trial, steps))
-        ]
-        if len(pairs) < _MIN_COMPARED:
-            continue
-        x, y = np.asarray(pairs, dtype=np.float64).T
-        n, centred = len(x), x - x.mean()
-        squares = float(centred @ centred) or 1.0
-        prior_slope = y.std() / (x.std() or math.inf)
-        slope = max(0.0, (n * float(centred @ y) / squares + _PRIOR_TRIALS * prior_slope) / (n + _PRIOR_TRIALS))
-        residuals = y - y.mean() - slope * centred
-        noise = (float(residuals @ residuals) + _PRIOR_SQUARES * y.var()) / n
-        for i in pruned:
-            distance = _mean_report(trials[i], steps) - x.mean()
-            extrapolated[i] = (y.mean() + slope * distance, noise * (1 + 1 / n + distance**2 / squares))
-    return extrapolated
+
+    def __init__(self) -> None:
+        self._trials: list[FrozenTrial] = []
+        self._rows: dict[tuple[int, ...], int] = {}  # of the table, by the steps of a report
+        self._pruned: dict[int, int] = {}  # row of each pruned trial's report, by trial number
+        self._table = np.zeros((0, 0))  # reports by row and trial number, NaN where a trial has none
+
+    def add(self, trials: Iterable[FrozenTrial]) -> None:
+        """Adds finished trials of a study, each once."""
+        new = list(trials)
+        steps = {trial.number: _steps_of_report(trial) for trial in new if trial.state is TrialState.PRUNED}
+        unknown = [each for each in dict.fromkeys(steps.values()) if each and each not in self._rows]
+        self._rows |= {each: len(self._rows) + i for i, each in enumerate(unknown)}
+        width = max([self._table.shape[1], *(trial.number + 1 for trial in new)])
+        table = np.full((len(self._rows), width), math.nan)
+        table[: self._table.shape[0], : self._table.shape[1]] = self._table
+        for trials, rows in ((self._trials, unknown), (new, self._rows)):
+            if rows:
+                _fill(table, trials, {each: self._rows[each] for each in rows})
+        self._table = table
+        self._trials += new
+        self._pruned |= {number: self._rows[each] for number, each in steps.items() if each}
+
+    def of(self, numbers: Sequence[int], values: Array) -> dict[int, tuple[float, float]]:
+        """Returns value and variance of pruned trials with at least 3 trials to compare with.
+
+        Args:
+            numbers: Numbers of n added trials.
+            values: Their values, (n,), NaN where unknown.
+
+        Returns:
+            Predictions by index in ``numbers``.
+        """
+        if not self._rows:
+            return {}
+        has_value = ~np.isnan(values)
+        x, y = self._table[:, np.asarray(numbers, dtype=np.intp)[has_value]], values[has_value]
+        compared = np.isfinite(x)
+        n = np.maximum(compared.sum(1), 1)
+        mean_x, mean_y = np.where(compared, x, 0).sum(1) / n, np.where(compared, y, 0).sum(1) / n
+        dx, dy = np.where(compared, x - mean_x[:, None], 0), np.where(compared, y - mean_y[:, None], 0)
+        squares, variance = (dx**2).sum(1), (dy**2).sum(1) / n
+        differ = squares > 0
+        squares = np.where(differ, squares, 1)
+        prior_slope = np.where(differ, np.sqrt(variance / (squares / n)), 0)
+        slope = np.maximum(0, (n * (dx * dy).sum(1) / squares + _PRIOR_TRIALS * prior_slope) / (n + _PRIOR_TRIALS))
+        noise = (((dy - slope[:, None] * dx) ** 2).sum(1) + _PRIOR_SQUARES * variance) / n
+        extrapolated = {}
+        for i in np.flatnonzero(~has_value).tolist():
+            row = self._pruned.get(numbers[i])
+            if row is None or compared[row].sum() < _MIN_COMPARED or not math.isfinite(self._table[row, numbers[i]]):
+                continue
+            distance = self._table[row, numbers[i]] - mean_x[row]
+            spread = noise[row] * (1 + 1 / n[row] + distance**2 / squares[row])
+            extrapolated[i] = float(mean_y[row] + slope[row] * distance), float(spread)
+        return extrapolated
+
+
+def _fill(table: Array, trials: Iterable[FrozenTrial], rows: Mapping[tuple[int, ...], int]) -> None:
+    """Enters the reports of trials into some rows of the table."""
+    single = {steps[0]: row for steps, row in rows.items() if len(steps) == 1}
+    several = {steps: row for steps, row in rows.items() if len(steps) > 1}
+    for trial in trials:
+        known = single.keys() & trial.intermediate_values.keys()
+        table[[single[step] for step in known], trial.number] = [trial.intermediate_values[step] for step in known]
+        for steps, row in several.items():
+            table[row, trial.number] = _mean_report(trial, steps)
+
+
+def _steps_of_report(trial: FrozenTrial) -> tuple[int, ...]:
+    """Returns the steps whose mean is a pruned trial's report; none where it reported nothing."""
+    reports = trial.intermediate_values
+    if not reports:
+        return ()
+    return tuple(sorted(reports)) if trial.user_attrs.get(ITEMS_ATTR) else (max(reports),)
 
 
 def _mean_report(trial: FrozenTrial, steps: Sequence[int]) -> float:
     """Returns the mean of a trial's reports at ``steps``; NaN where a report is missing."""
-    return sum(trial.intermediate_values.get(step, math.nan) for step in steps) / len(steps)
+    reports = trial.intermediate_values
+    return sum(reports.get(step, math.nan) for step in steps) / len(steps)

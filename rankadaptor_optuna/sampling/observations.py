@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 from rankadaptor_optuna.sampling.encoding import Encoding
-from rankadaptor_optuna.sampling.extrapolation import extrapolated_values
-from rankadaptor_optuna.sampling.trials import announced_ranks, constraints_of, has_finite_values
+from rankadaptor_optuna.sampling.extrapolation import Extrapolation
+from rankadaptor_optuna.sampling.trials import announced_ranks, constraints_of, has_failed, has_finite_values
 from rankadaptor_optuna.surrogate.bayesian import BayesianModel
+from rankadaptor_optuna.surrogate.belief import Belief
 from rankadaptor_optuna.surrogate.grid import Array
+from rankadaptor_optuna.surrogate.statistics import diverged
 
 _N_LATEST = 10  # trials over which the share of infeasible ones is taken; set by hand
+_TINY = 1e-3  # keeps the logit finite where all of the latest trials failed
 _MAX_VIOLATION = 5  # highest constraint value, in medians of the values' sizes; set by hand
 
 
@@ -37,14 +40,6 @@ class Observations(NamedTuple):
     trials: list[FrozenTrial]
     feasible: NDArray[np.bool_]
 
-    @property
-    def margin(self) -> float:
-        """Margin by which proposals must keep a constraint, in units of its size: the latest trials' infeasible share.
-
-        The more of the latest 10 trials were infeasible, the further the next proposal stays away from the boundary.
-        """
-        return float(np.mean(~self.feasible[-_N_LATEST:])) if len(self.feasible) else 0.0
-
 
 class EncodedTrials:
     """Finished trials encoded for one search space.
@@ -52,38 +47,48 @@ class EncodedTrials:
     Args:
         encoding: The search space.
         model: The model that encodes the trials; callers fit it.
-        n_objectives: Number of objectives, M.
+        signs: 1 for each objective that is maximised, -1 for each that is minimised, (M,).
 
     Attributes:
         tried: States of the finished trials of each rank configuration, ``{ranks: states}``.
     """
 
-    def __init__(self, encoding: Encoding, model: BayesianModel, n_objectives: int = 1) -> None:
+    def __init__(self, encoding: Encoding, model: BayesianModel, signs: Sequence[float] = (1.0,)) -> None:
         self.encoding, self.model = encoding, model
         self.tried: dict[tuple[int, ...], list[TrialState]] = {}
+        self._signs = np.asarray(signs)
         self._n_read = 0
-        self._features = model.encode(np.zeros((0, model.grid.n_layers)), np.zeros((0, encoding.width)))
-        self._values = np.zeros((0, n_objectives))
+        self._features = model.encode_with_cost(np.zeros((0, model.grid.n_layers)), np.zeros((0, encoding.width)))
+        self._values = np.zeros((0, len(signs)))
+        self._has_failed = np.zeros(0, dtype=bool)
+        self._interrupted: frozenset[int] = frozenset()
+        self._extrapolation = Extrapolation()
         self._trials: list[FrozenTrial] = []
         self._constraints: list[dict[str, float]] = []
 
-    def add(self, finished: Sequence[FrozenTrial]) -> None:
+    def add(self, finished: Sequence[FrozenTrial], interrupted: Collection[int] = ()) -> None:
         """Encodes the trials of a growing list that it has not encoded yet.
 
-        Trials that failed or lack a parameter count as tried, and are no observations.
+        Trials that lack a parameter count as tried, and are no observations.
+
+        Args:
+            finished: Finished trials.
+            interrupted: Numbers of trials that did not fail by themselves, see ``History``.
         """
+        self._interrupted = frozenset(interrupted)
         names = self.encoding.rank_names + self.encoding.ordinary_names
         usable = []
         for trial in finished[self._n_read :]:
             if (ranks := announced_ranks(trial, self.encoding.rank_names)) is not None:
                 self.tried.setdefault(ranks, []).append(trial.state)
-            if trial.state is not TrialState.FAIL and all(name in trial.params for name in names):
+            if all(name in trial.params for name in names):
                 usable.append(trial)
         self._n_read = len(finished)
         if not usable:
             return
+        self._extrapolation.add(usable)
         trials = self._trials + usable
-        features = self.model.encode(
+        features = self.model.encode_with_cost(
             np.asarray([self.encoding.ranks(t.params) for t in usable]),
             np.asarray([self.encoding.point(t.params) for t in usable]),
         )
@@ -94,27 +99,86 @@ class EncodedTrials:
         constraints = self._constraints + [constraints_of(t) for t in usable]
         self._features = np.concatenate([self._features, features])[order]
         self._values = np.concatenate([self._values, values])[order]
+        self._has_failed = np.concatenate([self._has_failed, [has_failed(t) for t in usable]])[order]
         self._trials = [trials[i] for i in order]
         self._constraints = [constraints[i] for i in order]
 
     def observations(self) -> Observations:
-        """Returns the trials with a value; with one objective, pruned trials get an extrapolated value."""
+        """Returns the trials that have a value and did not diverge; pruned trials of one objective are extrapolated."""
         values, variance = self._values.copy(), np.zeros(len(self._values))
         if self._values.shape[1] == 1:
-            for i, (value, uncertainty) in extrapolated_values(self._trials, values[:, 0]).items():
+            extrapolated = self._extrapolation.of([t.number for t in self._trials], values[:, 0])
+            for i, (value, uncertainty) in extrapolated.items():
                 values[i], variance[i] = value, uncertainty
-        known = np.flatnonzero(~np.isnan(values[:, 0]))
+        known = np.flatnonzero(~np.isnan(values[:, 0]) & ~self.failed)
         feasible = [all(c <= 0 for c in self._constraints[i].values()) for i in known]
         return Observations(
-            features=self._features[known],
+            features=self._features[known, :-1],
             values=values[known],
             variance=variance[known],
             trials=[self._trials[i] for i in known],
             feasible=np.asarray(feasible, dtype=bool),
         )
 
+    @property
+    def failed(self) -> NDArray[np.bool_]:
+        """Whether each trial had a bad outcome: it failed, or its score is not finite or has diverged, (n,)."""
+        by_themselves = [t.number not in self._interrupted for t in self._trials]
+        failed = self._has_failed & np.asarray(by_themselves, dtype=bool)
+        if len(self._signs) == 1:
+            known = np.flatnonzero(~np.isnan(self._values[:, 0]))
+            failed[known] |= diverged(self._signs[0] * self._values[known, 0])
+        return failed
+
+    @property
+    def margin(self) -> float:
+        """Margin by which proposals must keep constraints, in units of their sizes.
+
+        It is the share of the latest 10 trials that were infeasible or failed: the more of them, the further the next
+        proposal stays away from the boundary.
+        """
+        bad = (self.failed | self._broken)[-_N_LATEST:]
+        return float(bad.mean()) if len(bad) else 0.0
+
+    @property
+    def _broken(self) -> NDArray[np.bool_]:
+        """Whether each trial broke a constraint, (n,)."""
+        return np.asarray([any(value > 0 for value in given.values()) for given in self._constraints], dtype=bool)
+
+    def failure(self, highest: float) -> Belief | None:
+        """Returns the learned constraint that keeps away from failures; None where no trial failed.
+
+        It is kept where the probability of failing is at most ``highest``, and the less the more of the latest trials
+        failed: highest (1 - margin). Configurations need not be safer than the median of the trials that did not fail,
+        so failures that nothing predicts forbid nothing. Failures in trials that broke a constraint are left to that
+        constraint.
+        """
+        failed = self.failed
+        unexplained = ~(failed & self._broken)
+        features, failed = self._features[unexplained], failed[unexplained]
+        if not failed.any():
+            return None
+        model = self.model.failures(features, failed)
+        probability = max(highest * (1 - self.margin), _TINY)
+        limit = math.log(probability / (1 - probability))
+        if not failed.all():
+            limit = max(limit, float(np.median(model.logit(features[~failed]))))
+        return self.model.belief_with_cost(model.weights, -limit - self.margin)  # configurations keep it by the margin
+
+    def learned_constraints(self, highest: float, without: Sequence[str] = ()) -> list[Belief]:
+        """Returns each constraint's posterior mean, and ``failure``; functions that a configuration keeps at most 0.
+
+        Args:
+            highest: Highest probability of failing, see ``failure``.
+            without: Names of constraints that are kept by other means.
+        """
+        given = self.constraints()
+        learned = [self.model.constraint(*given[name]) for name in given if name not in without]
+        failure = self.failure(highest)
+        return learned if failure is None else [*learned, failure]
+
     def constraints(self) -> dict[str, tuple[Array, Array]]:
-        """Returns features (n, F) and values (n,) of each constraint that was not always 0, by name.
+        """Returns features, cost last, (n, F + 1), and values (n,) of each constraint that was not always 0, by name.
 
         Trials without an objective value count too. A complete trial that was not given a constraint keeps it; a
         pruned trial may have ended before its constraint was known, and is left out.

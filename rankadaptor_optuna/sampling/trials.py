@@ -10,6 +10,8 @@ from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from rankadaptor_optuna.attributes import proposal_of, seed_of
 
+_HUGE = 1e300  # sums and products with larger numbers overflow
+
 
 def verification_seed(trial: BaseTrial) -> int | None:
     """Returns the seed of a verification trial; None for an ordinary trial, which takes the study's own seed.
@@ -47,6 +49,19 @@ def constraints_of(trial: FrozenTrial) -> dict[str, float]:
     return {str(i): c for i, c in enumerate(trial.system_attrs.get("constraints") or ())}  # Optuna 4
 
 
+def retried_numbers(trial: FrozenTrial) -> set[int]:
+    """Returns the numbers of the failed trials that this trial runs again, as their worker was killed."""
+    return set(trial.system_attrs.get("retry_history", ()))  # of Optuna's RetryHeartbeatStaleTrialCallback
+
+
+def has_failed(trial: FrozenTrial) -> bool:
+    """Returns whether a finished trial failed, has no finite value, or was pruned without a finite report."""
+    if trial.state is TrialState.PRUNED:
+        reports = trial.intermediate_values
+        return not reports or not math.isfinite(reports[max(reports)])
+    return not has_finite_values(trial)
+
+
 def has_finite_values(trial: FrozenTrial) -> bool:
-    """Returns whether a trial is complete and all its objective values are finite."""
-    return trial.state is TrialState.COMPLETE and all(map(math.isfinite, trial.values))
+    """Returns whether a trial is complete and all its objective values are finite (and leave room for arithmetic)."""
+    return trial.state is TrialState.COMPLETE and all(abs(value) < _HUGE for value in trial.values)

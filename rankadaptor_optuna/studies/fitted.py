@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from optuna.trial import TrialState
 
 from rankadaptor_optuna.priors.choice import PriorChoice, PriorLike
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.space import BUDGET
 from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.studies.verification import Verifications
-from rankadaptor_optuna.surrogate.allocations import Allocations, keeps, within_constraints
+from rankadaptor_optuna.surrogate.allocations import Allocations, Points, keeps, within_constraints
 from rankadaptor_optuna.surrogate.bayesian import BayesianModel
 from rankadaptor_optuna.surrogate.belief import Belief
+from rankadaptor_optuna.surrogate.features import ordinary_features
 from rankadaptor_optuna.surrogate.grid import Array
 from rankadaptor_optuna.surrogate.knapsack import Choice
 
 _FRANK_WOLFE_STEPS = 16  # set by hand
+_RISK = 0.2  # highest probability of failing of a recommendation; set by hand
+_ROUNDING = 0.01  # difference of the scores of equal trials, in their standard deviations, that is not noise; by hand
 
 
 class FittedStudy:
@@ -39,17 +44,14 @@ class FittedStudy:
         allocations: The rank configurations within the budget.
 
     Raises:
-        ValueError: Several objectives, no rank parameters, or no finished trial.
+        ValueError: Several objectives, or no finished trial with ranks.
     """
 
     def __init__(self, reading: StudyReading, prior: PriorLike = "pretrained") -> None:
         study, space = reading.study, reading.space
         if len(study.directions) > 1:
             raise ValueError(f"expected one objective, this study has {len(study.directions)}; see study.best_trials.")
-        if not reading.rank_names:
-            raise ValueError("the study has no rank parameters: names with a layer number and integer values.")
-        if not reading.finished_trials:
-            raise ValueError(f"study {study.study_name!r} has no finished trial yet; run some first.")
+        reading.check_ranks()
         sampler = getattr(study, "sampler", None)
         choice = sampler.prior if isinstance(sampler, RankAdaptorSampler) else PriorChoice.of(prior)
         self._prior = choice.find(study)
@@ -59,11 +61,10 @@ class FittedStudy:
         self.observations = trials.observations()
         self.points = np.asarray([self.encoding.point(t.params) for t in self.observations.trials])
         self.fit_first(len(self.observations.trials))
-        constraints = trials.constraints()
-        if space is not None and space.budget is not None:
-            constraints.pop(BUDGET, None)  # allocations keep it by construction
+        self._margin = trials.margin
+        by_construction = (BUDGET,) if space is not None and space.budget is not None else ()
+        self._constraints = trials.learned_constraints(_RISK, without=by_construction)
         self.allocations = Allocations.of(self.encoding.grid, math.inf if space is None else space.searched_budget)
-        self._constraints = [self.model.constraint(*values) for values in constraints.values()]
 
     def new_model(self) -> BayesianModel:
         """Returns a performance model of the search space without observations."""
@@ -75,6 +76,11 @@ class FittedStudy:
         observations = self.observations
         self.model.fit(observations.features[:n], observations.values[:n, 0], observations.variance[:n])
 
+    @cached_property
+    def _candidates(self) -> Points:
+        """The ordinary parameters of the trials."""
+        return Points(self.points, ordinary_features(self.points))
+
     def best(self, belief: Belief) -> tuple[Belief, Choice, Array]:
         """Maximises a belief under the constraints; the ordinary parameters are those of some trial.
 
@@ -85,8 +91,8 @@ class FittedStudy:
             belief,
             self._constraints,
             self.allocations,
-            lambda belief: self.points[belief.of_ordinary(self.points).argmax()],
-            self.observations.margin,
+            lambda belief: self._candidates,
+            self._margin,
         )
 
     def safest(self, model: BayesianModel, n: int, verifications: Verifications) -> list[dict[str, Any]]:
@@ -119,9 +125,7 @@ class FittedStudy:
 
         def is_possible(choice: Choice) -> bool:
             key = verifications.configuration(self.params(choice, point))
-            return key not in verifications.infeasible and keeps(
-                self._constraints, choice, point, self.observations.margin
-            )
+            return key not in verifications.infeasible and keeps(self._constraints, choice, point, self._margin)
 
         few = self.allocations.best_few(penalised.table, n, is_possible) or [choice]
         uniform = (self.allocations.ranks == self.encoding.grid.reference[:, None]).argmax(1)
@@ -144,6 +148,19 @@ class FittedStudy:
     def uniform(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the uniform configuration with the ordinary parameters of ``params``."""
         return {**params, **self.encoding.rank_params(self.encoding.grid.reference)}
+
+    def complete(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns parameters together with those that are not searched with the ranks, as in the best trial."""
+        best = max(self.reading.finished_trials, key=lambda trial: self.reading.sign * trial.values[0])
+        return {**best.params, **params}
+
+    def repeats_differ(self) -> bool:
+        """Returns whether trials of equal parameters have different scores, beyond rounding."""
+        by_params: dict[str, list[float]] = {}
+        for trial in self.observations.trials:
+            if trial.state is TrialState.COMPLETE:
+                by_params.setdefault(repr(sorted(trial.params.items())), []).append(trial.values[0])
+        return max(map(np.ptp, by_params.values()), default=0.0) > _ROUNDING * self.model.spread
 
     def encode(self, params: Mapping[str, Any]) -> Array:
         """Returns a configuration's features, (F,)."""

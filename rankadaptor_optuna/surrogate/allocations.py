@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,37 +97,61 @@ def keeps(constraints: Sequence[Belief], choice: Choice, point: Array, margin: f
     return all(value <= -margin for value in values)
 
 
+class Points(NamedTuple):
+    """Points of the ordinary parameters to choose from.
+
+    Attributes:
+        points: The points in the unit cube, (n, E), n at least 1.
+        features: Their ``ordinary_features``, (n, G).
+    """
+
+    points: Array
+    features: Array
+
+
 def within_constraints(
     belief: Belief,
     constraints: Sequence[Belief],
     allocations: Allocations,
-    best_point: Callable[[Belief], Array],
+    candidates: Callable[[Belief], Points],
     margin: float = 0.0,
 ) -> tuple[Belief, Choice, Array]:
-    """Maximises a belief under constraints: subtracts the least multiple of their sum whose optimum keeps them.
+    """Maximises a belief under constraints.
 
-    The multiple is one Lagrange multiplier for all constraints, found by bisection.
+    Ranks are those that maximise the belief less a multiple of the constraints' sum, one Lagrange multiplier for all,
+    which is bisected to the least whose optimum keeps them. As a penalty that is nearly linear in a point drives it
+    from one end of its range to the other, the point is the best of those that keep the constraints with these ranks.
+    Of all multiples tried, the pair of ranks and point with the highest belief is returned.
 
     Args:
         belief: Function to maximise.
         constraints: Functions of the same features, kept where at most 0.
         allocations: The rank configurations to choose from.
-        best_point: Returns the best point of the ordinary parameters, (E,), by a belief.
+        candidates: Returns points to choose from, some of them near the best one by a belief.
         margin: Distance by which each constraint must lie below 0, in its own units.
 
     Returns:
-        The penalised belief (with the largest multiple tried where none sufficed), its best choice, and its best point.
+        The penalised belief that led to the ranks, their choice, and the point, (E,). Where nothing keeps the
+        constraints, those of the largest multiple.
     """
-    penalty, low, high = 0.0, 0.0, math.inf
+    layers = np.arange(len(allocations.ranks))
+    penalty, low, high, best = 0.0, 0.0, math.inf, -math.inf
     for _ in range(_PENALTY_STEPS):
         tried = belief
         for constraint in constraints:
             tried = tried.plus(constraint, -penalty)
-        choice, point = allocations.best(tried.table), best_point(tried)
-        kept = keeps(constraints, choice, point, margin)
-        low, high = (low, penalty) if kept else (penalty, high)
-        if kept or high == math.inf:
-            found = tried, choice, point
+        choice = allocations.best(tried.table)
+        points, features = candidates(tried)
+        feasible = np.ones(len(points), dtype=bool)
+        for c in constraints:
+            feasible &= c.offset + c.table[layers, choice].sum() + c.of_features(features) <= -margin
+        first = int(tried.of_features(features).argmax())
+        values = np.where(feasible, belief.of_features(features), -np.inf) + belief.table[layers, choice].sum()
+        if values.max() > best:
+            best, found = float(values.max()), (tried, choice, points[int(values.argmax())])
+        elif best == -math.inf:
+            found = tried, choice, points[first]
+        low, high = (low, penalty) if feasible[first] else (penalty, high)
         if high == 0:
             break
         penalty = max(1, 2 * low) if high == math.inf else (low + high) / 2

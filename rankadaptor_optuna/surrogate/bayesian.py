@@ -14,6 +14,7 @@ values per layer and candidate is needed, its tangent at the total of the best t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from rankadaptor_optuna.surrogate.base import ModelBase
 from rankadaptor_optuna.surrogate.belief import Belief
+from rankadaptor_optuna.surrogate.failures import FailureModel
 from rankadaptor_optuna.surrogate.features import MLP, feature_groups, layer_features, ordinary_features
 from rankadaptor_optuna.surrogate.grid import Array, RankGrid
 from rankadaptor_optuna.surrogate.head import BayesianHead, Hyperparameters
-from rankadaptor_optuna.surrogate.hyperparameters import hyperparameter_points, middle_hyperparameters
+from rankadaptor_optuna.surrogate.hyperparameters import (
+    failure_priors,
+    hyperparameter_points,
+    middle_hyperparameters,
+    with_cost,
+)
 from rankadaptor_optuna.surrogate.prior import Prior
 from rankadaptor_optuna.surrogate.statistics import Standardised, standardise
 
@@ -100,6 +107,21 @@ class BayesianModel(ModelBase):
         total = of_ranks[:, :1]
         return np.concatenate([np.ones((len(ranks), 1)), of_ranks, total**2, ordinary_features(points)], axis=1)
 
+    def encode_with_cost(self, ranks: ArrayLike, points: ArrayLike | None = None) -> Array:
+        """Returns the features of configurations and, last, their total cost relative to uniform, (n, F + 1).
+
+        Failures and constraints often depend on memory or time, which are linear in the ranks.
+        """
+        features = self.encode(ranks, points)
+        return np.concatenate([features, self._costs(np.atleast_2d(ranks)).sum(1, keepdims=True)], axis=1)
+
+    def _costs(self, ranks: Array) -> Array:
+        """Cost of ranks (n, L) relative to the uniform configuration, on the scale of ``layer_features``, (n, L)."""
+        grid = self.grid
+        scale = 2 / max(grid.high - grid.low, 1e-9) / np.sqrt(max(1, grid.n_layers))
+        costs: Array = (ranks - grid.reference) * scale * grid.costs / (grid.costs.mean() if grid.n_layers else 1)
+        return costs
+
     def fit(self, features: Array, scores: Array, variance: Array | None = None) -> None:
         """Replaces all observations: features as ``encode`` returns them, (n, F), scores and their variances, (n,).
 
@@ -134,8 +156,12 @@ class BayesianModel(ModelBase):
 
     @cached_property
     def _head(self) -> BayesianHead:
-        extra = self._variance / self.spread**2 + self._standardised.doubt
-        return BayesianHead(self.features, self.targets, self._hyperparameters, extra)
+        return BayesianHead(self.features, self.targets, self._hyperparameters, self.extra_variance)
+
+    @property
+    def extra_variance(self) -> Array:
+        """Variance of each target beyond the common noise, (n,): its own, and that of bad scores' misfit."""
+        return self._variance / self.spread**2 + self._standardised.doubt
 
     @cached_property
     def _hyperparameters(self) -> list[Hyperparameters]:
@@ -193,14 +219,28 @@ class BayesianModel(ModelBase):
         return float(weights @ difference), self._belief(weights)
 
     def constraint(self, features: Array, values: Array) -> Belief:
-        """Returns the posterior mean of a constraint (n,), a function of the same features (n, F); positive is broken.
+        """Returns the posterior mean of a constraint's values (n,); positive is broken.
 
+        Features are those of ``encode_with_cost``, (n, F + 1).
         Values are scaled but not centred, and expected to have no trend in rank. Under Thompson draws of a constraint,
         proposals broke it twice as often as under its mean, at no better score (60 simulated worlds of 12 layers).
         """
         scale = float(np.sqrt(np.mean(values**2))) or 1.0
         points = hyperparameter_points(self.grid, self._prior, self.n_features, trend=0)
-        return self._belief(BayesianHead(features, values / scale, points).mean)
+        return self.belief_with_cost(BayesianHead(features, values / scale, [with_cost(p) for p in points]).mean)
+
+    def failures(self, features: Array, failed: NDArray[np.bool_]) -> FailureModel:
+        """Returns the model of failures, fitted to whether each trial failed, (n,).
+
+        Features are those of ``encode_with_cost``, (n, F + 1).
+        """
+        return FailureModel(features, failed, failure_priors(self.grid, self.n_features))
+
+    def belief_with_cost(self, weights: Array, offset: float = 0.0) -> Belief:
+        """Returns a linear function of the features and the cost, weights (F + 1,) and offset, as tables."""
+        belief = self._belief(weights[:-1])
+        costs = self._costs(self.grid.padded_values().T).T if self.grid.n_layers else 0.0
+        return replace(belief, table=belief.table + weights[-1] * costs, offset=belief.offset + offset)
 
     def sample(self, rng: np.random.Generator) -> Belief:
         """Returns a Thompson draw from the posterior (from the prior where no trial has finished)."""

@@ -32,5 +32,9 @@ class Belief:
 
     def of_ordinary(self, points: Array) -> Array:
         """Returns the value of the ordinary parameters' points (n, E) in the unit cube, (n,)."""
-        values: Array = ordinary_features(points) @ self.weights
+        return self.of_features(ordinary_features(points))
+
+    def of_features(self, features: Array) -> Array:
+        """Returns the value of points of the ordinary parameters, given their ``ordinary_features``, (n,)."""
+        values: Array = features @ self.weights
         return values

@@ -7,6 +7,7 @@ standard deviation of the weight of the first smooth feature; all groups are giv
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from rankadaptor_optuna.surrogate.prior import Prior
 # with the sampler's choice among several draws: the normalised regret of a recommendation after 25 trials fell from
 # 0.19 to 0.14. The other axes were set by hand.
 _SIGNALS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+# Signal sizes of the model of failures, in logits; at the first one failures do not depend on the configuration.
+_FAILURE_SIGNALS = (1e-3, 0.8, 3.0, 12.0)  # set by hand
 _RESIDUALS = (0.2, 1.0)  # free residual of each layer, in units of the signal
 _NOISES = (0.1, 0.3, 0.9)
 _SWITCHED_OFF = 1e-3  # scale of the meta-learned features in the points that do not believe the prior; set by hand
@@ -48,7 +51,10 @@ _BELIEF = 0.2
 
 
 def hyperparameter_points(
-    grid: RankGrid, prior: Prior | None, n_features: int, trend: float = TREND
+    grid: RankGrid,
+    prior: Prior | None,
+    n_features: int,
+    trend: float = TREND,
 ) -> list[Hyperparameters]:
     """Returns the grid: signal size x free residual x noise x whether the prior is believed.
 
@@ -61,6 +67,18 @@ def hyperparameter_points(
     believed = (1.0, _SWITCHED_OFF) if prior is not None else (_SWITCHED_OFF,)
     points = _Points(grid, prior, n_features, trend)
     return [points.at(*values) for values in itertools.product(_SIGNALS, _RESIDUALS, _NOISES, believed)]
+
+
+def with_cost(point: Hyperparameters) -> Hyperparameters:
+    """Returns a point with one more feature, the total cost, whose weight varies as that of the total log rank."""
+    return replace(point, mean=np.append(point.mean, 0), std=np.append(point.std, point.std[1]))
+
+
+def failure_priors(grid: RankGrid, n_features: int) -> list[Array]:
+    """Returns priors of the model of failures: standard deviations of the weights, (F + 1,) each, the cost's last."""
+    points = _Points(grid, None, n_features, trend=0)
+    found = [points.at(*values, _NOISE, _SWITCHED_OFF) for values in itertools.product(_FAILURE_SIGNALS, _RESIDUALS)]
+    return [with_cost(point).std for point in found]
 
 
 def middle_hyperparameters(grid: RankGrid, n_features: int) -> Hyperparameters:

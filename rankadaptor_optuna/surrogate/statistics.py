@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from rankadaptor_optuna.surrogate.grid import Array
 
@@ -14,7 +14,54 @@ from rankadaptor_optuna.surrogate.grid import Array
 # the slopes: on a development task, with a limit of 5 (and full weight beyond it), the rank correlation of predictions
 # was 0.88 instead of 0.94, and the 95% intervals held 75% instead of 94%.
 _DIVERGED = 20
+# One bad outcome: at least so many scores that are so much more alike than the better scores, and so far apart from
+# them by Ashman's D; set by hand. Scores of a search that converges are alike near the best, not far from it.
+_FEWEST, _MIN_GOOD_SHARE, _ALIKE, _SEPARATION = 3, 0.2, 0.1, 10
+_ROUNDING = 1e-12  # variance of equal values of size 1, computed from sums of squares
+_EQUAL = 1e-9  # difference of scores that is rounding; set by hand
 _MAD_TO_STD = 1.4826  # standard deviations per median absolute deviation: 1 / normal quantile of 0.75
+
+
+def diverged(scores: Array) -> NDArray[np.bool_]:
+    """Returns which scores (n,), higher is better, are so bad that their recovery has diverged.
+
+    These are the scores further than 20 robust standard deviations below the median and, as the median itself may have
+    diverged, those of one bad outcome (a loss of 100 for each failure): at least three scores, and at most four fifths
+    of all, whose spread is at most a tenth of that of the better ones, clearly apart from them: D = sqrt(2) |m1 - m2| /
+    sqrt(s1^2 + s2^2) >= 10 with the means and standard deviations of both (Ashman, Bird & Zepf, 1994, Astronomical
+    Journal 108, equation 4).
+    """
+    n = len(scores)
+    if n < 2:
+        return np.zeros(n, dtype=bool)
+    bad = np.median(scores) - scores > _limit(scores)
+    order = np.argsort(-scores, kind="stable")
+    from_best = scores.max() - scores[order]
+    n_good = np.arange(1, n)
+    is_split = _are_apart(from_best) & (n_good >= max(_FEWEST, _MIN_GOOD_SHARE * n)) & (n - n_good >= _FEWEST)
+    if is_split.any():
+        bad[order[n_good[is_split][0] :]] = True
+    return bad
+
+
+def _are_apart(values: Array) -> NDArray[np.bool_]:
+    """Returns whether the rest of n increasing values is one bad outcome, after each of the first n - 1, (n - 1,)."""
+    n = np.arange(1, len(values))
+    scaled = values / (values[-1] or 1.0)  # squares must not overflow
+    sums, squares = np.cumsum(scaled)[:-1], np.cumsum(scaled**2)[:-1]
+    low, high = sums / n, (scaled.sum() - sums) / n[::-1]
+    low_variance = np.maximum(squares / n - low**2, 0)
+    high_variance = np.maximum(((scaled**2).sum() - squares) / n[::-1] - high**2, 0)
+    is_alike = (low_variance > _ROUNDING) & (high_variance <= _ALIKE**2 * low_variance)
+    apart: NDArray[np.bool_] = is_alike & ((high - low) ** 2 * 2 >= _SEPARATION**2 * (low_variance + high_variance))
+    return apart & (high > low)
+
+
+def _limit(scores: Array) -> float:
+    """Returns the distance from the median beyond which a score is an outlier; infinite where all are equal."""
+    distances = np.abs(scores - np.median(scores))
+    distances = distances if np.median(distances) > 0 else distances[distances > 0]
+    return _DIVERGED * _MAD_TO_STD * float(np.median(distances)) if len(distances) else np.inf
 
 
 class Standardised(NamedTuple):
@@ -36,18 +83,19 @@ class Standardised(NamedTuple):
 def standardise(scores: Array) -> Standardised:
     """Returns the scores (n,) standardised within the study.
 
-    A score further than 20 robust standard deviations from the median (a recovery that diverged) is pulled in to that
-    distance, does not count for location and spread, and has a standard deviation of half that distance: it says that
-    something is bad, not how bad. Where most scores are equal, none counts as diverged.
+    A score that has diverged, or is as far above the median of the others, is pulled in to 20 robust standard
+    deviations from that median, does not count for location and spread, and has a standard deviation of half that
+    distance: it says that something is bad, not how bad.
     """
     if not len(scores):
         return Standardised(scores, 0.0, 1.0, scores)
-    median = np.median(scores)
-    limit = _DIVERGED * _MAD_TO_STD * float(np.median(np.abs(scores - median)))
-    near = (np.abs(scores - median) <= limit) | (limit == 0)
+    others = scores[~diverged(scores)]
+    median, limit = np.median(others), _limit(others)
+    near = ~diverged(scores) & (scores - median <= limit)
     location, spread = float(scores[near].mean()), float(scores[near].std()) or 1.0
-    pulled = np.where(near, scores, median + np.sign(scores - median) * limit)
-    return Standardised((pulled - location) / spread, location, spread, np.where(near, 0, (limit / 2 / spread) ** 2))
+    distance = limit if np.isfinite(limit) else spread
+    pulled = np.where(near, scores, median + np.sign(scores - median) * distance)
+    return Standardised((pulled - location) / spread, location, spread, np.where(near, 0, (distance / 2 / spread) ** 2))
 
 
 def rank_correlation(a: Array, b: Array) -> float:
@@ -60,6 +108,14 @@ def rank_correlation(a: Array, b: Array) -> float:
     if min(np.ptp(r) for r in ranks) == 0:
         return 0.0
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def alike(values: ArrayLike) -> bool:
+    """Returns whether all values are equal but for rounding, as differences of coarse scores may be.
+
+    They have no spread to compute an interval from.
+    """
+    return bool(np.ptp(np.asarray(values)) < _EQUAL)
 
 
 def t_interval(values: ArrayLike, coverage: float = 0.95) -> tuple[float, float]:

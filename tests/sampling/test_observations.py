@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from rankadaptor_optuna.attributes import PROPOSAL_ATTR
-from rankadaptor_optuna.sampling.observations import Observations
 from tests.sampling.common import RANK, X, add, encoded, history_of
 
 
@@ -37,9 +35,13 @@ def test_another_search_space_is_encoded_anew():
 
 def test_trials_from_before_a_range_changed_are_learned_from():
     study = optuna.create_study()
+    params = {"r_0": 2, "r_1": 2, "r_2": 2, "x": 0.5}
     for high in (1, 2):
-        add(study, {"x": 0.5}, high, distributions={"x": FloatDistribution(0, high)})
-    assert len(encoded(study, space=history_of(study).searched).observations().trials) == 2
+        ranges = dict.fromkeys(params, RANK) | {"x": FloatDistribution(0, high)}
+        add(study, params, high, distributions=ranges)
+    space = history_of(study).search_space(None, None)
+    assert space == ranges
+    assert len(encoded(study, space=space).observations().trials) == 2
 
 
 def test_failed_and_infinite_trials_and_those_that_lack_a_parameter_are_left_out_of_the_data():
@@ -134,15 +136,34 @@ def test_constraints_are_learned_from_trials_that_have_no_value():
     add(study, {"x": 0.3}, 1, attrs={"constraints": [-1.0]})
     add(study, {"x": 0.4}, state=TrialState.FAIL, attrs={"constraints": [3.0]})
     ((rows, values),) = encoded(study).constraints().values()
-    assert values.tolist() == [1, 2, -1]
-    assert len({tuple(row) for row in rows.tolist()}) == 3
+    assert values.tolist() == [1, 2, -1, 3]
+    assert len({tuple(row) for row in rows.tolist()}) == 4
     assert len(encoded(study).observations().trials) == 1
 
 
-def test_the_margin_is_the_share_of_the_latest_trials_that_broke_a_constraint():
-    def margin(*kept):
-        return Observations(np.zeros((0, 0)), np.zeros((0, 1)), np.zeros(0), [], np.asarray(kept, dtype=bool)).margin
+def test_the_margin_is_the_share_of_the_latest_trials_that_failed_or_broke_a_constraint():
+    study = optuna.create_study()
+    for i in range(8):
+        add(study, {"x": i / 20}, i, attrs={"constraints": [1.0]})
+    assert encoded(study).margin == 1
+    for i in range(6):
+        add(study, {"x": i / 20}, i, attrs={"constraints": [-1.0]})
+    add(study, {"x": 0.9}, state=TrialState.FAIL)
+    assert encoded(study).margin == 0.4
 
-    assert margin() == 0
-    assert margin(False, True) == 0.5
-    assert margin(*[False] * 8, *[True] * 7) == 0.3
+
+def test_outcomes_that_are_not_finite_or_far_below_the_others_are_failures():
+    study = optuna.create_study()
+    for value in (1.0, 1.1, 0.9, 1.2, 1e3, math.inf, 1.7e308):
+        add(study, {"x": 0.1}, value)
+    add(study, {"x": 0.2}, state=TrialState.FAIL)
+    add(study, {"x": 0.3}, state=TrialState.PRUNED)
+    add(study, {"x": 0.4}, state=TrialState.PRUNED, reports={1: 1.0})
+    assert encoded(study).failed.tolist() == [False] * 4 + [True] * 5 + [False]
+    assert len(encoded(study).observations().trials) == 4
+
+
+def test_without_failures_nothing_is_forbidden():
+    study = optuna.create_study()
+    add(study, {"x": 0.1}, 1.0)
+    assert encoded(study).failure(0.5) is None

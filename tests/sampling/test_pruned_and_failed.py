@@ -6,6 +6,7 @@ import pytest
 from optuna.pruners import HyperbandPruner
 from optuna.trial import TrialState, create_trial
 
+from rankadaptor_optuna import RankAdaptorSampler, recommend
 from tests.sampling.common import (
     SPACE,
     new_study,
@@ -88,3 +89,44 @@ def test_it_works_under_hyperband(with_space):
     assert {t.state for t in study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
     late = [ups_and_downs(dict(enumerate(t.params.values()))) for t in study.trials[20:]]
     assert np.mean(late) > 4
+
+
+FAILURES = {
+    "inf": lambda trial: float("inf"),
+    "huge": lambda trial: 1e4,
+    "raises": lambda trial: 1 / 0,
+    "pruned": lambda trial: _pruned(),
+}
+
+
+def _pruned():
+    raise optuna.TrialPruned
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_region_in_which_trials_fail_is_left_and_never_recommended(kind):
+    """Ranks above a total of 100 fail: random search has 26 such trials of 40, TPE 17."""
+
+    def objective(trial):
+        ranks = [trial.suggest_int(f"layer_{i}_rank", 2, 16, step=2) for i in range(12)]
+        return -np.log1p(ranks).sum() if sum(ranks) <= 100 else FAILURES[kind](trial)
+
+    study = optuna.create_study(sampler=RankAdaptorSampler(seed=1))
+    study.optimize(objective, n_trials=40, catch=ZeroDivisionError)
+    totals = [sum(t.params.values()) for t in study.trials]
+    assert sum(total > 100 for total in totals) <= 18
+    assert sum(recommend(study).params.values()) <= 100
+
+
+def test_a_learning_rate_beyond_a_cliff_is_left():
+    """Random search has 30 diverged trials of 60, TPE 11."""
+
+    def objective(trial):
+        ranks = [trial.suggest_int(f"layer_{i}_rank", 2, 16, step=2) for i in range(12)]
+        lr = np.log10(trial.suggest_float("lr", 1e-5, 1e-1, log=True))
+        return 3 + 50 * (lr + 3) if lr > -3 else 3 + 0.1 * abs(lr + 3.5) - 0.01 * np.log1p(ranks).sum()
+
+    study = optuna.create_study(sampler=RankAdaptorSampler(seed=0))
+    study.optimize(objective, n_trials=40)
+    assert sum(t.params["lr"] > 1e-3 for t in study.trials) <= 12
+    assert recommend(study).params["lr"] <= 1e-3

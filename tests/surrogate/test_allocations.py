@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from rankadaptor_optuna.surrogate.allocations import Allocations, keeps, within_constraints
+from rankadaptor_optuna.surrogate.allocations import Allocations, Points, keeps, within_constraints
 from rankadaptor_optuna.surrogate.belief import Belief
+from rankadaptor_optuna.surrogate.features import ordinary_features
 from rankadaptor_optuna.surrogate.grid import RankGrid
 
 
@@ -28,7 +29,7 @@ def table(seed):
     return values, costs, rng.uniform(costs[:, 0].sum(), costs[:, -1].sum())
 
 
-def allocations_of(values, costs, budget):
+def allocations_of(values, costs, budget=np.inf):
     return Allocations(costs, costs, np.isfinite(values), budget)
 
 
@@ -91,17 +92,17 @@ def test_the_best_few_are_accepted_ones():
 def test_constraints_are_kept_with_the_least_penalty(seed):
     rng = np.random.default_rng(seed)
     values, burden = rng.standard_normal((2, 5, 4))
-    nothing, costs = np.zeros((1, 0)), np.ones((5, 4))
+    nothing, costs = Points(np.zeros((1, 0)), np.zeros((1, 0))), np.ones((5, 4))
     choices, totals = feasible_totals(values, costs, np.inf)
     burdens = burden[np.arange(5), choices].sum(1)
     limit = Belief(burden, np.zeros(0), -float(np.quantile(burdens, 0.3)))
     belief = Belief(values, np.zeros(0))
     allocations = allocations_of(values, costs, np.inf)
-    penalised, _, _ = within_constraints(belief, [limit], allocations, lambda belief: nothing[0])
+    penalised, _, point = within_constraints(belief, [limit], allocations, lambda belief: nothing)
     choice = allocations.best(penalised.table)
     total = values[np.arange(5), choice].sum()
-    assert keeps([limit], choice, nothing[0])
-    assert not keeps([limit], choice, nothing[0], margin=10.0)
+    assert keeps([limit], choice, point)
+    assert not keeps([limit], choice, point, margin=10.0)
     feasible = totals[burdens + limit.offset <= 0]
     assert total > np.quantile(feasible, 0.97)
 
@@ -110,4 +111,36 @@ def test_a_constraint_that_the_optimum_keeps_changes_nothing():
     values = np.random.default_rng(0).standard_normal((5, 4))
     belief, slack = Belief(values, np.zeros(0)), Belief(np.ones((5, 4)), np.zeros(0), -100.0)
     allocations = allocations_of(values, np.ones((5, 4)), np.inf)
-    assert (within_constraints(belief, [slack], allocations, lambda _: np.zeros(0))[0].table == values).all()
+    nothing = Points(np.zeros((1, 0)), np.zeros((1, 0)))
+    assert (within_constraints(belief, [slack], allocations, lambda _: nothing)[0].table == values).all()
+
+
+def linear(table, slope, offset=0.0):
+    """A belief linear in the one ordinary parameter, whose first feature is 2 x - 1."""
+    weights = np.zeros(ordinary_features(np.zeros((1, 1))).shape[1])
+    weights[0] = slope
+    return Belief(table, weights, offset)
+
+
+def test_a_point_at_the_boundary_is_found_where_score_and_constraint_are_linear_in_it():
+    x = np.linspace(0, 1, 101)[:, None]
+    points = Points(x, ordinary_features(x))
+    table, costs = np.asarray([[0.0, 1.0]] * 3), np.ones((3, 2))
+    limit = linear(np.zeros((3, 2)), 1.0)  # x at most 0.5
+    _, choice, point = within_constraints(linear(table, 5.0), [limit], allocations_of(table, costs), lambda _: points)
+    assert choice.tolist() == [1, 1, 1]
+    assert point == pytest.approx([0.5])
+    limit = linear(table, 1.0, -0.5)  # each rank takes a step of x, worth ten times as much
+    _, choice, point = within_constraints(linear(table, 10.0), [limit], allocations_of(table, costs), lambda _: points)
+    assert choice.tolist() == [0, 0, 0]
+    assert point == pytest.approx([0.75])
+
+
+def test_where_nothing_keeps_a_constraint_the_least_broken_is_returned():
+    x = np.linspace(0, 1, 11)[:, None]
+    points = Points(x, ordinary_features(x))
+    table = np.asarray([[0.0, 1.0]] * 3)
+    limit = linear(table, 1.0, 5.0)
+    found = within_constraints(linear(table, 5.0), [limit], allocations_of(table, np.ones((3, 2))), lambda _: points)
+    assert found[1].tolist() == [0, 0, 0]
+    assert found[2] == pytest.approx([0.0])

@@ -300,7 +300,7 @@ def test_a_lower_bound_is_half_a_standard_deviation_below_the_gain_and_its_belie
 def test_a_constraints_mean_does_not_depend_on_its_unit():
     model, ranks = fitted(), configurations(20)
     limit = ranks.sum(1) - 70
-    a, b = (model.constraint(model.encode(ranks), unit * limit) for unit in (1, 1000))
+    a, b = (model.constraint(model.encode_with_cost(ranks), unit * limit) for unit in (1, 1000))
     assert a.table == pytest.approx(b.table)
     assert a.offset == pytest.approx(b.offset)
 
@@ -308,7 +308,7 @@ def test_a_constraints_mean_does_not_depend_on_its_unit():
 def test_a_constraints_mean_has_its_sign():
     model, ranks, test = fitted(), configurations(60), configurations(50, seed=1)
     limit = ranks.sum(1) - 70
-    mean = model.constraint(model.encode(ranks), limit)
+    mean = model.constraint(model.encode_with_cost(ranks), limit)
     values = mean.offset + mean.table[np.arange(10), np.searchsorted(SPACE.candidates, test)].sum(1)
     assert np.mean((values > 0) == (test.sum(1) > 70)) > 0.9
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rankadaptor_optuna.surrogate.statistics import rank_correlation, standardise, t_interval
+from rankadaptor_optuna.surrogate.statistics import diverged, rank_correlation, standardise, t_interval
 
 
 def test_scores_far_from_the_rest_count_in_full_and_diverged_ones_little():
@@ -39,3 +39,26 @@ def test_the_rank_correlation_is_spearmans_with_ties():
     a, b = np.asarray([1.0, 2, 2, 5, 3]), np.asarray([2.0, 1, 4, 4, 4])
     assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
     assert rank_correlation(a, np.ones(5)) == 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "bad"),
+    [
+        ([1.0, 1.1, 0.9, 1.2, -50.0], [4]),  # beyond the robust limit
+        ([1.0, 1.1, 0.9, 1.2, -1.5], []),
+        ([0.5] * 9 + [0.52] * 7 + [-100.0], [16]),  # most scores are equal
+        ([-20.0, -21.0, *[-1e4] * 5], []),  # two good scores are too few
+        ([-20.0, -21.0, -20.4, *[-1e4] * 5], [3, 4, 5, 6, 7]),  # the median has diverged, too
+        ([-20.0, -20.001, -20.002, -23.0, -27.0, -31.0, -36.0, -40.0], []),  # a search that has found its optimum
+        ([1e3, 1.0, 1.1, 0.9], []),  # far above is not bad
+        ([-13.0, -25.0, -22.0, -17.5, *[-100.0] * 3], [4, 5, 6]),  # one bad outcome
+        ([-13.0, -25.0, -22.0, -17.5, -100.0, -130.0, -160.0], []),  # as far, and not alike
+        ([-13.0, -25.0, -22.0, -17.5, *[-40.0] * 3], []),  # alike, and not as far
+        ([0.5] * 4 + [0.25] * 3, []),  # coarse scores
+        ([3.0, 3.0], []),
+        ([3.0], []),
+        ([], []),
+    ],
+)
+def test_diverged_scores_are_far_below_the_others(scores, bad):
+    assert np.flatnonzero(diverged(np.asarray(scores, dtype=np.float64))).tolist() == bad
