@@ -15,6 +15,7 @@ from rankadaptor_optuna.plain_text import one_line
 
 # user attributes of a study
 SPACE_ATTR = "rankadaptor:space"  # the rank space, as RankSpace.to_dict returns it
+RANKS_ATTR = "rankadaptor:ranks"  # templates of the rank parameters' names, where there is no space
 PRIOR_ATTR = "rankadaptor:prior"  # identity of the prior that the study began with
 RECIPE_ATTR = "rankadaptor:recipe"  # settings of its trials
 DIGESTS_ATTR = "rankadaptor:digests"  # digests of the data of its trials
@@ -63,6 +64,15 @@ def unrecovered_of(user_attrs: Mapping[str, Any]) -> float | None:
     if value is None or is_number(value):
         return value
     warn_once(f"{unusable(UNRECOVERED_ATTR, value, 'a number')}: ignored.")
+    return None
+
+
+def ranks_of(user_attrs: Mapping[str, Any]) -> list[str] | None:
+    """Returns the templates of the rank parameters' names stored with a study; None where there are none."""
+    value = user_attrs.get(RANKS_ATTR)
+    if value is None or (isinstance(value, list) and all(isinstance(t, str) and t.count("{}") == 1 for t in value)):
+        return value
+    warn_once(f"{unusable(RANKS_ATTR, value, 'a list of templates like layer_{}_rank')}: ignored.")
     return None
 
 

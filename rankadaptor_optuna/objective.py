@@ -227,7 +227,9 @@ class RecoveryObjective:
 
         Raises:
             optuna.TrialPruned: The study's pruner stopped the trial.
+            ValueError: The study has another direction than the score.
         """
+        self._check_direction(trial)
         ranks = self.space.suggest(trial)
         seed = verification_seed(trial)
         on_step = partial(self._report_step, trial) if seed is None and self._report_every else None
@@ -273,6 +275,15 @@ class RecoveryObjective:
             score = self.tasks.weighted(self.tasks.evaluate(self.model), self.metric)
         if math.isfinite(score):
             study.set_user_attr(UNRECOVERED_ATTR, score)
+
+    def _check_direction(self, trial: Trial) -> None:
+        study = getattr(trial, "study", None)  # a FixedTrial has none
+        directions = [] if study is None else [direction.name.lower() for direction in study.directions]
+        if directions and directions != [self.direction]:
+            raise ValueError(
+                f"the study is to {' and '.join(directions)}, the {self.metric} to {self.direction}: create the study "
+                "with direction=objective.direction."
+            )
 
     def _report_step(self, trial: Trial, model: Any, done: int) -> None:  # noqa: ANN401
         """Reports the loss on the first held-out blocks at every ``report_every``-th step but the last.

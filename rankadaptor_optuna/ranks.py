@@ -158,6 +158,9 @@ def layers_path(targets: Iterable[str]) -> str:
 def _pattern(module: Module, targets: Iterable[str]) -> str:
     """Returns the regular expression by which PEFT finds the submodules of a module."""
     layers = re.escape(layers_path(targets).rpartition(".")[2])
+    layer, _, part = str(module).partition(".")
+    if part in TARGETS:
+        return rf"{layers}\.{layer}\.(.*\.)?{part}"
     return rf"{layers}\.{re.escape(str(module))}\..*"  # escaped: "layers.1.*" would match layers 10 and 11, too
 
 
@@ -175,4 +178,8 @@ def _full_names(modules: Iterable[Module], targets: Iterable[str]) -> list[str]:
 
 def _all_but(modules: Iterable[Module]) -> str:
     """Returns PEFT's ``exclude_modules`` that excludes everything inside the layers except these modules."""
-    return rf"(.*\.)?layers\.(?!({'|'.join(re.escape(str(module)) for module in modules)})\.).*"
+    kept = []
+    for module in modules:
+        layer, _, part = str(module).partition(".")
+        kept.append(rf"{layer}\.(.*\.)?{part}$" if part in TARGETS else rf"{re.escape(str(module))}\.")
+    return rf"(.*\.)?layers\.(?!({'|'.join(kept)})).*"

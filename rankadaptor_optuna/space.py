@@ -17,7 +17,7 @@ from rankadaptor_optuna.ranks import TARGETS, Module, Ranks, layers_path
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
-BUDGET = "budget"  # name of the constraint that marks trials over the budget
+BUDGET = "rankadaptor:budget"  # name of the constraint that marks trials over the budget
 _FORMATS = {"layer": 1, "sublayer": 2}  # of to_dict
 _MOST_LAYERS = 100_000  # of a stored description; set by hand
 _ROUNDING = 1e-9  # relative tolerance of the budget: sums of fractional costs round; set by hand
@@ -28,7 +28,7 @@ class RankSpace:
 
     The cost of a configuration is its number of trainable parameters: the sum over layers of rank times the
     layer's cost per rank, fixed layers included. Parameters of a study are named ``layer_00_rank``,
-    ``layer_01_rank``, ... after the layer's index in the model.
+    ``layer_01_rank``, ... after the layer's index in the model, or by ``name``.
 
     With ``granularity="sublayer"`` a layer has two ranks: one of its attention projections and one of its MLP
     projections. A configuration ``{layer index: rank}`` is then ``{"0.self_attn": rank, "0.mlp": rank, ...}``, and
@@ -48,6 +48,8 @@ class RankSpace:
         profile: Share of each searched layer (or sublayer) that pruning removed, in [0, 1]. Default: unknown (zeros).
         granularity: Whether each ``"layer"`` or each ``"sublayer"`` has a rank.
         targets: Names of the adapted modules, see ``LoraSettings``. Default: not known.
+        name: Template of the parameters' names: a format string of the layer's index (and of the sublayer's name), like
+            ``"layer_{}_rank"`` (``"layer_{}_{}_rank"``). Default: the names above.
 
     Attributes:
         modules: The searched layers or sublayers in depth order: the keys of a configuration.
@@ -69,6 +71,7 @@ class RankSpace:
         profile: Sequence[float] | None = None,
         granularity: Granularity = "layer",
         targets: Sequence[str] | None = None,
+        name: str | None = None,
     ) -> None:
         if n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, got {n_layers}.")
@@ -87,15 +90,16 @@ class RankSpace:
         n = len(self.modules)
         self.costs = tuple(float(c) for c in costs) if costs is not None else (1.0,) * n
         self.profile = tuple(float(p) for p in profile) if profile is not None else (0.0,) * n
-        for name, values in (("costs", self.costs), ("profile", self.profile)):
+        for argument, values in (("costs", self.costs), ("profile", self.profile)):
             if len(values) != n:
-                raise ValueError(f"{name} needs one value per searched {granularity} ({n}), got {len(values)}.")
+                raise ValueError(f"{argument} needs one value per searched {granularity} ({n}), got {len(values)}.")
             if not all(map(math.isfinite, values)):
-                raise ValueError(f"{name} must be finite, got {list(values)!s:.80}.")
+                raise ValueError(f"{argument} must be finite, got {list(values)!s:.80}.")
         if min(self.costs) <= 0:
             raise ValueError(f"costs must be positive, got {min(self.costs)}.")
         self.fixed_ranks = {int(i): int(r) for i, r in (fixed_ranks or {}).items()}
         self.fixed_cost = float(fixed_cost)
+        self._template = self._checked_template(name)
         self.budget = self._parse_budget(budget)
         cheapest = self.cost(Ranks.uniform(self.modules, self.candidates[0]))
         if not self.is_within_budget(cheapest):
@@ -109,6 +113,18 @@ class RankSpace:
         """Positions in ``modules`` of each sublayer's ranks along the depth, or of all layers' ranks as ``""``."""
         names = ("",) if self.granularity == "layer" else SUBLAYERS
         return {name: slice(i, None, len(names)) for i, name in enumerate(names)}
+
+    def _checked_template(self, template: str | None) -> str | None:
+        if template is None:
+            return None
+        try:
+            names = {str(template).format(layer_of(module), *str(module).split(".")[1:]) for module in self.modules}
+        except (LookupError, ValueError):
+            names = set()
+        if len(names) != len(self.modules):
+            example = "layer_{}_rank" if self.granularity == "layer" else "layer_{}_{}_rank"
+            raise ValueError(f'name must tell every {self.granularity} apart, like "{example}", got {template!r}.')
+        return str(template)
 
     def _parse_budget(self, budget: float | str | None) -> float | None:
         if budget is None:
@@ -197,6 +213,8 @@ class RankSpace:
     def name(self, module: Module) -> str:
         """Returns the name of the study parameter that holds the rank of a layer, or of one of its sublayers."""
         layer, *sublayer = str(module).split(".")
+        if self._template is not None:
+            return self._template.format(int(layer), *sublayer)
         return "_".join(["layer", layer.zfill(max(2, len(str(self.n_layers - 1)))), *sublayer, "rank"])
 
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -225,8 +243,8 @@ class RankSpace:
     def suggest(self, trial: BaseTrial) -> Ranks:
         """Asks ``trial`` for a rank per searched layer, ``{layer index: rank}``, or sublayer, ``{"0.mlp": rank}``.
 
-        With ``RankAdaptorSampler`` the budget holds by construction. Another sampler may exceed it: the trial is then
-        marked infeasible by the constraint ``budget`` (parameters over the budget; needs Optuna 5).
+        With ``RankAdaptorSampler`` the budget holds by construction. For other samplers the trial gets the constraint
+        ``rankadaptor:budget``, parameters over the budget (needs Optuna 5).
         """
         params: dict[str, int] = {}
         for name, dist in self.distributions().items():
@@ -235,8 +253,10 @@ class RankSpace:
             else:
                 params[name] = trial.suggest_categorical(name, self.candidates)
         ranks = self.to_ranks(params)
-        if self.budget is not None and not self.is_feasible(ranks) and hasattr(trial, "set_constraint"):
-            trial.set_constraint(BUDGET, self.cost(ranks) - self.budget)
+        if self.budget is not None and hasattr(trial, "set_constraint"):
+            cost = self.cost(ranks)
+            over = cost - self.budget
+            trial.set_constraint(BUDGET, min(over, 0.0) if self.is_within_budget(cost) else over)
         return ranks
 
     def cost(self, ranks: Mapping[Any, float]) -> float:
@@ -301,7 +321,9 @@ class RankSpace:
         # without these keys, workers of versions that do not know them can read it
         if self.targets is not None and set(self.targets) != set(TARGETS):
             described["targets"] = list(self.targets)
-        return described if self.granularity == "layer" else {**described, "granularity": self.granularity}
+        if self.granularity != "layer":
+            described["granularity"] = self.granularity
+        return described if self._template is None else {**described, "name": self._template}
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> RankSpace:

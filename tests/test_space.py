@@ -300,7 +300,40 @@ def test_trials_of_another_sampler_over_the_budget_are_marked_infeasible():
     study.optimize(lambda trial: space.cost(space.suggest(trial)), n_trials=20)
     over = {t.number: t.value - space.budget for t in study.trials if t.value > space.budget}
     assert 0 < len(over) < 20
-    assert {t.number: t.constraints["budget"] for t in study.trials if t.constraints} == over
+    constraints = {t.number: t.constraints["rankadaptor:budget"] for t in study.trials}
+    assert {number: value for number, value in constraints.items() if value > 0} == over
+
+
+def test_a_trial_at_the_budget_is_feasible_though_fractional_costs_round():
+    space = RankSpace(3, (1, 3), budget=0.3 * 3, costs=[0.1] * 3)  # 0.9 < 3 * 0.1 + 3 * 0.1 + 3 * 0.1
+    assert space.cost(space.uniform()) > space.budget
+    study = optuna.create_study()
+    study.enqueue_trial(space.to_params(space.uniform()))
+    study.optimize(lambda trial: space.cost(space.suggest(trial)), n_trials=1)
+    assert study.trials[0].constraints["rankadaptor:budget"] == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "granularity", "names"),
+    [
+        ("layer_{}_rank", "layer", ["layer_0_rank", "layer_1_rank"]),
+        ("r{:03}", "layer", ["r000", "r001"]),
+        ("l{}_{}_r", "sublayer", ["l0_self_attn_r", "l0_mlp_r", "l1_self_attn_r", "l1_mlp_r"]),
+    ],
+)
+def test_parameters_are_named_by_a_template_which_the_study_keeps(template, granularity, names):
+    space = RankSpace(2, (2, 4), granularity=granularity, name=template)
+    assert [*space.names] == [*space.distributions()] == names
+    assert RankSpace.from_dict(space.to_dict()) == space
+
+
+@pytest.mark.parametrize(
+    ("template", "granularity"),
+    [("rank", "layer"), ("r{}{}", "layer"), ("r{}", "sublayer"), ("{x}", "layer"), ("{", "layer")],
+)
+def test_a_template_tells_all_parameters_apart(template, granularity):
+    with pytest.raises(ValueError, match=r"name must tell every (sub)?layer apart"):
+        RankSpace(2, (2, 4), granularity=granularity, name=template)
 
 
 @pytest.mark.parametrize(

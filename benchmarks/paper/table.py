@@ -31,12 +31,13 @@ from benchmarks.report import FOLDER, cell, check, command_parser, interval, sho
 from benchmarks.tasks.texts import data_folder, lm_eval_tasks
 from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.recipe import PRESETS, Recipe
-from rankadaptor_optuna.jobs.results import COMPARED_METHODS, OURS, UNIFORM, Row, alike
+from rankadaptor_optuna.jobs.results import COMPARED_METHODS, OURS, UNIFORM, Row
 from rankadaptor_optuna.jobs.search import search
 from rankadaptor_optuna.jobs.settings import Data, Pruning
 from rankadaptor_optuna.recovery.embedded import cache_dir
 from rankadaptor_optuna.recovery.models import quiet
 from rankadaptor_optuna.recovery.train import TrainingConfig
+from rankadaptor_optuna.surrogate.statistics import alike
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 BLOCKS = {f"{method}-{ratio}": (method, ratio) for ratio in (0.2, 0.5) for method in ("llm-pruner", "shortened")}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rankadaptor_optuna.surrogate.statistics import t_interval
+from rankadaptor_optuna.surrogate.statistics import alike, t_interval
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -127,11 +127,6 @@ class PairedDifference:
         upper = 0.0 if same else max(sign * low, sign * high)
         verdict: Literal["better", "worse", "tie"] = "better" if lower > 0 else "worse" if upper < 0 else "tie"
         return cls(measure, float(differences.mean()), (low, high), same, verdict)
-
-
-def alike(differences: NDArray[np.float64]) -> bool:
-    """Whether all seeds differ by the same amount, as coarse scores may: no spread to compute an interval from."""
-    return bool(np.ptp(differences) < 1e-9)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ Transfer Learning"). The paper meta-learns a plain MLP (section 3.2, "offline me
 
 Notation of the loss of one task, with n of its trials:
     y       (n,)    standardised scores
+    v       (n,)    extra variance of bad scores' noise, as in the head
     X       (n, F)  features of the head that are not learned, with their prior N(m, S) at the grid's middle point
     Z       (n, M)  outputs of the MLP, summed over layers, less those of the uniform configuration
     a, D    (M,), (M, M)  mean and diagonal covariance of the output weights, learned
-    K       X S X' + Z D Z' + noise^2 I
+    K       X S X' + Z D Z' + noise^2 I + diag(v)
     loss    (log|K| + (y - Xm - Za)' K^-1 (y - Xm - Za)) / 2n, plus a small penalty on a and log D
 """
 
@@ -215,6 +216,7 @@ class _Prepared:
         kernel: X S X', (n, n).
         offset: X m, (n,).
         targets: y, (n,).
+        doubt: v, (n,).
     """
 
     inputs: torch.Tensor
@@ -222,6 +224,7 @@ class _Prepared:
     kernel: torch.Tensor
     offset: torch.Tensor
     targets: torch.Tensor
+    doubt: torch.Tensor
 
     @classmethod
     def of(cls, task: MetaTask) -> _Prepared:
@@ -236,6 +239,7 @@ class _Prepared:
             kernel=torch.from_numpy((features * middle.std**2) @ features.T),
             offset=torch.from_numpy(features @ middle.mean),
             targets=torch.from_numpy(plain.targets),
+            doubt=torch.from_numpy(plain.extra_variance),
         )
 
 
@@ -259,7 +263,7 @@ class _Learner(torch.nn.Module):
     def loss(self, task: _Prepared, rows: np.ndarray) -> torch.Tensor:
         features = self._features(task.inputs[rows]) - self._features(task.reference)
         covariance = task.kernel[rows][:, rows] + (features * (2 * self.log_std).exp()) @ features.T
-        covariance = covariance + _NOISE**2 * torch.eye(len(rows), **_KIND)
+        covariance = covariance + torch.diag(_NOISE**2 + task.doubt[rows])
         mean = task.offset[rows] + features @ self.mean
         factor = torch.linalg.cholesky(covariance)
         white = torch.linalg.solve_triangular(factor, (task.targets[rows] - mean)[:, None], upper=False)

@@ -94,4 +94,4 @@ class Announcer:
         """Stores the announcement, then reads the trials again."""
         self.study._storage.set_trial_system_attr(self.trial._trial_id, PROPOSAL_ATTR, list(ranks))
         self.history.refresh()
-        self.trials.add(self.history.finished)
+        self.trials.add(self.history.finished, self.history.interrupted)

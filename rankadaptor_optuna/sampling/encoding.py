@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,58 +9,13 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from rankadaptor_optuna.sampling.rank_parameters import Templates, candidate_ranks, middle_candidate, rank_parameters
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.surrogate.grid import Array, RankGrid
 
-MAX_CANDIDATES = 64  # ranks per layer, which bounds the knapsack's table; set by hand
-MIN_LAYERS = 3  # parameters that make a series of ranks; two alike are often no layers; set by hand
 MAX_SERIES = 8  # series with functions of depth of their own; more (one per expert) are too many to learn; set by hand
 _JITTER = 0.1  # standard deviation of numbers near a good point, in the unit cube; set by hand
 _REDRAWN = 0.2  # share of categories redrawn near a good point; set by hand
-_NUMBER = re.compile(r"\d+")
-
-
-def candidate_ranks(distribution: BaseDistribution) -> Array | None:
-    """Returns the non-negative integers that a distribution allows, increasing; None for any other distribution.
-
-    A wide range is thinned to at most 64 values, evenly spaced on its own scale, its ends included.
-    """
-    if isinstance(distribution, IntDistribution) and distribution.low >= 0:
-        values = np.arange(distribution.low, distribution.high + 1, distribution.step, dtype=np.float64)
-        if len(values) > MAX_CANDIDATES:
-            spaced = np.geomspace if distribution.log else np.linspace
-            values = values[np.unique(spaced(1, len(values), MAX_CANDIDATES).round().astype(int)) - 1]
-        return values
-    if isinstance(distribution, CategoricalDistribution):
-        choices = distribution.choices
-        if all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in choices):
-            return np.asarray(sorted(choices), dtype=np.float64)  # type: ignore[type-var]
-    return None
-
-
-def rank_parameters(distributions: Mapping[str, BaseDistribution]) -> dict[str, int]:
-    """Returns the parameters that look like ranks along the depth, ``{name: layer number}`` in depth order.
-
-    A series of ranks consists of at least three parameters with ordered non-negative integers as values, whose names
-    differ by one number only: ``layer_3_rank``, ``r_3``, ``model.layers.3.mlp.r``. There may be several series.
-    """
-    return {name: layer for name, (layer, _) in _rank_series(distributions).items()}
-
-
-def _rank_series(distributions: Mapping[str, BaseDistribution]) -> dict[str, tuple[int, str]]:
-    """Returns layer number and series of each rank parameter in depth order; a series is the name less the number."""
-    readings: dict[str, list[tuple[str, int]]] = {}  # every number in a name may be the layer's
-    for name, distribution in distributions.items():
-        if candidate_ranks(distribution) is not None:
-            readings[name] = [(f"{name[: m.start()]}#{name[m.end() :]}", int(m[0])) for m in _NUMBER.finditer(name)]
-    sizes = Counter(series for found in readings.values() for series, _ in found)
-    layers = {}
-    for name, found in readings.items():
-        if found:
-            series, layer = max(found, key=lambda reading: sizes[reading[0]])
-            if sizes[series] >= MIN_LAYERS:
-                layers[name] = layer, series
-    return dict(sorted(layers.items(), key=lambda item: (item[1][0], item[0])))
 
 
 class Encoding:
@@ -72,6 +25,7 @@ class Encoding:
         distributions: The search space, by parameter name.
         rank_space: The rank space. Default: ranks are recognised by their names, see ``rank_parameters``.
         sensitivity: Sensitivity of the loss to each layer's adapter, by rank parameter; ignored unless complete.
+        declared: Templates of the rank parameters' names where there is no space, see ``rank_parameters``.
 
     Attributes:
         distributions: The search space.
@@ -87,10 +41,11 @@ class Encoding:
         distributions: Mapping[str, BaseDistribution],
         rank_space: RankSpace | None = None,
         sensitivity: Mapping[str, float] | None = None,
+        declared: Templates | None = None,
     ) -> None:
         self.has_space = rank_space is not None
         if rank_space is None:
-            series = _rank_series(distributions)
+            series = rank_parameters(distributions, declared)
             self.rank_names, grid = list(series), _grid_of(distributions, series)
         else:
             self.rank_names, grid = list(rank_space.names), RankGrid.from_space(rank_space)
@@ -164,7 +119,8 @@ def _grid_of(distributions: Mapping[str, BaseDistribution], ranks: Mapping[str, 
         values=values,
         profile=np.zeros(len(values)),
         costs=np.ones(len(values)),
-        reference=np.asarray([v[(len(v) - 1) // 2] for v in values]),  # a candidate, so that a trial can have it
+        # candidates, so that a trial can have them
+        reference=np.asarray([middle_candidate(distributions[n], v) for n, v in zip(ranks, values, strict=True)]),
         series=np.asarray([series.index(template) if few else 0 for template in templates], dtype=np.intp),
     )
 

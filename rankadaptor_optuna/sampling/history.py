@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from optuna.distributions import BaseDistribution
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from rankadaptor_optuna.attributes import sensitivity_of
 from rankadaptor_optuna.sampling.encoding import Encoding
 from rankadaptor_optuna.sampling.observations import EncodedTrials
-from rankadaptor_optuna.sampling.trials import verification_seed
+from rankadaptor_optuna.sampling.rank_parameters import Templates, rank_parameters
+from rankadaptor_optuna.sampling.trials import retried_numbers, verification_seed
+from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.surrogate.bayesian import BayesianModel
+
+_MIN_RECENT = 10  # trials whose parameters make the search space, at least; set by hand
 
 
 class History:
@@ -23,8 +29,8 @@ class History:
     Attributes:
         finished: Finished trials in the order of reading.
         unfinished: Waiting and running trials at the last reading.
-        common: Parameters that every completed trial has, with their latest distributions (ranges may change).
         sensitivity: Sensitivity of the loss to each layer's adapter, by rank parameter; empty where unknown.
+        interrupted: Numbers of trials that were run again, as their worker was killed: not their own failures.
     """
 
     def __init__(self, study: Study) -> None:
@@ -34,11 +40,14 @@ class History:
     def _reset(self) -> None:
         self.finished: list[FrozenTrial] = []
         self.unfinished: list[FrozenTrial] = []
-        self.common: dict[str, BaseDistribution] = {}
         self.sensitivity: dict[str, float] = {}
-        self._latest_complete, self._n_read = -1, 0
+        self.interrupted: set[int] = set()
+        self._n_read = 0
+        self._distributions: dict[str, tuple[int, BaseDistribution]] = {}  # the latest, with its trial's number
+        self._params: dict[TrialState, list[tuple[int, frozenset[str], dict[str, Any]]]] = {s: [] for s in TrialState}
         self._encoded: EncodedTrials | None = None
-        self._n_objectives = len(self._storage.get_study_directions(self._study_id))
+        directions = self._storage.get_study_directions(self._study_id)
+        self._signs = [1.0 if each is StudyDirection.MAXIMIZE else -1.0 for each in directions]
 
     def is_of(self, study: Study) -> bool:
         """Returns whether this is the history of ``study``."""
@@ -62,22 +71,58 @@ class History:
         self._n_read = len(trials)
         self.unfinished = [t for t in unread if not t.state.is_finished()]
         for trial in unread:
+            self.interrupted |= retried_numbers(trial)
             if trial.state.is_finished():
                 self.finished.append(trial)
-            if trial.state is TrialState.COMPLETE:
-                self._intersect(trial)
+                self._read_parameters(trial)
 
-    def _intersect(self, trial: FrozenTrial) -> None:
-        """Drops common parameters that a completed trial lacks; the latest trial's distributions replace earlier."""
-        known = self.common if self._latest_complete >= 0 else trial.distributions
-        newer = trial.distributions if trial.number > self._latest_complete else known
-        self.common = {name: newer[name] for name in known if name in trial.distributions}
-        self._latest_complete = max(self._latest_complete, trial.number)
+    def _read_parameters(self, trial: FrozenTrial) -> None:
+        self._params[trial.state].append((trial.number, frozenset(trial.params), trial.params))
+        for name, distribution in trial.distributions.items():
+            if trial.number >= self._distributions.get(name, (0, None))[0]:
+                self._distributions[name] = trial.number, distribution
 
-    @property
-    def searched(self) -> dict[str, BaseDistribution]:
-        """The common parameters with more than one value, sorted by name, as storages differ in their order."""
-        return {name: dist for name, dist in sorted(self.common.items()) if not dist.single()}
+    def search_space(self, space: RankSpace | None, declared: Templates | None) -> dict[str, BaseDistribution]:
+        """Returns the parameters to model together: the ranks of recent trials, and other parameters of these trials.
+
+        Recent is the latest half of the trials, at least 10. The ranks are those that most of them have; beside them
+        stand the parameters that all recent trials with these ranks have, but for those that decide whether a trial has
+        these ranks (see ``_decides``). So a stray trial, a conditional space, or a space that changed costs the ranks
+        nothing. Trials are the completed and pruned ones; failed ones, whose parameters may be incomplete, where there
+        are no others.
+
+        Args:
+            space: The rank space, whose parameters are always searched; None without one.
+            declared: Templates of the rank parameters' names, see ``rank_parameters``.
+
+        Returns:
+            Their latest distributions (ranges may change), sorted by name, as storages differ in their order, without
+            those of a single value; empty without a space where no trial has ranks.
+        """
+        given = {} if space is None else space.distributions()
+
+        def ranks_among(names: frozenset[str]) -> frozenset[str]:
+            if space is not None:
+                return frozenset(names & given.keys())
+            return frozenset(rank_parameters({name: latest[name] for name in names}, declared))
+
+        complete = self._params[TrialState.COMPLETE] + self._params[TrialState.PRUNED]
+        trials = sorted(complete or self._params[TrialState.FAIL], key=lambda trial: trial[0])
+        recent = trials[-max(_MIN_RECENT, len(trials) // 2) :]
+        latest = {name: distribution for name, (_, distribution) in self._distributions.items()}
+        counts = Counter[frozenset[str]]()
+        for names, n in Counter(names for _, names, _ in recent).items():
+            counts[ranks_among(names)] += n
+        del counts[frozenset()]
+        if not counts:
+            return given
+        chosen = max(reversed(counts), key=lambda ranks: counts[ranks])  # of equals, the last to appear
+        having = [(names, params) for _, names, params in recent if chosen <= names]
+        others = [params for _, names, params in recent if not chosen <= names]
+        bound = frozenset.intersection(*(names for names, _ in having)) - chosen
+        if others:
+            bound = bound - {name for name in bound if _decides(name, [params for _, params in having], others)}
+        return {name: latest[name] for name in sorted(chosen | bound) if not latest[name].single()} | given
 
     def encoded(self, encoding: Encoding, new_model: Callable[[Encoding], BayesianModel]) -> EncodedTrials:
         """Returns the finished trials encoded for a search space.
@@ -87,9 +132,25 @@ class History:
             new_model: Makes the model that encodes the trials, where the search space is another than before.
         """
         if self._encoded is None or not self._encoded.encoding.is_like(encoding):
-            self._encoded = EncodedTrials(encoding, new_model(encoding), self._n_objectives)
-        self._encoded.add(self.finished)
+            self._encoded = EncodedTrials(encoding, new_model(encoding), self._signs)
+        self._encoded.add(self.finished, self.interrupted)
         return self._encoded
+
+
+def _decides(name: str, having: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> bool:
+    """Returns whether a parameter seems to decide whether a trial has the ranks, given trials that have and lack them.
+
+    It does where trials without the ranks have a category that trials with them never have, or numbers
+    apart from theirs.
+    """
+    with_ranks = [params[name] for params in having]
+    without = [params[name] for params in others if name in params]
+    if not without:
+        return False
+    values = [*with_ranks, *without]
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return min(without) > max(with_ranks) or max(without) < min(with_ranks)
+    return any(value not in with_ranks for value in without)
 
 
 def _is_same(known: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:

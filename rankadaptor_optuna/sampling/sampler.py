@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler
+from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import SPACE_ATTR, identity_of
+from rankadaptor_optuna.attributes import RANKS_ATTR, SPACE_ATTR, identity_of
 from rankadaptor_optuna.priors.choice import OnBadPrior, PriorChoice, PriorLike
 from rankadaptor_optuna.sampling.announcement import Announcer
 from rankadaptor_optuna.sampling.encoding import Encoding
 from rankadaptor_optuna.sampling.history import History
 from rankadaptor_optuna.sampling.observations import EncodedTrials
+from rankadaptor_optuna.sampling.rank_parameters import checked_templates, rank_template
 from rankadaptor_optuna.sampling.scalarisation import scalarised
 from rankadaptor_optuna.sampling.trials import planned_params
 from rankadaptor_optuna.space import BUDGET, RankSpace
-from rankadaptor_optuna.surrogate.allocations import Allocations, within_constraints
+from rankadaptor_optuna.surrogate.allocations import Allocations, Points, within_constraints
 from rankadaptor_optuna.surrogate.bayesian import BayesianModel
 from rankadaptor_optuna.surrogate.belief import Belief
+from rankadaptor_optuna.surrogate.features import ordinary_features
 from rankadaptor_optuna.surrogate.grid import Array
 from rankadaptor_optuna.surrogate.prior import Prior
 
@@ -34,6 +38,8 @@ from rankadaptor_optuna.surrogate.prior import Prior
 _N_DRAWS = 4
 _N_RANDOM = 512  # random points of the ordinary parameters tried for each draw; set by hand
 _N_NEAR = 128  # points tried near the best trial's point, and near the best point so far; set by hand
+_RISK = 0.3  # highest probability of failing of a proposal; set by hand (0.5: a third more failed trials)
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")  # below Optuna's own logger, to follow its verbosity
 _FIXED_PARAMS_OF_SAMPLER = "_fixed_params"  # attribute of Optuna's PartialFixedSampler
 
 
@@ -43,63 +49,81 @@ class RankAdaptorSampler(BaseSampler):
     Of the optima of a few draws it proposes the one that the model knows least about.
 
     With a ``space`` every proposal is within its budget, from the first trial on, and the first trial is the uniform
-    configuration. Without a space it works in any study: parameters whose names carry a layer number and whose values
-    are ordered integers are treated as ranks along the depth, all others as ordinary parameters; it learns from the
-    existing trials, whichever sampler proposed them.
+    configuration. Without a space it works in any study: the parameters that ``ranks`` declares, or whose names say so
+    (``layer_3_rank``, ``lora_r_3``), are ranks along the depth. It learns from the existing trials, whichever sampler
+    proposed them. Parameters that all recent trials with these ranks have are searched together with the ranks, but for
+    those that decide whether a trial has ranks at all; the rest is left to ``independent_sampler``.
 
     The sampler keeps no state that the storage does not have: the same seed and history give the same proposal in any
     process.
 
     Args:
-        space: The rank space. Default: the parameters that all completed trials have in common.
+        space: The rank space. Default: the parameters of recent trials.
+        ranks: Templates of the rank parameters' names, each with ``{}`` for the layer number, where there is no space:
+            ``"layer_{}_r"``, or a list of them; ``()`` for no ranks. The study keeps them for ``recommend``. Default:
+            three or more parameters with integer values whose names differ by a number only, and contain "rank" or "r"
+            as a word.
         prior: Meta-learned start of the performance model: ``"pretrained"`` (shipped), None, a path, or ``"db:NAME"``
             or ``"db:NAME@VERSION"``, learned by ``rankadaptor meta-train``. A study keeps the prior that it began
             with, in that version, whoever resumes it.
         n_startup_trials: Number of trials with a value before which proposals are drawn from the model's prior; 0 acts
             as 1. With a space the first trial is uniform in any case.
-        independent_sampler: Samples parameters outside the relative search space. Default: uniformly.
+        independent_sampler: Samples parameters that are not searched with the ranks. Default: Optuna's ``TPESampler``.
         seed: Seed of the proposals. Default: drawn from the system.
         prior_storage: URL of the database that holds ``db:`` priors. Default: the database of the study's storage, not
             available with gRPC, journal and in-memory storages.
         on_bad_prior: Reaction to a prior that is missing, corrupt or of a newer format: ``"raise"``, or
             ``"pretrained"``: warn and go on with the shipped prior, in this process only. A database that cannot be
             reached raises in any case.
+        warn_independent_sampling: Whether to log a warning, once for each parameter, when a parameter of a study with
+            finished trials is not searched with the ranks.
 
     Attributes:
         space: The rank space, or None.
+        ranks: The templates of the rank parameters' names, or None.
         prior: The prior as it was given.
 
     Raises:
-        ValueError: The prior cannot be read (a ``db:`` prior: at the first trial), or ``n_startup_trials`` is negative.
+        ValueError: An argument is out of range, or the prior cannot be read (a ``db:`` prior: at the first trial).
     """
 
     def __init__(
         self,
         space: RankSpace | None = None,
         *,
+        ranks: str | Sequence[str] | None = None,
         prior: PriorLike = "pretrained",
         n_startup_trials: int = 2,
         independent_sampler: BaseSampler | None = None,
         seed: int | None = None,
         prior_storage: str | None = None,
         on_bad_prior: OnBadPrior = "raise",
+        warn_independent_sampling: bool = True,
     ) -> None:
         if n_startup_trials < 0:
             raise ValueError(f"n_startup_trials must be at least 0, got {n_startup_trials}.")
-        self.space = space
+        if seed is not None and seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}.")
+        if space is not None and not isinstance(space, RankSpace):
+            raise ValueError(f"space must be a RankSpace, got {space!r}; a budget is RankSpace(n_layers, budget=...).")
+        if space is not None and ranks is not None:
+            raise ValueError("give a space, which names its ranks (RankSpace(..., name=...)), or ranks, not both.")
+        self.space, self.ranks = space, checked_templates(ranks)
         if not isinstance(prior, PriorChoice):
             prior = PriorChoice(prior, storage=prior_storage, on_bad=on_bad_prior)
         self.prior = prior
         self._settled: dict[tuple[int, int], Prior | None] = {}  # each study's prior, by storage and study id
         self._n_startup_trials = n_startup_trials
         self._independent_sampler = independent_sampler
+        self._warns_of_independent = warn_independent_sampling
+        self._said: set[Any] = set()  # of messages that are given once
         self._seed = _fresh_seed() if seed is None else int(seed)
         self._cached: History | None = None
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the state that is rebuilt from the storage."""
-        return {**self.__dict__, "_cached": None, "_settled": {}, "_lock": None}
+        return {**self.__dict__, "_cached": None, "_settled": {}, "_said": set(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickled sampler."""
@@ -112,11 +136,10 @@ class RankAdaptorSampler(BaseSampler):
             self._independent_sampler.reseed_rng()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Stores space and prior with the study, for ``recommend`` and other workers."""
+        """Stores space (or declared ranks) and prior with the study, for ``recommend`` and other workers."""
         # read from the storage: under Hyperband, Optuna hides a study's attributes
         stored = study._storage.get_study_user_attrs(study._study_id)
-        if self.space is not None and stored.get(SPACE_ATTR) != (described := self.space.to_dict()):
-            study._storage.set_study_user_attr(study._study_id, SPACE_ATTR, described)
+        self._store_space(study, stored)
         try:
             with self._lock:
                 self._settle_prior(study, identity_of(stored))
@@ -126,16 +149,41 @@ class RankAdaptorSampler(BaseSampler):
         if self._independent_sampler is not None:
             self._independent_sampler.before_trial(study, trial)
 
+    def _store_space(self, study: Study, stored: Mapping[str, Any]) -> None:
+        """Stores the space, or the declared ranks, at the first trial in a study; says when the study has others."""
+        if self.space is not None:
+            key, own = SPACE_ATTR, json.loads(json.dumps(self.space.to_dict()))
+        elif self.ranks is not None:
+            key, own = RANKS_ATTR, list(self.ranks)
+        else:
+            return
+        if stored.get(key) == own:
+            self._is_new((key, study._study_id))
+            return
+        if stored.get(key) is not None and self._is_new((key, "other", study._study_id)):
+            _logger.warning(
+                f"Study {study.study_name!r} was searched with another rank space: {stored[key]!r:.200}. This worker "
+                "goes on with its own, and recommend() takes the space of the worker that joined last."
+            )
+        if self._is_new((key, study._study_id)):  # workers with different spaces do not overwrite each other in turn
+            study._storage.set_study_user_attr(study._study_id, key, own)
+
+    def _is_new(self, message: Any) -> bool:  # noqa: ANN401
+        """Returns whether this is the first time that a message is due."""
+        with self._lock:
+            known = message in self._said
+            self._said.add(message)
+        return not known
+
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Tells the independent sampler; the performance model is rebuilt from the storage."""
         if self._independent_sampler is not None:
             self._independent_sampler.after_trial(study, trial, state, values)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Returns the space's ranks and the parameters that all completed trials share, in their latest ranges."""
+        """Returns the ranks, and the parameters that are searched with them, in their latest ranges."""
         with self._lock:
-            common = self._history(study).searched
-        return common if self.space is None else {**common, **self.space.distributions()}
+            return self._history(study).search_space(self.space, self.ranks)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -150,6 +198,7 @@ class RankAdaptorSampler(BaseSampler):
         given = _given_ranks(study, trial, encoding, search_space)
         rng = self._rng(trial, "relative")
         with self._lock:
+            self._say_ranks(encoding)
             trials = history.encoded(encoding, lambda encoding: self._new_model(encoding, prior))
             allocations = Allocations.of(encoding.grid, self._budget(encoding), given)
             table, params = self._draw(study, trials, allocations, rng)
@@ -164,11 +213,52 @@ class RankAdaptorSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:  # noqa: ANN401
-        """Samples uniformly (or with the given sampler), reproducibly by trial and parameter."""
+        """Samples with the independent sampler; by default TPE, reproducibly by trial and parameter."""
+        if self.space is not None:
+            self._check_name(trial, param_name, param_distribution)
+        self._warn_of_independent(study, param_name)
         sampler = self._independent_sampler
         if sampler is None:
-            sampler = RandomSampler(seed=int(self._rng(trial, param_name).integers(2**32)))
+            sampler = TPESampler(seed=int(self._rng(trial, param_name).integers(2**32)))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def _say_ranks(self, encoding: Encoding) -> None:
+        """Says, once, which parameters are taken for ranks by their names."""
+        names = encoding.rank_names
+        if self.space is None and self.ranks is None and names and self._is_new(tuple(names)):
+            _logger.info(
+                f"{len(names)} parameters are taken for ranks along the depth, {names[0]!r} to {names[-1]!r}. "
+                "RankAdaptorSampler(ranks=...) declares others."
+            )
+
+    def _check_name(self, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> None:
+        """Refuses a rank parameter in the style of other names than the space's, whose budget would not hold.
+
+        Raises:
+            ValueError: The trial has none of the space's parameters, and this name carries a layer number.
+        """
+        names = self.space.names if self.space is not None else {}
+        template = rank_template(name, distribution)
+        if template is not None and name not in names and names.keys().isdisjoint(trial.params):
+            raise ValueError(
+                f"the objective asks for {name!r}, the rank space has {next(iter(names))!r}: use space.suggest(trial), "
+                f"or name the space's parameters, RankSpace(..., name={template!r})."
+            )
+
+    def _warn_of_independent(self, study: Study, name: str) -> None:
+        if not self._warns_of_independent or ("independent", name) in self._said:
+            return
+        with self._lock:
+            history = self._history(study)
+            has_ranks = bool(history.search_space(self.space, self.ranks))
+        if not history.finished or not self._is_new(("independent", name)):
+            return
+        if has_ranks:
+            why = "not all recent trials with ranks have it, or it decides whether a trial has them"
+        else:
+            why = "no trial has parameters named like ranks (layer_3_rank); RankAdaptorSampler(ranks=...) declares them"
+        sampler = "TPESampler" if self._independent_sampler is None else type(self._independent_sampler).__name__
+        _logger.warning(f"Parameter {name!r} is sampled by {sampler}: {why}.")
 
     def _history(self, study: Study) -> History:
         """Returns the study's trials up to now."""
@@ -193,7 +283,7 @@ class RankAdaptorSampler(BaseSampler):
     def _encoding(self, search_space: Mapping[str, BaseDistribution], history: History) -> Encoding:
         ranks = {} if self.space is None else self.space.distributions()
         if ranks.keys().isdisjoint(search_space):
-            return Encoding(search_space, sensitivity=history.sensitivity)
+            return Encoding(search_space, sensitivity=history.sensitivity, declared=self.ranks)
         # with all ranks: PartialFixedSampler removes those it fixes from the search space, but they cost, too
         return Encoding({**ranks, **search_space}, self.space, history.sensitivity)
 
@@ -222,7 +312,7 @@ class RankAdaptorSampler(BaseSampler):
             Value of each candidate rank in each layer by that draw, (L, C), and the ordinary parameters.
         """
         encoding, model, observations = trials.encoding, trials.model, trials.observations()
-        incumbent, constraints = None, []
+        incumbent = None
         if len(observations.trials) < max(1, self._n_startup_trials):
             model.fit(observations.features[:0], np.zeros(0))
         else:
@@ -230,15 +320,13 @@ class RankAdaptorSampler(BaseSampler):
             model.fit(observations.features, scores, observations.variance)
             best = int(np.where(observations.feasible, scores, scores.min()).argmax())
             incumbent = np.asarray(encoding.point(observations.trials[best].params))
-            constraints = self._constraints(trials)
 
-        def best_point(belief: Belief) -> Array:
-            return _best_point(encoding, belief, incumbent, rng)
-
-        margin = observations.margin if constraints else 0.0
-        draws = [
-            within_constraints(model.sample(rng), constraints, allocations, best_point, margin) for _ in range(_N_DRAWS)
-        ]
+        constraints = self._constraints(trials)  # after the fit, as the squared total is linearised at the best trial
+        margin = trials.margin if constraints else 0.0
+        draws = []
+        for _ in range(_N_DRAWS):
+            draw, candidates = model.sample(rng), _candidates(encoding, incumbent, rng)
+            draws.append(within_constraints(draw, constraints, allocations, candidates, margin))
         ranks = np.asarray([allocations.ranks_of(choice) for _, choice, _ in draws])
         features = model.encode(ranks, np.asarray([point for _, _, point in draws]))
         _, uncertainty = model.predict_difference(features, model.encode(encoding.grid.reference))
@@ -246,13 +334,9 @@ class RankAdaptorSampler(BaseSampler):
         return belief.table, encoding.ordinary_params(point)
 
     def _constraints(self, trials: EncodedTrials) -> list[Belief]:
-        """Returns the posterior mean of each constraint but the budget's, which allocations keep by construction."""
+        """Returns the learned constraints, but for the budget, which allocations keep by construction."""
         has_budget = self._budget(trials.encoding) < math.inf
-        return [
-            trials.model.constraint(*values)
-            for name, values in trials.constraints().items()
-            if not (has_budget and name == BUDGET)
-        ]
+        return trials.learned_constraints(_RISK, without=(BUDGET,) if has_budget else ())
 
 
 def _fresh_seed() -> int:
@@ -274,14 +358,21 @@ def _given_ranks(
     return {row: given[name] for row, name in enumerate(encoding.rank_names) if name in given}
 
 
-def _best_point(encoding: Encoding, belief: Belief, incumbent: Array | None, rng: np.random.Generator) -> Array:
-    """Seeks the best point of the ordinary parameters by a belief: random points first, then points near the best."""
-    points = encoding.random_points(_N_RANDOM, rng)
-    if encoding.width == 0:
-        return points[0]
-    if incumbent is not None:
+def _candidates(encoding: Encoding, incumbent: Array | None, rng: np.random.Generator) -> Callable[[Belief], Points]:
+    """Returns a function that returns points of the ordinary parameters to choose from, given a belief.
+
+    They are random points and points near the incumbent, the same for every belief, and points near the best of them.
+    """
+    points = encoding.random_points(_N_RANDOM if encoding.width else 1, rng)
+    if incumbent is not None and encoding.width:
         points = np.concatenate([points, encoding.points_near(incumbent, _N_NEAR, rng)])
-    best: Array = points[belief.of_ordinary(points).argmax()]
-    nearer = np.concatenate([best[None], encoding.points_near(best, _N_NEAR, rng)])
-    point: Array = nearer[belief.of_ordinary(nearer).argmax()]
-    return point
+    features = ordinary_features(points)
+
+    def candidates(belief: Belief) -> Points:
+        if not encoding.width:
+            return Points(points, features)
+        best: Array = points[belief.of_features(features).argmax()]
+        near = encoding.points_near(best, _N_NEAR, rng)
+        return Points(np.concatenate([points, near]), np.concatenate([features, ordinary_features(near)]))
+
+    return candidates

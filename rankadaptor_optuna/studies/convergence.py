@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import optuna
 from optuna.study import Study
@@ -34,6 +36,7 @@ class StopWhenConverged:
         tolerance: The limit as a multiple of the noise.
         n_draws: Number of Thompson draws.
         space: The rank space, see ``recommend``.
+        ranks: Templates of the rank parameters' names, see ``recommend``.
         prior: The performance model's prior, see ``recommend``.
 
     Raises:
@@ -49,6 +52,7 @@ class StopWhenConverged:
         tolerance: float = 0.5,
         n_draws: int = 32,
         space: RankSpace | None = None,
+        ranks: str | Sequence[str] | None = None,
         prior: PriorLike = "pretrained",
     ) -> None:
         for name, value in (("min_trials", min_trials), ("patience", patience), ("n_draws", n_draws)):
@@ -57,13 +61,13 @@ class StopWhenConverged:
         if not tolerance > 0:
             raise ValueError(f"tolerance must be above 0, got {tolerance}.")
         self._min_trials, self._patience, self._n_draws = min_trials, patience, n_draws
-        self._tolerance, self._space, self._prior = tolerance, space, prior
+        self._tolerance, self._space, self._ranks, self._prior = tolerance, space, ranks, prior
 
     def __call__(self, study: Study, trial: FrozenTrial) -> None:
         """Stops the study where it has converged."""
         if verification_seed(trial) is not None:
             return
-        reading = StudyReading(study, self._space)
+        reading = StudyReading(study, self._space, self._ranks)
         if len(study.directions) == 1 and not reading.finished_trials:
             return
         fitted = FittedStudy(reading, self._prior)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,13 @@ from rankadaptor_optuna.studies.fitted import FittedStudy
 from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.studies.statement import gain_statement, uniform_statement, worse_than_none
 from rankadaptor_optuna.studies.verification import Configuration, Confirmation, Verifications
-from rankadaptor_optuna.surrogate.statistics import t_interval
+from rankadaptor_optuna.surrogate.statistics import alike, t_interval
 
 _MIN_SEEDS = 2  # a variance needs two
 _MAX_DEVIATION = 5  # of a verification score from its seed's median, in standard deviations of the search's; by hand
 _NORMAL_975 = 1.96  # 97.5% quantile of the standard normal distribution
 _N_CLOSEST = 3
+_UNEQUAL = 0.05  # relative difference of total ranks that is worth a sentence; set by hand
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,10 @@ class Recommendation:
     """The rank configuration that the performance model expects to be best.
 
     Attributes:
-        ranks: Rank of each searched layer, ``{layer index: rank}``, or sublayer, ``{"0.mlp": rank}``; empty where no
-            space is known and several rank parameters belong to one layer: see ``params`` then.
-        params: The study's parameters with these ranks (and the best ordinary parameters).
+        ranks: Rank of each searched layer, ``{layer index: rank}``, or part of a layer, ``{"0.mlp": rank}``; empty
+            where no space is known and the parameters' names do not say which modules have their ranks: see ``params``.
+        params: The study's parameters with these ranks, and the best ordinary parameters; parameters that are not
+            searched with the ranks are those of the best trial that has these ranks' parameters.
         predicted: Predicted score on the search's own seed.
         std: Standard deviation of that prediction.
         cost: Trainable parameters (sum of ranks where no space is known).
@@ -80,29 +83,44 @@ class Recommendation:
         Raises:
             ValueError: No layer has a positive rank, or ``ranks`` is empty.
         """
-        return self.all_ranks.lora_arguments(self.lora)
+        return self._modules.lora_arguments(self.lora)
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """``rank_pattern`` of ``peft.LoraConfig``; empty where ``ranks`` is.
+        """``rank_pattern`` of ``peft.LoraConfig``.
 
         It lacks layers of rank 0, to which PEFT gives its default rank: prefer ``lora_arguments``.
+
+        Raises:
+            ValueError: ``ranks`` is empty.
         """
-        return self.all_ranks.rank_pattern_of(self.lora)
+        return self._modules.rank_pattern_of(self.lora)
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
-        """``alpha_pattern`` of ``peft.LoraConfig``: in proportion to the ranks, unless the recipe sets one alpha."""
-        return self.all_ranks.alpha_pattern(self.lora)
+        """``alpha_pattern`` of ``peft.LoraConfig``: in proportion to the ranks, unless the recipe sets one alpha.
+
+        Raises:
+            ValueError: ``ranks`` is empty.
+        """
+        return self._modules.alpha_pattern(self.lora)
+
+    @property
+    def _modules(self) -> Ranks:
+        if not self.all_ranks:
+            raise ValueError("the rank parameters' names do not say which modules have these ranks; see params.")
+        return self.all_ranks
 
 
 def recommend(
     study: Study,
     *,
     space: RankSpace | None = None,
+    ranks: str | Sequence[str] | None = None,
     prior: PriorLike = "pretrained",
     verify: int = 0,
     seeds: int = 3,
+    independent_noise: bool | None = None,
 ) -> Recommendation:
     """Returns the configuration within the budget that is expected to be best, with caution.
 
@@ -119,21 +137,32 @@ def recommend(
 
     Args:
         study: A study with one objective; any sampler may have made its trials.
-        space: The rank space. Default: the sampler's, else the space stored with the study; without any, ranks are
-            recognised by the parameters' names and ranges, and there is no budget.
+        space: The rank space. Default: the sampler's, else the space stored with the study; without any there is no
+            budget.
+        ranks: Templates of the rank parameters' names where there is no space, see ``RankAdaptorSampler``. Default:
+            those stored with the study; without any, ranks are recognised by their names and ranges.
         prior: The performance model's prior, see ``PriorChoice``; used for a study that neither began with a prior nor
             has a ``RankAdaptorSampler``.
         verify: Number of configurations to verify. Default: none.
         seeds: Number of fresh seeds for each, at least 2.
+        independent_noise: Whether every trial draws its own random numbers. Then gains found by many trials last; where
+            trials share a seed, a part of their differences is that seed's alone. Default: True where trials of equal
+            parameters have different scores, else False.
 
     Raises:
         ValueError: Several objectives, no finished trial, no rank parameters, or ``verify`` or ``seeds`` too small.
     """
-    return recommend_from(StudyReading(study, space), prior=prior, verify=verify, seeds=seeds)
+    reading = StudyReading(study, space, ranks)
+    return recommend_from(reading, prior=prior, verify=verify, seeds=seeds, independent_noise=independent_noise)
 
 
 def recommend_from(
-    reading: StudyReading, *, prior: PriorLike = "pretrained", verify: int = 0, seeds: int = 3
+    reading: StudyReading,
+    *,
+    prior: PriorLike = "pretrained",
+    verify: int = 0,
+    seeds: int = 3,
+    independent_noise: bool | None = None,
 ) -> Recommendation:
     """Returns the recommendation of a study that was read already; see ``recommend``."""
     if verify < 0 or seeds < _MIN_SEEDS:
@@ -146,12 +175,15 @@ def recommend_from(
     confirmed = None
     if measured := differences.get(verifications.configuration(params)):
         interval = t_interval(measured, 1 - 0.05 / len(differences))  # Bonferroni: one of several was chosen
-        confirmed = Confirmation(float(np.mean(measured)), interval, len(measured), len(differences))
+        gain = float(np.mean(measured))
+        confirmed = Confirmation(gain, interval, len(measured), len(differences), alike(measured))
     if verify:
         wanted = [params, *(each for each in best if each != params)]
         wanted = [each for each in wanted if each != fitted.uniform(each)][:verify] or [params]
         verifications.enqueue([run for each in wanted for run in (each, fitted.uniform(each))], seeds)
-    return _explained(fitted, params, confirmed, len(differences))
+    if independent_noise is None:
+        independent_noise = fitted.repeats_differ()
+    return _explained(fitted, params, confirmed, len(differences), independent_noise=independent_noise)
 
 
 _Differences = dict[Configuration, list[float]]
@@ -197,13 +229,19 @@ def _preferred(fitted: FittedStudy, verifications: Verifications, differences: _
 
 
 def _explained(
-    fitted: FittedStudy, params: dict[str, Any], confirmed: Confirmation | None, n_verified: int
+    fitted: FittedStudy,
+    params: dict[str, Any],
+    confirmed: Confirmation | None,
+    n_verified: int,
+    *,
+    independent_noise: bool,
 ) -> Recommendation:
     """Returns the recommendation of ``params`` with its evidence."""
     reading, model, observations = fitted.reading, fitted.model, fitted.observations
     chosen, uniform = np.asarray(fitted.encoding.ranks(params)), fitted.encoding.grid.reference
     own_gain, own_std = (float(x[0]) for x in model.predict_gain(chosen))
-    gain, gain_std = (float(x[0]) for x in model.predict_lasting_gain(chosen))
+    lasting = model.predict_gain if independent_noise else model.predict_lasting_gain
+    gain, gain_std = (float(x[0]) for x in lasting(chosen))
     predicted, std = (float(x[0]) for x in model.predict(chosen, fitted.encoding.point(params)))
     n_trials, interval = len(observations.trials), (gain - _NORMAL_975 * gain_std, gain + _NORMAL_975 * gain_std)
     fixed = None if reading.space is None else reading.space.fixed_ranks
@@ -214,6 +252,9 @@ def _explained(
         statement = gain_statement(
             uniform, n_trials, gain, interval, holds_on_own_seed=holds, confirmed=confirmed, fixed=fixed
         )
+        cost = float(chosen @ fitted.encoding.grid.costs) / float(uniform @ fitted.encoding.grid.costs)
+        if reading.space is None and abs(cost - 1) > _UNEQUAL:
+            statement += f" The costs differ: its ranks add up to {cost:.2g} times as much; a RankSpace sets a budget."
     unrecovered = unrecovered_of(reading.study.user_attrs)
     if unrecovered is not None and chosen.any() and reading.sign * predicted < reading.sign * unrecovered:
         statement += worse_than_none(predicted, unrecovered)
@@ -223,7 +264,7 @@ def _explained(
     space, ranks = reading.space, reading.ranks(params)
     return Recommendation(
         ranks=ranks,
-        params=params,
+        params=fitted.complete(params),
         predicted=predicted,
         std=std,
         cost=float(chosen.sum()) if space is None else space.cost(ranks),

@@ -59,6 +59,9 @@ def gain_statement(
 def _confirmation(confirmed: Confirmation | None) -> str:
     if confirmed is None:
         return ""
+    if confirmed.alike:
+        seeds = f"{confirmed.n_seeds} fresh seeds"
+        return f" Measured on {seeds}: a gain of {confirmed.gain:+.4f} on each, no spread to judge by."
     low, high = confirmed.interval
     verdict = "Confirmed" if low > 0 else "Worse than uniform" if high < 0 else "Not confirmed"
     measured = f"measured gain {_with_interval(confirmed.gain, confirmed.interval)}"

@@ -38,8 +38,7 @@ def meta_task(study: Study, *, min_trials: int = MIN_TRIALS) -> MetaTask:
     reading = StudyReading(study)
     encoding = reading.encoding
     if not encoding.rank_names:
-        why = "its finished trials have no rank parameters in common" if reading.history.common else "no trial"
-        raise ValueError(why)
+        raise ValueError("its trials have no parameters named like ranks" if reading.history.finished else "no trial")
     trials = reading.history.encoded(
         encoding, lambda encoding: BayesianModel(encoding.grid, prior=None, n_ordinary=encoding.width)
     )

@@ -6,7 +6,8 @@ scores of another seed have another common offset, so they are compared with sco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +37,14 @@ class Confirmation:
         interval: Its 95% t interval over the seeds, with a Bonferroni correction for ``n_verified`` comparisons.
         n_seeds: Number of seeds on which both were run.
         n_verified: Number of configurations compared with uniform.
+        alike: Whether the differences to uniform are equal on all seeds: no spread to compute an interval from.
     """
 
     gain: float
     interval: tuple[float, float]
     n_seeds: int
     n_verified: int
+    alike: bool = False
 
 
 class Verifications:
@@ -60,6 +63,7 @@ class Verifications:
         self.scores: dict[Configuration, dict[int, float]] = {}
         self.infeasible: set[Configuration] = set()
         self._study, self._names = reading.study, list(names)
+        self._values: dict[Configuration, list[Any]] = {}
         self._pending: set[tuple[Configuration, int]] = set()
         found: dict[tuple[Configuration, int], list[float]] = {}
         for trial in reading.verification_trials:
@@ -78,11 +82,14 @@ class Verifications:
 
     def configuration(self, params: Mapping[str, Any]) -> Configuration:
         """Returns the values that identify a configuration."""
-        return tuple(params[name] for name in self._names)
+        values = [params[name] for name in self._names]
+        key = tuple(value if isinstance(value, Hashable) else json.dumps(value) for value in values)
+        self._values.setdefault(key, values)
+        return key
 
     def params(self, key: Configuration) -> dict[str, Any]:
         """Returns the parameters of a configuration."""
-        return dict(zip(self._names, key, strict=True))
+        return dict(zip(self._names, self._values[key], strict=True))
 
     def enqueue(self, configurations: Iterable[Mapping[str, Any]], n_seeds: int) -> None:
         """Enqueues runs of configurations on the first seeds, unless they are waiting, running or done.

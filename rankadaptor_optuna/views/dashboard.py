@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from optuna.study import Study
@@ -26,7 +27,9 @@ _TITLE = "## Recommended ranks"
 _LINE = 60  # characters of a long text on one line of code
 
 
-def publish_dashboard(study: Study, *, prior: PriorLike = "pretrained") -> None:
+def publish_dashboard(
+    study: Study, *, ranks: str | Sequence[str] | None = None, prior: PriorLike = "pretrained"
+) -> None:
     """Publishes figures and a note with the recommendation to the study, where optuna-dashboard shows them.
 
     Each call replaces the figures, and the part of the note between two (invisible) markers; other text stays.
@@ -35,6 +38,7 @@ def publish_dashboard(study: Study, *, prior: PriorLike = "pretrained") -> None:
     Args:
         study: A study in any storage; any sampler may have made its trials. Without finished trials the note
             says so and there are no figures; with several objectives there is no recommendation.
+        ranks: See ``recommend``.
         prior: See ``recommend``.
 
     Raises:
@@ -42,7 +46,7 @@ def publish_dashboard(study: Study, *, prior: PriorLike = "pretrained") -> None:
         ValueError: The study's finished trials have no rank parameters.
     """
     require_dashboard()
-    publish_reading(StudyReading(study), prior=prior)
+    publish_reading(StudyReading(study, ranks=ranks), prior=prior)
 
 
 def publish_reading(reading: StudyReading, *, prior: PriorLike = "pretrained") -> None:
@@ -51,7 +55,7 @@ def publish_reading(reading: StudyReading, *, prior: PriorLike = "pretrained") -
 
     study, view = reading.study, StudyView.of(reading)
     if view.numbers and not view.names:
-        raise ValueError("the study has no rank parameters: names with a layer number and integer values.")
+        reading.check_ranks()
     found = recommend_from(reading, prior=prior) if view.numbers and view.scores is not None else None
     figures = {}
     if view.numbers:

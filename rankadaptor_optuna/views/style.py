@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rankadaptor_optuna.surrogate.statistics import t_interval
+from rankadaptor_optuna.surrogate.statistics import alike, t_interval
 
 # Okabe and Ito's palette, which readers with colour blindness can tell apart: https://jfly.uni-koeln.de/color/
 BLUE, VERMILION, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"
@@ -38,9 +38,9 @@ def as_score(value: float) -> str:
 
 
 def as_mean(values: Sequence[float], digits: int = 2) -> str:
-    """Returns the mean with the half width of its 95% t interval, ``2.72 ± 0.05``, or a single value alone."""
+    """Returns the mean with the half width of its 95% t interval, ``2.72 ± 0.05``; alone where values do not differ."""
     mean = f"{np.mean(values):.{digits}f}"
-    if len(values) < 2:
+    if alike(values):
         return mean
     low, high = t_interval(values)
     return f"{mean} ± {(high - low) / 2:.{digits}f}"

@@ -47,8 +47,9 @@ def constrain(trial, value):
         trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [value])
 
 
-def constraints_of(study):
-    return [getattr(t, "constraints", {}) for t in study.trials]
+def broken_constraints(study):
+    constraints = [getattr(t, "constraints", {}) for t in study.trials]
+    return [{name: value for name, value in given.items() if value > 0} for given in constraints]
 
 
 SENSITIVITY = {SPACE.name(layer): value for layer, value in enumerate([1.0, 1, 9, 1, 1, 6, 1, 1])}

@@ -8,7 +8,7 @@ from rankadaptor_optuna import RankSpace, recommend
 from tests.sampling.common import (
     HAS_SET_CONSTRAINT,
     SPACE,
-    constraints_of,
+    broken_constraints,
     is_uniform,
     new_study,
     objective,
@@ -54,7 +54,7 @@ def test_the_budget_holds_for_every_proposal_and_uniform_comes_first(fuzz_seed):
     study.optimize(noisy, n_trials=10)
     assert is_uniform(study.trials[0], space)
     assert all(space.is_feasible(ranks_of(t, space)) for t in study.trials)
-    assert not any(constraints_of(study))
+    assert not any(broken_constraints(study))
 
 
 @pytest.mark.parametrize("candidates", [(2, 4, 6, 8, 10, 12), (0, 4, 8, 16, 32)])
@@ -78,7 +78,7 @@ def test_a_budget_in_fractions_is_not_exceeded_by_a_rounding_error(cost):
     space = RankSpace(9, budget="uniform:8", costs=[cost] * 9, fixed_cost=0.7)
     study = new_study(space)
     study.optimize(lambda trial: float(score(space.suggest(trial))), n_trials=12)
-    assert constraints_of(study) == [{}] * 12
+    assert broken_constraints(study) == [{}] * 12
 
 
 def test_partly_enqueued_ranks_are_kept_and_the_others_make_room_for_them():
@@ -107,7 +107,7 @@ def test_enqueued_ranks_that_no_budget_can_save_get_the_cheapest_rest():
     study.enqueue_trial({SPACE.name(layer): 12 for layer in range(6)})
     study.optimize(objective, n_trials=1)
     assert [*ranks_of(study.trials[0]).values()] == [12] * 6 + [2] * 2
-    assert not HAS_SET_CONSTRAINT or study.trials[0].constraints["budget"] > 0
+    assert not HAS_SET_CONSTRAINT or study.trials[0].constraints["rankadaptor:budget"] > 0
 
 
 def test_a_fully_enqueued_trial_is_run_as_it_is():

@@ -23,7 +23,7 @@ def test_it_goes_on_where_anothers_study_stopped(name):
     assert max(after) > max(before)
 
 
-@pytest.mark.parametrize("name", ["model.layers.{}.mlp.r", "rank_attn_{}", "categorical_{}"])
+@pytest.mark.parametrize("name", ["model.layers.{}.mlp.r", "rank_attn_{}", "rank_categorical_{}"])
 def test_anyones_ranks_are_learned_along_the_depth_at_once(name):
     def run(trial):
         ranks = {

@@ -5,38 +5,10 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from rankadaptor_optuna import RankSpace
-from rankadaptor_optuna.sampling.encoding import MAX_CANDIDATES, Encoding, candidate_ranks, rank_parameters
+from rankadaptor_optuna.sampling.encoding import Encoding
 from rankadaptor_optuna.surrogate.grid import RankGrid
 
 RANK = IntDistribution(2, 12, step=2)
-
-
-@pytest.mark.parametrize(
-    "style",
-    [
-        "layer_{}_rank",
-        "layer_{:02d}_rank",
-        "r_{}",
-        "r_l{}",
-        "rank{}",
-        "{}",
-        "lora_r.{}",
-        "model.layers.{}.mlp.r",
-        "base8_layer{}_rank",
-        "Rank of layer {}",
-    ],
-)
-@pytest.mark.parametrize("rank", [RANK, CategoricalDistribution((4, 8, 16)), IntDistribution(1, 64, log=True)])
-def test_ranks_are_found_by_a_layer_number_in_their_names(style, rank):
-    layers = [3, 10, 7, 11]
-    space = {"lr": FloatDistribution(1e-5, 1e-2, log=True)} | {style.format(i): rank for i in layers}
-    assert rank_parameters(space) == {style.format(i): i for i in (3, 7, 10, 11)}
-
-
-def test_several_series_are_found_side_by_side_by_layer():
-    space = {f"layers.{i}.{kind}.r": RANK for kind in ("mlp", "attn") for i in (0, 1, 2)}
-    assert [*rank_parameters(space).values()] == [0, 0, 1, 1, 2, 2]
-    assert rank_parameters(space).keys() == space.keys()
 
 
 def test_series_side_by_side_are_two_functions_of_depth_as_those_of_a_space():
@@ -49,54 +21,9 @@ def test_series_side_by_side_are_two_functions_of_depth_as_those_of_a_space():
 
 
 def test_very_many_series_are_told_apart_by_their_residuals_alone():
-    names = [f"layer_{i}_{kind}" for i in range(3) for kind in "abcdefgh"]
+    names = [f"layer_{i}_rank_{kind}" for i in range(3) for kind in "abcdefgh"]
     assert Encoding(dict.fromkeys(names, RANK)).grid.n_series == 8
-    assert Encoding(dict.fromkeys([*names, "layer_0_i", "layer_1_i", "layer_2_i"], RANK)).grid.n_series == 1
-
-
-@pytest.mark.parametrize(
-    "distribution",
-    [
-        FloatDistribution(0, 1),
-        FloatDistribution(2, 12, step=2),
-        IntDistribution(-2, 12),
-        CategoricalDistribution(("a", "b")),
-        CategoricalDistribution((2.0, 4.0)),
-        CategoricalDistribution((-1, 4)),
-        CategoricalDistribution((False, True)),
-        CategoricalDistribution((None, 4)),
-    ],
-)
-def test_values_that_are_no_ordered_counts_are_no_ranks(distribution):
-    assert candidate_ranks(distribution) is None
-    assert rank_parameters({f"layer_{i}_x": distribution for i in range(8)}) == {}
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["batch_size", "steps", "warmup"],
-        ["layer_1_rank", "layer_2_rank"],
-        ["layer_1_rank", "head_2_width", "beta2_steps"],
-        ["epochs1", "2epochs", "ep3ochs"],
-    ],
-)
-def test_fewer_than_three_names_alike_are_no_ranks(names):
-    assert rank_parameters(dict.fromkeys(names, RANK)) == {}
-
-
-def test_a_wide_range_is_thinned_but_keeps_its_ends():
-    for distribution in (IntDistribution(1, 1000), IntDistribution(1, 1000, log=True)):
-        values = candidate_ranks(distribution)
-        assert 8 <= len(values) <= MAX_CANDIDATES
-        assert (values[0], values[-1]) == (1, 1000)
-        assert (np.diff(values) > 0).all()
-        assert all(v == int(v) for v in values)
-    assert np.median(candidate_ranks(IntDistribution(1, 1000, log=True))) < 100
-
-
-def test_categorical_ranks_are_sorted_and_may_be_0():
-    assert candidate_ranks(CategoricalDistribution((16, 0, 8))).tolist() == [0, 8, 16]
+    assert Encoding(dict.fromkeys([*names, *(f"layer_{i}_rank_i" for i in range(3))], RANK)).grid.n_series == 1
 
 
 SPACE = {

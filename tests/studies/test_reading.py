@@ -51,7 +51,7 @@ def test_failed_and_infinite_trials_are_not_finished():
         study.optimize(lambda trial, value=value: 0 * SPACE.suggest(trial)[1] + float(value), n_trials=1)
     assert StudyReading(study).finished_trials == []
     assert len(StudyReading(study).trials) == 3
-    with pytest.raises(ValueError, match="no finished trial"):
+    with pytest.raises(ValueError, match="finite score yet: 2 completed with an infinite score, 1 failed"):
         recommend(study)
 
 

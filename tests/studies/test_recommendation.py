@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from functools import partial
 
 import numpy as np
@@ -36,12 +37,14 @@ def run(n_trials, *, noise=0.0, signal=1.0, seed=0, direction="maximize", space=
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        (lambda: create_study(space=SPACE), "has no finished trial yet; run some first"),
+        (lambda: create_study(space=SPACE), "has no trials yet; run some first"),
         (
             lambda: optuna.create_study(directions=["minimize"] * 2),
             r"one objective, this study has 2; see .*best_trials",
         ),
-        (lambda: optuna.create_study(sampler=RandomSampler()), "no rank parameters: names with a layer number"),
+        (lambda: of_trials(lambda trial: trial.suggest_float("x", 0, 1)), "no rank parameters; its trials have: x, "),
+        (lambda: of_trials(failing), r"finite score yet: 3 failed\."),
+        (lambda: of_trials(pruned), r"finite score yet: 3 pruned\."),
     ],
 )
 def test_recommend_says_what_is_missing(study, message):
@@ -59,6 +62,90 @@ def test_a_recovery_that_is_worse_than_none_is_said(direction, sign):
         assert ("But recovery made the model worse: predicted score" in statement) is worse
     study.set_user_attr("rankadaptor:unrecovered", predicted + sign)
     assert f"without recovery {predicted + sign:.4f}. Lower the learning rate" in recommend(study).evidence.statement
+
+
+def of_trials(objective):
+    study = optuna.create_study(sampler=RandomSampler())
+    study.optimize(objective, n_trials=3, catch=RuntimeError)
+    return study
+
+
+def failing(trial):
+    SPACE.suggest(trial)
+    raise RuntimeError
+
+
+def pruned(trial):
+    SPACE.suggest(trial)
+    raise optuna.TrialPruned
+
+
+def test_a_space_with_other_names_than_the_trials_is_refused_and_a_template_names_them():
+    def objective(trial):
+        return float(sum(trial.suggest_int(f"layer_{i}_rank", 2, 12, step=2) for i in range(12)))
+
+    study = of_trials(objective)
+    with pytest.raises(ValueError, match=r"all ranks \(layer_00_rank, .*its trials have layer_0_rank, .*name="):
+        recommend(study, space=RankSpace(12, budget="uniform:6"))
+    space = RankSpace(12, budget="uniform:6", name="layer_{}_rank")
+    assert space.is_feasible(recommend(study, space=space).ranks)
+
+
+def test_declared_ranks_are_kept_by_the_study():
+    def objective(trial):
+        return float(sum(trial.suggest_int(f"n{i}", 2, 12, step=2) for i in range(2)))
+
+    study = optuna.create_study(sampler=RankAdaptorSampler(ranks="n{}", prior=None, seed=0))
+    study.optimize(objective, n_trials=6)
+    study.sampler = RandomSampler()
+    assert set(recommend(study, prior=None).ranks) == {0, 1}
+    assert recommend(of_trials(objective), ranks="n{}", prior=None).ranks.keys() == {0, 1}
+
+
+def test_unequal_costs_of_a_drop_in_study_are_said():
+    def objective(trial, sign):
+        return sign * float(sum(trial.suggest_int(f"r{i}", 2, 12, step=2) for i in range(6)))
+
+    for sign, cost in ((1, "2 times"), (-1, "0.33 times")):
+        study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
+        study.optimize(lambda trial, sign=sign: objective(trial, sign), n_trials=20)
+        assert f"add up to {cost} as much" in recommend(study, prior=None).evidence.statement
+
+
+def test_the_parameters_of_a_recommendation_run_as_a_trial():
+    def objective(trial):
+        if trial.suggest_categorical("method", ["lora", "full"]) == "full":
+            return 100 + trial.suggest_float("rate", 0, 1)
+        trial.suggest_int("steps", 7, 7)
+        targets = trial.suggest_categorical("targets", [["q"], ["q", "v"]])
+        return float(sum(trial.suggest_int(f"r{i}", 2, 12, step=2) for i in range(6)) + len(targets))
+
+    study = optuna.create_study(sampler=RandomSampler(seed=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of lists as categories
+        study.optimize(objective, n_trials=20)
+        found = recommend(study, prior=None, verify=1)
+        assert objective(optuna.trial.FixedTrial(found.params)) < 30
+    assert (found.params["method"], found.params["steps"]) == ("lora", 7)
+
+
+def test_gains_are_surer_where_each_trial_has_noise_of_its_own():
+    rng = np.random.default_rng(0)
+
+    def objective(trial):
+        ranks = {i: trial.suggest_int(f"r{i}", 2, 12, step=2) for i in range(6)}
+        return float(score(ranks) + rng.normal())
+
+    study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
+    study.optimize(objective, n_trials=40)
+
+    def width(**given):
+        return np.ptp(recommend(study, prior=None, **given).evidence.interval)
+
+    assert width(independent_noise=True) < 0.8 * width() == 0.8 * width(independent_noise=False)
+    study.enqueue_trial(study.best_params)
+    study.optimize(objective, n_trials=1)  # equal parameters, another score
+    assert width() == width(independent_noise=True)
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
@@ -216,12 +303,26 @@ def test_trials_without_all_of_a_given_spaces_ranks_are_left_out():
 
 def test_where_several_ranks_belong_to_a_layer_the_parameters_say_which():
     study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
-    names = [f"{m}_{i}_r" for i in range(3) for m in ("q", "v")]
+    names = [f"{m}_{i}_r" for i in range(3) for m in ("a", "b")]
     study.optimize(lambda trial: float(sum(trial.suggest_int(n, 1, 8) for n in names)), n_trials=5)
     found = recommend(study, prior=None)
     assert found.params.keys() == set(names)
-    assert found.ranks == found.rank_pattern == {}
+    assert found.ranks == {}
+    with pytest.raises(ValueError, match="do not say which modules"):
+        _ = found.rank_pattern
     assert found.cost == sum(found.params.values())
+
+
+def test_several_ranks_of_a_layer_are_those_of_the_modules_in_their_names():
+    study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
+    names = [f"layer_{i}_{m}_rank" for i in range(3) for m in ("q", "v")]
+    study.optimize(lambda trial: float(sum(trial.suggest_int(n, 1, 8) for n in names)), n_trials=5)
+    found = recommend(study, prior=None)
+    assert found.ranks["1.v_proj"] == found.params["layer_1_v_rank"]
+    pattern = next(
+        key for key in found.rank_pattern if re.fullmatch(rf"(.*\.)?({key})", "model.layers.1.self_attn.v_proj")
+    )
+    assert found.rank_pattern[pattern] == found.params["layer_1_v_rank"]
 
 
 def test_the_recommendation_keeps_a_constraint_that_the_score_alone_would_break():

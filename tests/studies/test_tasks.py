@@ -133,7 +133,7 @@ def failed():
     [
         (failed, "0 finished trials, fewer than 10"),
         (several_objectives, "2 objectives"),
-        (no_ranks, "no rank parameters in common"),
+        (no_ranks, "no parameters named like ranks"),
         (new_study, "no trial"),
         (short, "9 finished trials, fewer than 10"),
         (constant, "the same score"),

@@ -136,7 +136,7 @@ def test_a_drop_in_study_gets_its_sum_of_ranks_and_code_where_layers_are_known(d
     assert "| layer | rank |\n" in get_note(study)
     assert "Sum of ranks" in get_note(study)
     assert "LoraConfig" in get_note(study)
-    study = drop_in(tuple(f"{kind}_{i}_r" for i in range(3) for kind in "qv"))
+    study = drop_in(tuple(f"{kind}_{i}_r" for i in range(3) for kind in "ab"))
     publish_dashboard(study)
     assert "LoraConfig" not in get_note(study)
 
@@ -146,7 +146,7 @@ def test_the_gain_of_verification_trials_is_in_the_note(make_study, space):
     recommend(study, verify=1, seeds=2)
     study.optimize(lambda trial: sum(i * rank for i, rank in space.suggest(trial).items()) + 1000.0, n_trials=4)
     publish_dashboard(study)
-    assert "Confirmed on 2 fresh seeds" in get_note(study)
+    assert "Measured on 2 fresh seeds" in get_note(study)
 
 
 def test_a_study_without_ranks_is_refused():

@@ -72,5 +72,5 @@ def test_a_drop_in_study_has_neither_uniform_nor_profile(view_of, drop_in):
 
 
 def test_two_rank_parameters_of_one_layer_are_told_apart_by_name(view_of, drop_in):
-    names = tuple(f"{kind}_{i}_r" for i in range(3) for kind in "qv")
+    names = tuple(f"{kind}_{i}_r" for i in range(3) for kind in "ab")
     assert view_of(drop_in(names)).labels == names
