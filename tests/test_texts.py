@@ -112,7 +112,7 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho
         ("mark.jsonl", "\ufeff" + "\n".join(map(json.dumps, ALPACA))),
         ("a.csv", "instruction,input,output\nAdd.,,3\nSay.,x,5\n"),
         ("a.tsv", "instruction\tinput\toutput\nAdd.\t\t3\nSay.\tx\t5\n"),
-        ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ALPACA)).encode())),
+        ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ALPACA)).encode(), mtime=0)),
     ],
 )
 def test_instruction_records_are_read_from_any_common_format(tmp_path, name, content):

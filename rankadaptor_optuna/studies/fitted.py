@@ -23,7 +23,7 @@ from rankadaptor_optuna.surrogate.grid import Array
 from rankadaptor_optuna.surrogate.knapsack import Choice
 
 _FRANK_WOLFE_STEPS = 16  # set by hand
-_RISK = 0.2  # highest probability of failing of a recommendation; set by hand
+_RISK = 0.1  # highest probability of failing of a recommendation; set by hand
 _ROUNDING = 0.01  # difference of the scores of equal trials, in their standard deviations, that is not noise; by hand
 
 
