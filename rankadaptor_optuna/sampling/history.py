@@ -82,6 +82,11 @@ class History:
             if trial.number >= self._distributions.get(name, (0, None))[0]:
                 self._distributions[name] = trial.number, distribution
 
+    @property
+    def names(self) -> set[str]:
+        """Names of the parameters of all finished trials that have more than one value."""
+        return {name for name, (_, distribution) in self._distributions.items() if not distribution.single()}
+
     def search_space(self, space: RankSpace | None, declared: Templates | None) -> dict[str, BaseDistribution]:
         """Returns the parameters to model together: the ranks of recent trials, and other parameters of these trials.
 

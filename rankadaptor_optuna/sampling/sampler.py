@@ -6,13 +6,13 @@ import json
 import math
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -23,6 +23,7 @@ from rankadaptor_optuna.sampling.encoding import Encoding
 from rankadaptor_optuna.sampling.history import History
 from rankadaptor_optuna.sampling.observations import EncodedTrials
 from rankadaptor_optuna.sampling.rank_parameters import checked_templates, rank_template
+from rankadaptor_optuna.sampling.remainder import remaining_space, sample_remainder, tpe
 from rankadaptor_optuna.sampling.scalarisation import scalarised
 from rankadaptor_optuna.sampling.trials import planned_params
 from rankadaptor_optuna.space import BUDGET, RankSpace
@@ -181,9 +182,13 @@ class RankAdaptorSampler(BaseSampler):
             self._independent_sampler.after_trial(study, trial, state, values)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Returns the ranks, and the parameters that are searched with them, in their latest ranges."""
+        """Returns the ranks, the parameters searched with them, in their latest ranges, and those left to TPE."""
         with self._lock:
-            return self._history(study).search_space(self.space, self.ranks)
+            history = self._history(study)
+            searched = history.search_space(self.space, self.ranks)
+        if self._independent_sampler is not None or history.names <= searched.keys():
+            return searched
+        return remaining_space(study, trial, searched) | searched
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -194,6 +199,21 @@ class RankAdaptorSampler(BaseSampler):
             return {}
         with self._lock:
             prior, history = self._prior_of(study), self._history(study)
+            searched = history.search_space(self.space, self.ranks)
+        remainder = {name: search_space.pop(name) for name in history.names & search_space.keys() - searched.keys()}
+        self._warn_of_remainder(study, remainder)
+        params = sample_remainder(study, trial, remainder, self._rng(trial, "remainder")) if remainder else {}
+        return params | self._sample_searched(study, trial, search_space, history, prior) if search_space else params
+
+    def _sample_searched(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+        history: History,
+        prior: Prior | None,
+    ) -> dict[str, Any]:
+        """Proposes ranks, and the parameters searched with them."""
         encoding = self._encoding(search_space, history)
         given = _given_ranks(study, trial, encoding, search_space)
         rng = self._rng(trial, "relative")
@@ -216,10 +236,10 @@ class RankAdaptorSampler(BaseSampler):
         """Samples with the independent sampler; by default TPE, reproducibly by trial and parameter."""
         if self.space is not None:
             self._check_name(trial, param_name, param_distribution)
-        self._warn_of_independent(study, param_name)
+        self._warn_of_remainder(study, [param_name])
         sampler = self._independent_sampler
         if sampler is None:
-            sampler = TPESampler(seed=int(self._rng(trial, param_name).integers(2**32)))
+            sampler = tpe(self._rng(trial, param_name))
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def _say_ranks(self, encoding: Encoding) -> None:
@@ -245,20 +265,22 @@ class RankAdaptorSampler(BaseSampler):
                 f"or name the space's parameters, RankSpace(..., name={template!r})."
             )
 
-    def _warn_of_independent(self, study: Study, name: str) -> None:
-        if not self._warns_of_independent or ("independent", name) in self._said:
+    def _warn_of_remainder(self, study: Study, names: Collection[str]) -> None:
+        """Says, once, which parameters of a study with finished trials are not searched with the ranks."""
+        new = [name for name in names if ("remainder", name) not in self._said]
+        if not self._warns_of_independent or not new:
             return
         with self._lock:
             history = self._history(study)
             has_ranks = bool(history.search_space(self.space, self.ranks))
-        if not history.finished or not self._is_new(("independent", name)):
+        if not history.finished:
             return
-        if has_ranks:
-            why = "not all recent trials with ranks have it, or it decides whether a trial has them"
-        else:
+        new = [name for name in new if self._is_new(("remainder", name))]
+        why = "not all recent trials with ranks have them, or they decide whether a trial has ranks"
+        if not has_ranks:
             why = "no trial has parameters named like ranks (layer_3_rank); RankAdaptorSampler(ranks=...) declares them"
         sampler = "TPESampler" if self._independent_sampler is None else type(self._independent_sampler).__name__
-        _logger.warning(f"Parameter {name!r} is sampled by {sampler}: {why}.")
+        _logger.warning(f"Left to {sampler}: {', '.join(map(repr, sorted(new)))}, as {why}.")
 
     def _history(self, study: Study) -> History:
         """Returns the study's trials up to now."""
