@@ -104,13 +104,13 @@ class EncodedTrials:
         self._constraints = [constraints[i] for i in order]
 
     def observations(self) -> Observations:
-        """Returns the trials that have a value and did not diverge; pruned trials of one objective are extrapolated."""
+        """Returns the trials that have a value; with one objective, pruned trials get an extrapolated value."""
         values, variance = self._values.copy(), np.zeros(len(self._values))
         if self._values.shape[1] == 1:
             extrapolated = self._extrapolation.of([t.number for t in self._trials], values[:, 0])
             for i, (value, uncertainty) in extrapolated.items():
                 values[i], variance[i] = value, uncertainty
-        known = np.flatnonzero(~np.isnan(values[:, 0]) & ~self.failed)
+        known = np.flatnonzero(~np.isnan(values[:, 0]))
         feasible = [all(c <= 0 for c in self._constraints[i].values()) for i in known]
         return Observations(
             features=self._features[known, :-1],

@@ -160,7 +160,7 @@ def test_outcomes_that_are_not_finite_or_far_below_the_others_are_failures():
     add(study, {"x": 0.3}, state=TrialState.PRUNED)
     add(study, {"x": 0.4}, state=TrialState.PRUNED, reports={1: 1.0})
     assert encoded(study).failed.tolist() == [False] * 4 + [True] * 5 + [False]
-    assert len(encoded(study).observations().trials) == 4
+    assert len(encoded(study).observations().trials) == 5  # the finite ones
 
 
 def test_without_failures_nothing_is_forbidden():
