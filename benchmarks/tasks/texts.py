@@ -36,9 +36,9 @@ class ByteTokenizer:
 
     eos_token_id = None
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:  # noqa: ANN401
-        """Returns the bytes of a text as token ids."""
-        return {"input_ids": list(text.encode())}
+    def __call__(self, text: str | list[str], **_: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Returns the bytes of a text, or of several, as token ids."""
+        return {"input_ids": list(text.encode()) if isinstance(text, str) else [list(each.encode()) for each in text]}
 
 
 def data_folder() -> Path:
