@@ -15,6 +15,7 @@ from rankadaptor_optuna.sampling.extrapolation import Extrapolation
 from rankadaptor_optuna.sampling.trials import announced_ranks, constraints_of, has_failed, has_finite_values
 from rankadaptor_optuna.surrogate.bayesian import BayesianModel
 from rankadaptor_optuna.surrogate.belief import Belief
+from rankadaptor_optuna.surrogate.failures import FailureModel
 from rankadaptor_optuna.surrogate.grid import Array
 from rankadaptor_optuna.surrogate.statistics import diverged
 
@@ -145,6 +146,14 @@ class EncodedTrials:
         """Whether each trial broke a constraint, (n,)."""
         return np.asarray([any(value > 0 for value in given.values()) for given in self._constraints], dtype=bool)
 
+    def failure_model(self) -> FailureModel | None:
+        """Returns the model of failures, on features and cost; None where all failed trials broke a constraint."""
+        failed = self.failed
+        unexplained = ~(failed & self._broken)
+        if not failed[unexplained].any():
+            return None
+        return self.model.failures(self._features[unexplained], failed[unexplained])
+
     def failure(self, highest: float) -> Belief | None:
         """Returns the learned constraint that keeps away from failures; None where no trial failed.
 
@@ -153,16 +162,12 @@ class EncodedTrials:
         so failures that nothing predicts forbid nothing. Failures in trials that broke a constraint are left to that
         constraint.
         """
-        failed = self.failed
-        unexplained = ~(failed & self._broken)
-        features, failed = self._features[unexplained], failed[unexplained]
-        if not failed.any():
+        if (model := self.failure_model()) is None:
             return None
-        model = self.model.failures(features, failed)
         probability = max(highest * (1 - self.margin), _TINY)
         limit = math.log(probability / (1 - probability))
-        if not failed.all():
-            limit = max(limit, float(np.median(model.logit(features[~failed]))))
+        if not (failed := self.failed).all():
+            limit = max(limit, float(np.median(model.logit(self._features[~failed]))))
         return self.model.belief_with_cost(model.weights, -limit - self.margin)  # configurations keep it by the margin
 
     def learned_constraints(self, highest: float, without: Sequence[str] = ()) -> list[Belief]:

@@ -23,7 +23,9 @@ from rankadaptor_optuna.surrogate.grid import Array
 from rankadaptor_optuna.surrogate.knapsack import Choice
 
 _FRANK_WOLFE_STEPS = 16  # set by hand
-_RISK = 0.1  # highest probability of failing of a recommendation; set by hand
+# Highest probability of failing of a recommendation, by the mode of the model of failures. Where the probability that
+# allows for an uncertain model exceeds the first of them, the next one is tried. Set by hand.
+_RISKS = (0.1, 0.03, 0.01, 0.003)
 _ROUNDING = 0.01  # difference of the scores of equal trials, in their standard deviations, that is not noise; by hand
 
 
@@ -62,9 +64,14 @@ class FittedStudy:
         self.points = np.asarray([self.encoding.point(t.params) for t in self.observations.trials])
         self.fit_first(len(self.observations.trials))
         self._margin = trials.margin
-        by_construction = (BUDGET,) if space is not None and space.budget is not None else ()
-        self._constraints = trials.learned_constraints(_RISK, without=by_construction)
+        self._trials, self._failures = trials, trials.failure_model()
+        self._constraints = self._learned_constraints(_RISKS[0])
         self.allocations = Allocations.of(self.encoding.grid, math.inf if space is None else space.searched_budget)
+
+    def _learned_constraints(self, risk: float) -> list[Belief]:
+        space = self.reading.space
+        by_construction = (BUDGET,) if space is not None and space.budget is not None else ()
+        return self._trials.learned_constraints(risk, without=by_construction)
 
     def new_model(self) -> BayesianModel:
         """Returns a performance model of the search space without observations."""
@@ -111,6 +118,20 @@ class FittedStudy:
             Parameters of up to ``n`` configurations, at least one, the best first. The uniform configuration is added
             in front where the best bound is below 0.
         """
+        for risk in _RISKS:
+            self._constraints = self._learned_constraints(risk)
+            few = self._best_bounds(model, n, verifications)
+            if self._failures is None or self._probability_of_failing(few[0]) <= _RISKS[0]:
+                break
+        return few
+
+    def _probability_of_failing(self, params: Mapping[str, Any]) -> float:
+        assert self._failures is not None
+        features = self.model.encode_with_cost(self.encoding.ranks(params), self.encoding.point(params))
+        return float(self._failures.probability(features)[0])
+
+    def _best_bounds(self, model: BayesianModel, n: int, verifications: Verifications) -> list[dict[str, Any]]:
+        """Returns the configurations of ``safest`` under the constraints as they are."""
         belief, best = model.mean(), -np.inf
         average: Array = np.zeros(())
         for step in range(_FRANK_WOLFE_STEPS):

@@ -8,11 +8,17 @@ the weights' prior, (F,); A = X diag(s); u = w / s.
 The mode of u is found by Newton's method, and the evidence of each prior by Laplace's approximation (Bishop, Pattern
 Recognition and Machine Learning, 2006, equations 4.137 and 4.143). As in ``head``, the modes are mixed by evidence. One
 prior allows hardly any weights: it says that failures are random, and gains the upper hand where they are.
+
+With v the variance of x . w by Laplace's approximation, the probability that allows for uncertain weights is (Bishop,
+equations 4.153 and 4.154)
+
+    P(failure | x) = sigmoid(x . w / sqrt(1 + pi v / 8))
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,10 +45,10 @@ class FailureModel:
     """
 
     def __init__(self, features: Array, failed: NDArray[np.bool_], priors: Sequence[Array]) -> None:
-        fits = [_fit(features, failed.astype(np.float64), std) for std in priors]
-        evidence = np.asarray([fit[0] for fit in fits])
-        probabilities = np.exp(evidence - np.logaddexp.reduce(evidence))
-        self.weights: Array = probabilities @ np.stack([fit[1] for fit in fits])
+        self._fits = [_fit(features, failed.astype(np.float64), std) for std in priors]
+        evidence = np.asarray([fit.evidence for fit in self._fits])
+        self._probabilities = np.exp(evidence - np.logaddexp.reduce(evidence))
+        self.weights: Array = self._probabilities @ np.stack([fit.weights for fit in self._fits])
 
     def logit(self, features: Array) -> Array:
         """Returns log(P / (1 - P)) of the probability of failing, (n,)."""
@@ -50,12 +56,42 @@ class FailureModel:
         return logit
 
     def probability(self, features: Array) -> Array:
-        """Returns the probability of failing, (n,)."""
-        return _sigmoid(self.logit(features))
+        """Returns the probability of failing, (n,), which is nearer to one half where little is known."""
+        moderated = [
+            _sigmoid(features @ fit.weights / np.sqrt(1 + np.pi * fit.variance(features) / 8)) for fit in self._fits
+        ]
+        probability: Array = self._probabilities @ np.stack(moderated)
+        return probability
 
 
-def _fit(features: Array, outcomes: Array, std: Array) -> tuple[float, Array]:
-    """Returns the log evidence of a prior and the mode of the weights."""
+class _Fit(NamedTuple):
+    """The posterior under one prior.
+
+    Attributes:
+        evidence: Logarithm of the prior's evidence.
+        weights: Mode of the weights, (F,).
+        std: Standard deviations of the prior, (F,).
+        curvature: Hessian of the negative log posterior in a basis of A's rows, (B, B).
+        to_basis: Coordinates in that basis of scaled features, (F, B); None for the scaled features themselves.
+    """
+
+    evidence: float
+    weights: Array
+    std: Array
+    curvature: Array
+    to_basis: Array | None
+
+    def variance(self, features: Array) -> Array:
+        """Returns the variance of features @ w, (n,)."""
+        scaled = features * self.std
+        inside = scaled if self.to_basis is None else scaled @ self.to_basis
+        within = (inside * np.linalg.solve(self.curvature, inside.T).T).sum(1)
+        variance: Array = np.maximum((scaled**2).sum(1) - (inside**2).sum(1), 0) + within
+        return variance
+
+
+def _fit(features: Array, outcomes: Array, std: Array) -> _Fit:
+    """Returns the posterior under a prior."""
     scaled = features * std
     n, width = scaled.shape
     # any B with B B^T = A A^T has the same evidence: n unknowns instead of F
@@ -77,8 +113,9 @@ def _fit(features: Array, outcomes: Array, std: Array) -> tuple[float, Array]:
             break
     evidence = value - 0.5 * float(np.linalg.slogdet(curvature)[1])
     if kernel is None:
-        return evidence, std * mode
-    return evidence, std * (scaled.T @ np.linalg.solve(kernel, basis @ mode))
+        return _Fit(evidence, std * mode, std, curvature, None)
+    to_basis = scaled.T @ np.linalg.solve(kernel, basis)
+    return _Fit(evidence, std * (to_basis @ mode), std, curvature, to_basis)
 
 
 def _log_posterior(basis: Array, outcomes: Array, mode: Array) -> float:

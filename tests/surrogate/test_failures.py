@@ -29,6 +29,19 @@ def test_fewer_and_more_trials_than_features_have_the_mode_of_the_posterior(n):
     assert FailureModel(features, failed, [std]).weights == pytest.approx(expected, abs=1e-2)
 
 
+@pytest.mark.parametrize("n", [3, 400])
+def test_probabilities_allow_for_uncertain_weights(n):
+    features, failed = sample(n, 2.0)
+    std = np.asarray([0.5, 1.0, 2.0, 0.1])
+    model = FailureModel(features, failed, [std])
+    fresh, _ = sample(5, 2.0, seed=1)
+    p = 1 / (1 + np.exp(-features @ model.weights))
+    hessian = features.T @ (features * (p * (1 - p))[:, None]) + np.diag(std**-2.0)
+    variance = (fresh * np.linalg.solve(hessian, fresh.T).T).sum(1)
+    expected = 1 / (1 + np.exp(-model.logit(fresh) / np.sqrt(1 + np.pi * variance / 8)))
+    assert model.probability(fresh) == pytest.approx(expected, abs=2e-3)
+
+
 def test_probabilities_are_calibrated():
     features, failed = sample(400, 2.0)
     model = FailureModel(features, failed, PRIORS)
