@@ -73,6 +73,14 @@ class RankSpace:
         targets: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
+        if isinstance(n_layers, bool) or not isinstance(n_layers, (int, np.integer)):
+            raise ValueError(f"n_layers must be an integer, got {n_layers!r}.")
+        lists: dict[str, object] = {"candidates": candidates, "layers": layers, "costs": costs, "profile": profile}
+        for argument, given in lists.items():
+            if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
+                raise ValueError(f"{argument} must be a list of numbers, got {given!r}.")
+        if isinstance(targets, str):
+            raise ValueError(f"targets must be a list of names, got {targets!r}.")
         if n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, got {n_layers}.")
         if granularity not in _FORMATS:
@@ -99,6 +107,11 @@ class RankSpace:
             raise ValueError(f"costs must be positive, got {min(self.costs)}.")
         self.fixed_ranks = {int(i): int(r) for i, r in (fixed_ranks or {}).items()}
         self.fixed_cost = float(fixed_cost)
+        if not 0 <= self.fixed_cost < math.inf:
+            raise ValueError(f"fixed_cost must be finite and at least 0, got {fixed_cost}.")
+        wrong = {i: r for i, r in self.fixed_ranks.items() if i in self.layers or not 0 <= i < n_layers or r < 0}
+        if wrong:
+            raise ValueError(f"fixed_ranks must be ranks, at least 0, of layers that are not searched, got {wrong}.")
         self._template = self._checked_template(name)
         self.budget = self._parse_budget(budget)
         cheapest = self.cost(Ranks.uniform(self.modules, self.candidates[0]))

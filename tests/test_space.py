@@ -350,3 +350,25 @@ def test_what_modules_have_is_summed_over_what_has_a_rank(granularity, expected)
     named = {f"base_model.model.model.layers.1.{name}": value for name, value in values.items()}
     named |= {"model.layers.2.mlp.up_proj": 100.0, "layers.12.mlp.up_proj": 40.0, "lm_head": 1000.0}
     assert space.by_module(named) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_layers": "4"}, "n_layers must be an integer, got '4'"),
+        ({"n_layers": 4.5}, "n_layers must be an integer, got 4.5"),
+        ({"candidates": 8}, "candidates must be a list of numbers, got 8"),
+        ({"candidates": "2,4"}, "candidates must be a list of numbers, got '2,4'"),
+        ({"layers": 2}, "layers must be a list of numbers, got 2"),
+        ({"costs": 5}, "costs must be a list of numbers, got 5"),
+        ({"targets": "q_proj"}, "targets must be a list of names, got 'q_proj'"),
+        ({"fixed_cost": float("nan")}, "fixed_cost must be finite and at least 0, got nan"),
+        ({"fixed_cost": -5}, "fixed_cost must be finite and at least 0, got -5"),
+        ({"fixed_ranks": {9: 8}}, "of layers that are not searched, got {9: 8}"),
+        ({"fixed_ranks": {1: 8}}, "of layers that are not searched, got {1: 8}"),
+        ({"layers": [1, 2], "fixed_ranks": {0: -8}}, "of layers that are not searched, got {0: -8}"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RankSpace(**{"n_layers": 4, **arguments})

@@ -76,6 +76,15 @@ class Encoding:
         """Returns a point in the unit cube, (E,), as ordinary parameters."""
         return {name: _from_unit(self.distributions[name], point[part]) for name, part in self._columns()}
 
+    @property
+    def categorical_names(self) -> list[str]:
+        """Names of the ordinary parameters that are categories."""
+        return [n for n in self.ordinary_names if isinstance(self.distributions[n], CategoricalDistribution)]
+
+    def allows(self, params: Mapping[str, Any]) -> bool:
+        """Returns whether a trial's parameters lie within their ranges, which may have changed since."""
+        return all(_contains(distribution, params[name]) for name, distribution in self.distributions.items())
+
     def _columns(self) -> Iterator[tuple[str, slice]]:
         """Yields each ordinary parameter with its columns of a point."""
         start = 0
@@ -123,6 +132,13 @@ def _grid_of(distributions: Mapping[str, BaseDistribution], ranks: Mapping[str, 
         reference=np.asarray([middle_candidate(distributions[n], v) for n, v in zip(ranks, values, strict=True)]),
         series=np.asarray([series.index(template) if few else 0 for template in templates], dtype=np.intp),
     )
+
+
+def _contains(distribution: BaseDistribution, value: Any) -> bool:  # noqa: ANN401
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    return bool(distribution.low <= value <= distribution.high)
 
 
 def _width(distribution: BaseDistribution) -> int:

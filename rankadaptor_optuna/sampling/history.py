@@ -83,9 +83,14 @@ class History:
                 self._distributions[name] = trial.number, distribution
 
     @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The latest distribution of each parameter of the finished trials."""
+        return {name: distribution for name, (_, distribution) in self._distributions.items()}
+
+    @property
     def names(self) -> set[str]:
         """Names of the parameters of all finished trials that have more than one value."""
-        return {name for name, (_, distribution) in self._distributions.items() if not distribution.single()}
+        return {name for name, distribution in self.distributions.items() if not distribution.single()}
 
     def search_space(self, space: RankSpace | None, declared: Templates | None) -> dict[str, BaseDistribution]:
         """Returns the parameters to model together: the ranks of recent trials, and other parameters of these trials.
@@ -101,8 +106,8 @@ class History:
             declared: Templates of the rank parameters' names, see ``rank_parameters``.
 
         Returns:
-            Their latest distributions (ranges may change), sorted by name, as storages differ in their order, without
-            those of a single value; empty without a space where no trial has ranks.
+            Their latest distributions (ranges may change), sorted by name, as storages differ in their order; of a
+            single value where they are ranks only; empty without a space where no trial has ranks.
         """
         given = {} if space is None else space.distributions()
 
@@ -114,7 +119,7 @@ class History:
         complete = self._params[TrialState.COMPLETE] + self._params[TrialState.PRUNED]
         trials = sorted(complete or self._params[TrialState.FAIL], key=lambda trial: trial[0])
         recent = trials[-max(_MIN_RECENT, len(trials) // 2) :]
-        latest = {name: distribution for name, (_, distribution) in self._distributions.items()}
+        latest = self.distributions
         counts = Counter[frozenset[str]]()
         for names, n in Counter(names for _, names, _ in recent).items():
             counts[ranks_among(names)] += n
@@ -127,7 +132,8 @@ class History:
         bound = frozenset.intersection(*(names for names, _ in having)) - chosen
         if others:
             bound = bound - {name for name in bound if _decides(name, [params for _, params in having], others)}
-        return {name: latest[name] for name in sorted(chosen | bound) if not latest[name].single()} | given
+        several = {name for name in bound if not latest[name].single()}
+        return {name: latest[name] for name in sorted(chosen | several)} | given
 
     def encoded(self, encoding: Encoding, new_model: Callable[[Encoding], BayesianModel]) -> EncodedTrials:
         """Returns the finished trials encoded for a search space.

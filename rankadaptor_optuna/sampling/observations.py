@@ -61,7 +61,7 @@ class EncodedTrials:
         self._n_read = 0
         self._features = model.encode_with_cost(np.zeros((0, model.grid.n_layers)), np.zeros((0, encoding.width)))
         self._values = np.zeros((0, len(signs)))
-        self._has_failed = np.zeros(0, dtype=bool)
+        self._has_failed = self._is_allowed = np.zeros(0, dtype=bool)
         self._interrupted: frozenset[int] = frozenset()
         self._extrapolation = Extrapolation()
         self._trials: list[FrozenTrial] = []
@@ -101,6 +101,8 @@ class EncodedTrials:
         self._features = np.concatenate([self._features, features])[order]
         self._values = np.concatenate([self._values, values])[order]
         self._has_failed = np.concatenate([self._has_failed, [has_failed(t) for t in usable]])[order]
+        allowed = [self.encoding.allows(t.params) for t in usable]
+        self._is_allowed = np.concatenate([self._is_allowed, np.asarray(allowed, dtype=bool)])[order]
         self._trials = [trials[i] for i in order]
         self._constraints = [constraints[i] for i in order]
 
@@ -123,12 +125,21 @@ class EncodedTrials:
 
     @property
     def failed(self) -> NDArray[np.bool_]:
-        """Whether each trial had a bad outcome: it failed, or its score is not finite or has diverged, (n,)."""
+        """Whether each trial had a bad outcome: it failed, or its score is not finite or has diverged, (n,).
+
+        Trials within the present ranges are judged among themselves: with better scores out of reach, theirs are not
+        divergence.
+        """
         by_themselves = [t.number not in self._interrupted for t in self._trials]
         failed = self._has_failed & np.asarray(by_themselves, dtype=bool)
         if len(self._signs) == 1:
-            known = np.flatnonzero(~np.isnan(self._values[:, 0]))
-            failed[known] |= diverged(self._signs[0] * self._values[known, 0])
+            scores = self._signs[0] * self._values[:, 0]
+            known, allowed = ~np.isnan(scores), self._is_allowed
+            has_diverged = np.zeros(len(scores), dtype=bool)
+            has_diverged[known] = diverged(scores[known])
+            if not allowed.all():
+                has_diverged[known & allowed] = diverged(scores[known & allowed])
+            failed |= has_diverged
         return failed
 
     @property

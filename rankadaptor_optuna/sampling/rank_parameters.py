@@ -98,6 +98,8 @@ def modules_of_ranks(ranks: Mapping[str, tuple[int, str]]) -> dict[str, Module]:
     is the parameter's name where a series names no part.
     """
     parts = {template: _part_of(template) for _, template in ranks.values()}
+    if len(set(ranks.values())) < len(ranks):  # "layer_1_rank" and "layer_01_rank"
+        return {name: name for name in ranks}
     if len(parts) == 1:
         return {name: layer for name, (layer, _) in ranks.items()}
     if None in parts.values() or len(set(parts.values())) < len(parts):
@@ -117,6 +119,20 @@ def rank_template(name: str, distribution: BaseDistribution) -> str | None:
     return found[0] if found and candidate_ranks(distribution) is not None else None
 
 
+def why_no_ranks(distributions: Mapping[str, BaseDistribution], declared: Templates | None) -> str | None:
+    """Returns the reason why none of some parameters is a rank; None where they neither look like ranks nor should."""
+    templates = {
+        name: [f"{name[: m.start()]}{{}}{name[m.end() :]}" for m in _NUMBER.finditer(name)] for name in distributions
+    }
+    likely = sorted(name for name, found in templates.items() if any(_is_rank(each, declared) for each in found))
+    if not likely:
+        return None if not declared else f"no name matches the declared ranks, {', '.join(map(repr, declared))}"
+    for name in likely:
+        if candidate_ranks(distributions[name]) is None:
+            return f"ranks take integers from 0 on, {name!r} has {distributions[name]!s:.80}"
+    return f"fewer than {MIN_LAYERS} names differ from {likely[0]!r} by a layer number only; ranks=... declares fewer"
+
+
 def _is_rank(template: str, declared: Templates | None) -> bool:
     if declared is not None:
         return template in declared
@@ -124,7 +140,11 @@ def _is_rank(template: str, declared: Templates | None) -> bool:
 
 
 def middle_candidate(distribution: BaseDistribution, candidates: Array) -> float:
-    """Returns the candidate in the middle of a distribution's range, on a logarithmic scale where it has one."""
+    """Returns the candidate in the middle of a distribution's range, on a logarithmic scale where it has one.
+
+    It is positive, where a candidate is: no adapters would be no reference for gains.
+    """
     if isinstance(distribution, IntDistribution) and distribution.log:
         return float(candidates[np.abs(np.log(candidates / np.sqrt(candidates[0] * candidates[-1]))).argmin()])
-    return float(candidates[(len(candidates) - 1) // 2])
+    middle = float(candidates[(len(candidates) - 1) // 2])
+    return middle or float(candidates[min(1, len(candidates) - 1)])

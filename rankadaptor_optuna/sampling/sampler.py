@@ -22,7 +22,7 @@ from rankadaptor_optuna.sampling.announcement import Announcer
 from rankadaptor_optuna.sampling.encoding import Encoding
 from rankadaptor_optuna.sampling.history import History
 from rankadaptor_optuna.sampling.observations import EncodedTrials
-from rankadaptor_optuna.sampling.rank_parameters import checked_templates, rank_template
+from rankadaptor_optuna.sampling.rank_parameters import checked_templates, rank_template, why_no_ranks
 from rankadaptor_optuna.sampling.remainder import remaining_space, sample_remainder, tpe
 from rankadaptor_optuna.sampling.scalarisation import scalarised
 from rankadaptor_optuna.sampling.trials import planned_params
@@ -101,10 +101,9 @@ class RankAdaptorSampler(BaseSampler):
         on_bad_prior: OnBadPrior = "raise",
         warn_independent_sampling: bool = True,
     ) -> None:
-        if n_startup_trials < 0:
-            raise ValueError(f"n_startup_trials must be at least 0, got {n_startup_trials}.")
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}.")
+        for name, value in (("n_startup_trials", n_startup_trials), ("seed", 0 if seed is None else seed)):
+            if not isinstance(value, (int, np.integer)) or value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value!r}; give an integer.")
         if space is not None and not isinstance(space, RankSpace):
             raise ValueError(f"space must be a RankSpace, got {space!r}; a budget is RankSpace(n_layers, budget=...).")
         if space is not None and ranks is not None:
@@ -194,12 +193,12 @@ class RankAdaptorSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Proposes a configuration: first the uniform one, then optima of Thompson draws, all within the budget."""
-        search_space = {name: dist for name, dist in search_space.items() if not dist.single()}
-        if not search_space:
-            return {}
         with self._lock:
             prior, history = self._prior_of(study), self._history(study)
             searched = history.search_space(self.space, self.ranks)
+        search_space = {name: each for name, each in search_space.items() if name in searched or not each.single()}
+        if all(distribution.single() for distribution in search_space.values()):
+            return {}
         remainder = {name: search_space.pop(name) for name in history.names & search_space.keys() - searched.keys()}
         self._warn_of_remainder(study, remainder)
         params = sample_remainder(study, trial, remainder, self._rng(trial, "remainder")) if remainder else {}
@@ -266,19 +265,19 @@ class RankAdaptorSampler(BaseSampler):
             )
 
     def _warn_of_remainder(self, study: Study, names: Collection[str]) -> None:
-        """Says, once, which parameters of a study with finished trials are not searched with the ranks."""
+        """Says, once, which parameters of the finished trials are not searched with the ranks."""
         new = [name for name in names if ("remainder", name) not in self._said]
         if not self._warns_of_independent or not new:
             return
         with self._lock:
             history = self._history(study)
             has_ranks = bool(history.search_space(self.space, self.ranks))
-        if not history.finished:
+        if not (new := [name for name in new if name in history.names and self._is_new(("remainder", name))]):
             return
-        new = [name for name in new if self._is_new(("remainder", name))]
-        why = "not all recent trials with ranks have them, or they decide whether a trial has ranks"
+        why: str | None = "not all recent trials with ranks have them, or they decide whether a trial has ranks"
         if not has_ranks:
-            why = "no trial has parameters named like ranks (layer_3_rank); RankAdaptorSampler(ranks=...) declares them"
+            why = why_no_ranks(history.distributions, self.ranks)
+            why = why or "no trial has parameters named like ranks (layer_3_rank); ranks=... declares them"
         sampler = "TPESampler" if self._independent_sampler is None else type(self._independent_sampler).__name__
         _logger.warning(f"Left to {sampler}: {', '.join(map(repr, sorted(new)))}, as {why}.")
 

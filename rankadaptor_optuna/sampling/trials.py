@@ -10,7 +10,7 @@ from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from rankadaptor_optuna.attributes import proposal_of, seed_of
 
-_HUGE = 1e300  # sums and products with larger numbers overflow
+_HUGE = 1e150  # squares of larger numbers overflow
 
 
 def verification_seed(trial: BaseTrial) -> int | None:

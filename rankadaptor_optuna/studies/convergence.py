@@ -27,8 +27,8 @@ class StopWhenConverged:
     the budget minus its value of the configuration that the posterior mean prefers. Its statement goes to Optuna's log
     and to the study's user attribute ``rankadaptor:converged``.
 
-    It keeps no state: any worker on the study comes to the same decision from the same trials. Verification trials do
-    not stop the study.
+    It keeps no state beyond a warning given: any worker on the study comes to the same decision from the same trials.
+    Verification trials do not stop the study, nor do trials without ranks, about which it warns once.
 
     Args:
         min_trials: Number of trials with a value below which it does not stop.
@@ -40,8 +40,7 @@ class StopWhenConverged:
         prior: The performance model's prior, see ``recommend``.
 
     Raises:
-        ValueError: An argument is out of range; when called, the study has several objectives or its finished
-            trials have no rank parameters.
+        ValueError: An argument is out of range; when called, the study has several objectives.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class StopWhenConverged:
         if not tolerance > 0:
             raise ValueError(f"tolerance must be above 0, got {tolerance}.")
         self._min_trials, self._patience, self._n_draws = min_trials, patience, n_draws
+        self._has_warned = False
         self._tolerance, self._space, self._ranks, self._prior = tolerance, space, ranks, prior
 
     def __call__(self, study: Study, trial: FrozenTrial) -> None:
@@ -68,7 +68,12 @@ class StopWhenConverged:
         if verification_seed(trial) is not None:
             return
         reading = StudyReading(study, self._space, self._ranks)
-        if len(study.directions) == 1 and not reading.finished_trials:
+        if len(study.directions) == 1 and not (reading.finished_trials and reading.rank_names):
+            if reading.finished_trials and not self._has_warned:
+                self._has_warned = True
+                _logger.warning(
+                    "StopWhenConverged does not stop the study yet: no completed trial has rank parameters."
+                )
             return
         fitted = FittedStudy(reading, self._prior)
         n = len(fitted.observations.trials)

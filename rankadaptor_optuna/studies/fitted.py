@@ -26,6 +26,7 @@ _FRANK_WOLFE_STEPS = 16  # set by hand
 # Highest probability of failing of a recommendation, by the mode of the model of failures. Where the probability that
 # allows for an uncertain model exceeds the first of them, the next one is tried. Set by hand.
 _RISKS = (0.1, 0.03, 0.01, 0.003)
+_SAME_POINT = 1e-9  # distance in the unit cube that is rounding; set by hand
 _ROUNDING = 0.01  # difference of the scores of equal trials, in their standard deviations, that is not noise; by hand
 
 
@@ -112,7 +113,7 @@ class FittedStudy:
         Args:
             model: A performance model of the search space, fitted.
             n: Number of configurations, at most.
-            verifications: Verified configurations; those that broke a constraint are left out.
+            verifications: Verified configurations; rejected ones are left out.
 
         Returns:
             Parameters of up to ``n`` configurations, at least one, the best first. The uniform configuration is added
@@ -146,7 +147,7 @@ class FittedStudy:
 
         def is_possible(choice: Choice) -> bool:
             key = verifications.configuration(self.params(choice, point))
-            return key not in verifications.infeasible and keeps(self._constraints, choice, point, self._margin)
+            return key not in verifications.rejected and keeps(self._constraints, choice, point, self._margin)
 
         few = self.allocations.best_few(penalised.table, n, is_possible) or [choice]
         uniform = (self.allocations.ranks == self.encoding.grid.reference[:, None]).argmax(1)
@@ -171,9 +172,26 @@ class FittedStudy:
         return {**params, **self.encoding.rank_params(self.encoding.grid.reference)}
 
     def complete(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns parameters together with those that are not searched with the ranks, as in the best trial."""
-        best = max(self.reading.finished_trials, key=lambda trial: self.reading.sign * trial.values[0])
-        return {**best.params, **params}
+        """Returns parameters together with those that are not searched with the ranks.
+
+        These are as in the best trial, feasible where there is such, among the trials of the same branch of a
+        conditional space: with the same names of parameters, and the same categories, as the nearest trial.
+        """
+        observed = self.observations
+
+        def quality(i: int) -> tuple[bool, bool, float]:
+            is_complete = observed.trials[i].state is TrialState.COMPLETE
+            return bool(observed.feasible[i]), is_complete, self.reading.sign * float(observed.values[i, 0])
+
+        def branch(i: int) -> tuple[set[str], list[str]]:
+            given = observed.trials[i].params
+            return set(given), [repr(given[name]) for name in self.encoding.categorical_names]
+
+        distance = np.abs(self.points - np.asarray(self.encoding.point(params))).sum(1)
+        numbers = range(len(observed.trials))
+        nearest = branch(max((i for i in numbers if distance[i] <= distance.min() + _SAME_POINT), key=quality))
+        best = max((i for i in numbers if branch(i) == nearest), key=quality)
+        return {**observed.trials[best].params, **params}
 
     def repeats_differ(self) -> bool:
         """Returns whether trials of equal parameters have different scores, beyond rounding."""

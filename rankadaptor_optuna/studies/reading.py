@@ -17,7 +17,12 @@ from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.ranks import LoraSettings, Module, Ranks
 from rankadaptor_optuna.sampling.encoding import Encoding
 from rankadaptor_optuna.sampling.history import History
-from rankadaptor_optuna.sampling.rank_parameters import checked_templates, modules_of_ranks, rank_parameters
+from rankadaptor_optuna.sampling.rank_parameters import (
+    checked_templates,
+    modules_of_ranks,
+    rank_parameters,
+    why_no_ranks,
+)
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.sampling.trials import has_finite_values, verification_seed
 from rankadaptor_optuna.space import RankSpace
@@ -125,10 +130,11 @@ class StudyReading:
             raise ValueError(f"{name} has no completed trial with a finite score yet: {states}.")
         has = ", ".join(sorted(scored[-1].params)[:4]) or "none"
         if self.space is None and not self.rank_names:
-            raise ValueError(
-                f"{name} has no rank parameters; its trials have: {has}, ... Names of ranks contain a layer number and "
-                '"rank"; declare others by ranks=..., like ranks="layer_{}_r".'
+            why = (
+                'names of ranks contain a layer number and "rank"; declare others by ranks=..., like ranks="layer_{}_r"'
             )
+            why = why_no_ranks(self.history.distributions, self.declared) or why
+            raise ValueError(f"{name} has no rank parameters; its trials have: {has}, ...; {why}.")
         expected = ", ".join(list(self.rank_names)[:2])
         raise ValueError(
             f"{name} has no completed trial with all ranks ({expected}, ...): its trials have {has}, ... Give the "

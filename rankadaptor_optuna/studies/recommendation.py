@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from rankadaptor_optuna.ranks import LoraSettings, Ranks
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.fitted import FittedStudy
 from rankadaptor_optuna.studies.reading import StudyReading
-from rankadaptor_optuna.studies.statement import gain_statement, uniform_statement, worse_than_none
+from rankadaptor_optuna.studies.statement import failures_statement, gain_statement, uniform_statement, worse_than_none
 from rankadaptor_optuna.studies.verification import Configuration, Confirmation, Verifications
 from rankadaptor_optuna.surrogate.statistics import alike, t_interval
 
@@ -56,7 +56,7 @@ class Recommendation:
         ranks: Rank of each searched layer, ``{layer index: rank}``, or part of a layer, ``{"0.mlp": rank}``; empty
             where no space is known and the parameters' names do not say which modules have their ranks: see ``params``.
         params: The study's parameters with these ranks, and the best ordinary parameters; parameters that are not
-            searched with the ranks are those of the best trial that has these ranks' parameters.
+            searched with the ranks are those of the best feasible trial with the same categories.
         predicted: Predicted score on the search's own seed.
         std: Standard deviation of that prediction.
         cost: Trainable parameters (sum of ranks where no space is known).
@@ -180,10 +180,17 @@ def recommend_from(
     if verify:
         wanted = [params, *(each for each in best if each != params)]
         wanted = [each for each in wanted if each != fitted.uniform(each)][:verify] or [params]
-        verifications.enqueue([run for each in wanted for run in (each, fitted.uniform(each))], seeds)
+        runs = [fitted.complete(run) for each in wanted for run in (each, fitted.uniform(each))]
+        verifications.enqueue(runs, seeds)
     if independent_noise is None:
         independent_noise = fitted.repeats_differ()
-    return _explained(fitted, params, confirmed, len(differences), independent_noise=independent_noise)
+    found = _explained(fitted, params, confirmed, len(differences), independent_noise=independent_noise)
+    return found if not verifications.failed else _with_failures(found, len(verifications.failed))
+
+
+def _with_failures(found: Recommendation, n_failed: int) -> Recommendation:
+    statement = found.evidence.statement + failures_statement(n_failed)
+    return replace(found, evidence=replace(found.evidence, statement=statement))
 
 
 _Differences = dict[Configuration, list[float]]
@@ -195,7 +202,7 @@ def _differences(fitted: FittedStudy, verifications: Verifications) -> _Differen
     for key in verifications.scores:
         params = verifications.params(key)
         uniform = verifications.configuration(fitted.uniform(params))
-        possible = key not in verifications.infeasible and fitted.is_within_budget(params)
+        possible = key not in verifications.rejected and fitted.is_within_budget(params)
         by_seed = verifications.differences(key, uniform)
         if key != uniform and possible and len(by_seed) >= _MIN_SEEDS:
             differences[key] = by_seed
@@ -220,7 +227,7 @@ def _preferred(fitted: FittedStudy, verifications: Verifications, differences: _
     )
     verified = [verifications.params(key) for key in differences]
     uniform = [fitted.uniform(params) for params in verified]
-    verified += [each for each in uniform if verifications.configuration(each) not in verifications.infeasible]
+    verified += [each for each in uniform if verifications.configuration(each) not in verifications.rejected]
     encoded = np.stack([fitted.encode(params) for params in verified])
     best = int(informed.predict_difference(encoded, encoded[:1])[0].argmax())
     optimum = fitted.safest(informed, 1, verifications)[0]
@@ -252,9 +259,9 @@ def _explained(
         statement = gain_statement(
             uniform, n_trials, gain, interval, holds_on_own_seed=holds, confirmed=confirmed, fixed=fixed
         )
-        cost = float(chosen @ fitted.encoding.grid.costs) / float(uniform @ fitted.encoding.grid.costs)
-        if reading.space is None and abs(cost - 1) > _UNEQUAL:
-            statement += f" The costs differ: its ranks add up to {cost:.2g} times as much; a RankSpace sets a budget."
+        if reading.space is None and abs(chosen.sum() / uniform.sum() - 1) > _UNEQUAL:
+            times = f"{chosen.sum() / uniform.sum():.2g} times as much"
+            statement += f" The costs differ: its ranks add up to {times}; a RankSpace sets a budget."
     unrecovered = unrecovered_of(reading.study.user_attrs)
     if unrecovered is not None and chosen.any() and reading.sign * predicted < reading.sign * unrecovered:
         statement += worse_than_none(predicted, unrecovered)

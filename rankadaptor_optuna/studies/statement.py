@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from rankadaptor_optuna.studies.verification import Confirmation
 from rankadaptor_optuna.surrogate.grid import Array
 
+_SMALL = 0.001  # interval below which four decimals say little; set by hand
+
 
 def uniform_statement(uniform: Array, n_trials: int, n_verified: int, fixed: Mapping[int, int] | None = None) -> str:
     """Returns the statement where the uniform configuration, (L,), is recommended.
@@ -79,6 +81,12 @@ def worse_than_none(predicted: float, unrecovered: float) -> str:
     )
 
 
+def failures_statement(n_failed: int) -> str:
+    """Returns the sentence to add where verified configurations failed on fresh seeds."""
+    failed = "1 verified configuration" if n_failed == 1 else f"{n_failed} verified configurations"
+    return f" {failed} failed on fresh seeds and cannot be recommended."
+
+
 def _name(uniform: Array, fixed: Mapping[int, int] | None) -> str:
     name = f"uniform rank {uniform[0]:g}" if len(set(uniform)) == 1 else "the middle of each rank's range"
     by_rank: dict[int, list[str]] = {}
@@ -90,4 +98,7 @@ def _name(uniform: Array, fixed: Mapping[int, int] | None) -> str:
 
 
 def _with_interval(gain: float, interval: tuple[float, float]) -> str:
-    return f"{gain:+.4f} (95% interval {interval[0]:+.4f} to {interval[1]:+.4f})"
+    low, high = interval
+    is_small = 0 < max(abs(low), abs(high)) < _SMALL
+    gain_text, low_text, high_text = (f"{x:+.2e}" if is_small else f"{x:+.4f}" for x in (gain, low, high))
+    return f"{gain_text} (95% interval {low_text} to {high_text})"

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from rankadaptor_optuna.attributes import VERIFY_ATTR
-from rankadaptor_optuna.sampling.trials import constraints_of, has_finite_values, planned_params, verification_seed
+from rankadaptor_optuna.sampling.trials import (
+    constraints_of,
+    has_failed,
+    has_finite_values,
+    planned_params,
+    retried_numbers,
+    verification_seed,
+)
 from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.surrogate.grid import Array
 
@@ -56,16 +63,19 @@ class Verifications:
 
     Attributes:
         scores: Mean score of each verified configuration by seed, higher is better.
-        infeasible: Configurations that broke a constraint in a verification trial.
+        failed: Configurations that failed in at least as many verification trials as have a score, see ``has_failed``.
+        rejected: These, and configurations that broke a constraint in a verification trial.
     """
 
     def __init__(self, reading: StudyReading, names: Sequence[str]) -> None:
         self.scores: dict[Configuration, dict[int, float]] = {}
-        self.infeasible: set[Configuration] = set()
+        self.rejected: set[Configuration] = set()
         self._study, self._names = reading.study, list(names)
         self._values: dict[Configuration, list[Any]] = {}
         self._pending: set[tuple[Configuration, int]] = set()
         found: dict[tuple[Configuration, int], list[float]] = {}
+        failures: dict[Configuration, set[int]] = {}
+        interrupted = set().union(*map(retried_numbers, reading.verification_trials))  # their worker was killed
         for trial in reading.verification_trials:
             params, seed = planned_params(trial), verification_seed(trial)
             if seed is None or not params.keys() >= set(self._names):
@@ -75,10 +85,17 @@ class Verifications:
                 self._pending.add((key, seed))
             elif has_finite_values(trial):
                 found.setdefault((key, seed), []).append(reading.sign * trial.values[0])
+            elif has_failed(trial) and trial.number not in interrupted:
+                failures.setdefault(key, set()).add(seed)
             if any(value > 0 for value in constraints_of(trial).values()):
-                self.infeasible.add(key)
+                self.rejected.add(key)
         for (key, seed), values in found.items():
             self.scores.setdefault(key, {})[seed] = float(np.mean(values))
+        scored = {key: self.scores.get(key, {}) for key in failures}
+        self.failed = {
+            key for key, seeds in failures.items() if len(seeds - scored[key].keys()) >= max(1, len(scored[key]))
+        }
+        self.rejected |= self.failed
 
     def configuration(self, params: Mapping[str, Any]) -> Configuration:
         """Returns the values that identify a configuration."""

@@ -8,7 +8,7 @@ import pytest
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
-from rankadaptor_optuna import RankAdaptorSampler, RankSpace
+from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
 from rankadaptor_optuna.attributes import SPACE_ATTR
 from tests.sampling.common import HAS_SET_CONSTRAINT, SPACE, new_study, objective, ranks_of, score
 
@@ -18,6 +18,8 @@ from tests.sampling.common import HAS_SET_CONSTRAINT, SPACE, new_study, objectiv
     [
         ({"space": "uniform:8"}, "space must be a RankSpace, got 'uniform:8'"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": "0"}, "seed must be at least 0, got '0'; give an integer"),
+        ({"seed": 1.5}, "seed must be at least 0, got 1.5; give an integer"),
         ({"n_startup_trials": -1}, "n_startup_trials must be at least 0, got -1"),
         ({"space": SPACE, "ranks": "r_{}"}, "not both"),
         ({"ranks": "rank"}, "for the layer number"),
@@ -36,9 +38,12 @@ def logged(caplog):
 def log(caplog):
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.INFO)
+    verbosity = optuna.logging.get_verbosity()
     optuna.logging.enable_propagation()
+    optuna.logging.set_verbosity(optuna.logging.INFO)
     yield caplog
     optuna.logging.disable_propagation()
+    optuna.logging.set_verbosity(verbosity)
     optuna.logging.set_verbosity(before)
 
 
@@ -127,3 +132,23 @@ def test_optunas_gp_sampler_works_with_a_space():
     study = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=0, n_startup_trials=2), direction="maximize")
     study.optimize(objective, n_trials=5)
     assert len(study.trials) == 5
+
+
+@pytest.mark.parametrize(
+    ("ranks", "suggest", "n_layers", "message"),
+    [
+        ("layer_{}_r", "suggest_int", 5, "no name matches the declared ranks, 'layer_{}_r'"),
+        ("layer_{}_rank", "suggest_float", 5, "ranks take integers from 0 on, 'layer_0_rank' has FloatDistribution"),
+        (None, "suggest_float", 5, "ranks take integers from 0 on, 'layer_0_rank' has FloatDistribution"),
+        (None, "suggest_int", 2, "fewer than 3 names differ from 'layer_0_rank'"),
+    ],
+)
+def test_it_is_said_why_parameters_are_no_ranks(log, ranks, suggest, n_layers, message):
+    def objective(trial):
+        return float(sum(getattr(trial, suggest)(f"layer_{i}_rank", 2, 16) for i in range(n_layers)))
+
+    study = optuna.create_study(sampler=RankAdaptorSampler(ranks=ranks, prior=None, seed=0))
+    study.optimize(objective, n_trials=3)
+    assert sum(message in line for line in logged(log)) == 1
+    with pytest.raises(ValueError, match=f"no rank parameters.*{message}"):
+        recommend(study)

@@ -7,7 +7,9 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
+from rankadaptor_optuna import RankAdaptorSampler
 from rankadaptor_optuna.attributes import PROPOSAL_ATTR
+from rankadaptor_optuna.sampling.encoding import Encoding
 from tests.sampling.common import RANK, X, add, encoded, history_of
 
 
@@ -167,3 +169,16 @@ def test_without_failures_nothing_is_forbidden():
     study = optuna.create_study()
     add(study, {"x": 0.1}, 1.0)
     assert encoded(study).failure(0.5) is None
+
+
+def test_scores_within_a_narrowed_range_have_not_diverged():
+    """Better scores out of reach make no failures of all that is left."""
+    study = optuna.create_study(direction="maximize")
+    for i in range(15):
+        add(study, {"x": 0.9}, 60 + 0.1 * (i % 3), distributions={"x": X})
+    for i in range(4):
+        add(study, {"x": 0.1}, 30.0 + i / 10, distributions={"x": FloatDistribution(0, 0.5)})
+    assert encoded(study).failed.sum() == 4
+    history = history_of(study)
+    narrow = Encoding({"x": FloatDistribution(0, 0.5)})
+    assert not history.encoded(narrow, RankAdaptorSampler(prior=None)._new_model).failed.any()

@@ -146,3 +146,9 @@ def test_a_range_of_thousands_of_millions_takes_no_memory():
 )
 def test_the_middle_of_a_logarithmic_range_is_its_geometric_mean(distribution, middle):
     assert middle_candidate(distribution, candidate_ranks(distribution)) == pytest.approx(middle, rel=0.1)
+
+
+def test_two_parameters_of_one_layer_are_told_by_their_names():
+    names = ["layer_1_rank", "layer_01_rank", "layer_2_rank", "layer_02_rank"]
+    ranks = rank_parameters({name: IntDistribution(2, 16) for name in names})
+    assert modules_of_ranks(ranks) == {name: name for name in ranks}

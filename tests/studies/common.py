@@ -79,3 +79,12 @@ def verifying(study, state=None):
 
 def configured(trial):
     return trial.params or trial.system_attrs["fixed_params"]
+
+
+def conditional(trial):
+    """An objective with a parameter for each of two optimisers, and a little noise."""
+    ranks = {i: trial.suggest_int(f"r_{i}", 2, 16, step=2) for i in range(5)}
+    kind = trial.suggest_categorical("optimizer", ["sgd", "adam"])
+    speed = trial.suggest_float("momentum" if kind == "sgd" else "beta", 0, 1)
+    noise = np.random.default_rng(trial.number).standard_normal() if hasattr(trial, "number") else 0.0
+    return float(score(ranks) - abs(speed - 0.5) + 5 * noise)

@@ -159,7 +159,6 @@ def test_failed_trials_do_not_stop_the_study():
     ("study", "objective", "message"),
     [
         (optuna.create_study(directions=["minimize"] * 2), lambda trial: (0.0, 0.0), "one objective, this study has 2"),
-        (optuna.create_study(), lambda trial: trial.suggest_float("x", 0, 1), "no rank parameters"),
     ],
 )
 def test_a_study_that_it_cannot_judge_is_refused_at_the_first_trial(study, objective, message):
@@ -171,3 +170,17 @@ def test_a_study_that_it_cannot_judge_is_refused_at_the_first_trial(study, objec
 def test_an_argument_out_of_range_is_named(name):
     with pytest.raises(ValueError, match=f"{name} must be .*, got 0"):
         StopWhenConverged(**{name: 0})
+
+
+def test_trials_before_the_first_with_ranks_do_not_end_the_study(caplog):
+    def objective(trial):
+        if trial.suggest_categorical("method", ["full", "lora"]) == "full":
+            return 0.0
+        return float(sum(trial.suggest_int(f"r_{i}", 2, 16) for i in range(4)))
+
+    study = optuna.create_study(sampler=RankAdaptorSampler(prior=None, seed=0))
+    for _ in range(2):
+        study.enqueue_trial({"method": "full"})
+    study.optimize(objective, n_trials=4, callbacks=[StopWhenConverged()])
+    assert len(study.trials) == 4
+    assert sum("does not stop the study yet" in record.getMessage() for record in caplog.records) == 1

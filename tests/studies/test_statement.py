@@ -68,3 +68,9 @@ def test_a_measured_gain_is_confirmed_where_its_interval_is_above_0(interval, ve
     assert f" {verdict} on 3 fresh seeds: measured gain +0.0000" in statement
     allows = "The interval, not the gain, allows for the choice among 2 configurations."
     assert (allows in statement) is (n_verified == 2)
+
+
+def test_small_gains_keep_their_digits():
+    given = {"holds_on_own_seed": True, "confirmed": None}
+    statement = gain_statement(np.full(4, 8.0), 20, 4.93e-6, (1.57e-6, 8.29e-6), **given)
+    assert "+4.93e-06 (95% interval +1.57e-06 to +8.29e-06)" in statement

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import numpy as np
+import optuna
 import pytest
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from scipy.stats import t
 
-from rankadaptor_optuna import recommend, verification_seed
+from rankadaptor_optuna import RankAdaptorSampler, recommend, verification_seed
 from rankadaptor_optuna.studies.reading import StudyReading
 from tests.studies.common import (
     OFFSET,
     SPACE,
     any_study,
+    conditional,
     configured,
     constrain,
     own_gain,
@@ -206,3 +208,33 @@ def test_anyones_study_can_be_verified_with_its_other_parameters():
 def test_a_verification_that_cannot_be_is_refused(settings, seen):
     with pytest.raises(ValueError, match=f"verify must be at least 0 and seeds at least 2, got {seen}"):
         recommend(searched(2), **settings)
+
+
+@pytest.mark.parametrize("outcome", ["raises", "infinite"])
+def test_a_configuration_that_failed_when_verified_is_not_recommended(outcome):
+    def failing(trial):
+        ranks = SPACE.suggest(trial)
+        if verification_seed(trial) is None or ranks == SPACE.uniform():
+            return float(score(ranks))
+        if outcome == "raises":
+            raise RuntimeError("diverged")
+        return -np.inf
+
+    study = searched(objective=failing)
+    first = recommend(study, verify=1, seeds=2)
+    study.optimize(failing, n_trials=4, catch=RuntimeError)
+    found = recommend(study, verify=1, seeds=2)
+    assert found.ranks != first.ranks
+    assert "1 verified configuration failed on fresh seeds and cannot be recommended" in found.evidence.statement
+    assert first.params not in [configured(t) for t in verifying(study, TrialState.WAITING)]
+
+
+def test_verification_trials_have_the_same_parameters_but_for_ranks():
+    """Also those that are not searched with the ranks, else their gain would be one of other parameters."""
+    study = optuna.create_study(direction="maximize", sampler=RankAdaptorSampler(prior=None, seed=0))
+    study.optimize(conditional, n_trials=20)
+    recommend(study, verify=1, seeds=2)
+    study.optimize(conditional, n_trials=4)
+    others = [{n: v for n, v in t.params.items() if not n.startswith("r_")} for t in verifying(study)]
+    assert len(others) == 4
+    assert all(each == others[0] for each in others)
