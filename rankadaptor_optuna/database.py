@@ -21,7 +21,7 @@ from rankadaptor_optuna.plain_text import one_line
 T = TypeVar("T")
 _LOCK = 7_236_117_601  # id of PostgreSQL's advisory lock; arbitrary, the same in every worker
 _LOCK_S = 300  # seconds to wait for MySQL's lock; set by hand
-_ATTEMPTS = 10  # at creating tables on SQLite; set by hand
+_ATTEMPTS, _LONGEST_S = 10, 30  # at creating tables on SQLite, and seconds after which none begins; set by hand
 # classes of PostgreSQL's errors and numbers of MySQL's: access denied, no such database, disk full, statement refused
 _REFUSALS = frozenset(("28", "3D", "42", "53100", "22", 1021, 1044, 1045, 1049, 1142))
 MASK = "***"
@@ -140,11 +140,13 @@ def exclusive_connection(engine: sqlalchemy.Engine) -> Iterator[sqlalchemy.Conne
 
 def create_with_retries(make: Callable[[], T], engine: sqlalchemy.Engine) -> T:
     """Creates tables; tries again on SQLite, which has no lock, where another worker was creating the same tables."""
+    start = time.monotonic()
     for attempt in range(_ATTEMPTS):
         try:
             return make()
         except sqlalchemy.exc.DBAPIError:
-            if attempt == _ATTEMPTS - 1 or engine.dialect.name != "sqlite":
+            late = time.monotonic() - start > _LONGEST_S
+            if attempt == _ATTEMPTS - 1 or late or engine.dialect.name != "sqlite":
                 raise
             time.sleep(random.uniform(0.05, 0.3))  # noqa: S311
     raise AssertionError("unreachable")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 import warnings
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0 on success, 2 on bad input (one line on stderr), 130 when interrupted."""
     called = {"command": ""}
     args = None if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack characters of a study's name
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = build_app()(args, prog_name="rankadaptor", standalone_mode=False, obj=called)
     except (typer.TyperException, ValueError, ImportError, OSError) as error:

@@ -49,7 +49,7 @@ def search(
     from rankadaptor_optuna.recovery.processes import process_index
 
     if recipe is not None:
-        settings, study = Recipe.load(recipe), study or "search"
+        settings, study = Recipe.load(recipe), "search" if study is None else study
     elif storage is not None:
         found, settings = stored_study(storage, study, trust_study)
         study = found.study_name

@@ -59,15 +59,16 @@ def export(
     """
     from peft import PeftModel
 
-    from rankadaptor_optuna.pruning.checkpoint import check_save_path, save_pruned
+    from rankadaptor_optuna.pruning.checkpoint import check_save_path, remove_unfinished, save_pruned, unfinished
 
     check_writable(out)
     if seed is not None and seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}.")
     own = out / "pruned"
-    if [path.name for path in out.glob("*")] == ["pruned"]:
+    there = {path.name for path in out.glob("*")} - {"adapter.part", *(path.name for path in unfinished(own))}
+    if there == {"pruned"}:
         pruned = pruned or own
-    else:
+    elif there or not out.is_dir():
         check_save_path(out)
     study, recipe = stored_study(storage, study_name, trust_study)
     if steps is not None:
@@ -79,6 +80,7 @@ def export(
     def keep(model: Any, tokenizer: Any, result: PrunedModel | None) -> None:  # noqa: ANN401
         nonlocal pruned
         if result is not None:
+            remove_unfinished(own)
             save_pruned(model, own, tokenizer)
             pruned = own
 

@@ -21,13 +21,28 @@ from rankadaptor_optuna.studies.storage import check_same_settings
 def write_text(path: Path, text: str) -> None:
     """Writes a file completely or not at all."""
     scratch = path.with_name(path.name + ".part")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
 def write_json(path: Path, values: Any) -> None:  # noqa: ANN401
     """Writes a JSON file completely or not at all."""
     write_text(path, json.dumps(values, indent=1))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    try:
+        if isinstance(values := json.loads(path.read_text(encoding="utf-8")), dict):
+            return values
+        reason = f"an object was expected, got a {type(values).__name__}"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    raise ValueError(f"{path} is damaged: {reason}. Restore the file, or choose another --out.")
 
 
 class OutputFolder:
@@ -63,10 +78,10 @@ class OutputFolder:
         file, results = path / "settings.json", path / "results.json"
         if not file.exists():
             raise ValueError(f"--out {path} is not empty and not of an earlier run; choose an empty or a new folder.")
-        self.stored = json.loads(file.read_text())
+        self.stored = _read_json(file)
         check_same_settings(f"--out {path}", read(self.stored), settings, "another --out")
         if results.exists():
-            self.measured = json.loads(results.read_text())
+            self.measured = _read_json(results)
 
     def start(self) -> None:
         """Creates the folder and writes ``settings.json``."""
@@ -91,7 +106,7 @@ class OutputFolder:
 @contextmanager
 def only_process(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Lets one process of this machine and user at a time work in a folder; others wait, and say so."""
-    name = f"{getattr(os, 'getuid', int)()}-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}"
+    name = f"{getattr(os, 'getuid', int)()}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     lock = FileLock(Path(tempfile.gettempdir()) / f"rankadaptor-{name}.lock")
     try:
         lock.acquire(timeout=0)

@@ -76,7 +76,7 @@ def search(
         ValueError: A setting does not fit the model or the data, the prior cannot be read, or ``out`` or the study
             belongs to other settings.
     """
-    from rankadaptor_optuna.pruning.checkpoint import save_pruned
+    from rankadaptor_optuna.pruning.checkpoint import remove_unfinished, save_pruned
 
     if trials is not None and trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}.")
@@ -106,6 +106,7 @@ def search(
                 removed = f"{pruned.parameters_removed:.1%} of the blocks' parameters removed"
                 say(f"Pruned by {recipe.pruning.method}: {removed}")
             folder.start()
+            remove_unfinished(out / "pruned")
             save_pruned(model, out / "pruned", tokenizer)
 
         job = inputs.objective(None if is_pruned else keep, tasks=suite, metric=recipe.evaluation.metric)

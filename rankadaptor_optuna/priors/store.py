@@ -54,6 +54,7 @@ T = TypeVar("T")
 _ATTEMPTS = 100  # to write, each after a pause of up to 0.1 s; set by hand
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _REFERENCE = re.compile(rf"db:({_NAME})(?:@([1-9][0-9]{{0,8}}))?")
+_MOST_VERSIONS = 10**9  # above the largest version that a reference names
 
 
 def _text(length: int) -> Any:  # noqa: ANN401
@@ -225,7 +226,8 @@ class PriorStore:
 
     def _newest(self, name: str) -> int:
         with self._engine.connect() as connection:
-            return connection.scalar(select(func.max(_priors.c.version)).where(_priors.c.name == name)) or 0
+            known = (_priors.c.name == name) & _priors.c.version.between(1, _MOST_VERSIONS - 1)
+            return connection.scalar(select(func.max(_priors.c.version)).where(known)) or 0
 
     def resolve(self, name: str, version: int | None = None) -> Version:
         """Returns the newest version of a name, or the given one.
@@ -286,7 +288,11 @@ class PriorStore:
     @staticmethod
     def _read_uses(connection: sqlalchemy.Connection) -> dict[Use, bool]:
         rows = connection.execute(select(_uses.c.study, _uses.c.name, _uses.c.version, _uses.c.elsewhere))
-        return {Use(study, Version(name, version)): bool(elsewhere) for study, name, version, elsewhere in rows}
+        return {
+            Use(study, Version(name, version)): bool(elsewhere)
+            for study, name, version, elsewhere in rows
+            if isinstance(study, str) and isinstance(name, str) and isinstance(version, int)
+        }
 
     def use(self, study: str, version: Version, *, elsewhere: bool) -> None:
         """Records that a study uses a version, which is then not removed.

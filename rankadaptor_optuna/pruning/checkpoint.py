@@ -7,6 +7,7 @@ checkpoints. `import rankadaptor_optuna` imports it as soon as transformers' Aut
 from __future__ import annotations
 
 import copy
+import glob
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -223,6 +224,17 @@ def save_pruned(model: PreTrainedModel, path: str | PathLike[str], tokenizer: An
         staging.rename(path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def unfinished(path: Path) -> list[Path]:
+    """Returns folders that ``save_pruned`` has begun for a path; a killed process leaves its folder behind."""
+    return [*path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}")]
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes what killed processes have left; no other process may be writing to the path."""
+    for folder in unfinished(path):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_pruned(path: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:  # noqa: ANN401

@@ -21,6 +21,7 @@ from rankadaptor_optuna.database import (
     create_with_retries,
     error_line,
     exclusive_connection,
+    is_transient,
     masked,
 )
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
@@ -28,7 +29,9 @@ from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.patient_storage import PATIENCE_S, PatientStorage
 
 _HEARTBEAT_S = 60  # interval; a killed worker is noticed after two; set by hand
+_TABLES = ("studies", "trials", "version_info")  # some of Optuna's: another program may have studies, too
 _LONGEST_NAME = 512  # characters of a study name in Optuna's tables
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
 _MOST_NAMED = 5  # differing settings in a message
 _MOST_SHOWN = 60  # characters of a setting in a message
 
@@ -87,11 +90,15 @@ def check_study_name(name: str | None) -> None:
     """Checks that all databases can hold a study's name.
 
     Raises:
-        ValueError: It is too long, or has a zero byte.
+        ValueError: It is empty or too long, or has a zero byte or invalid Unicode.
     """
-    if name is not None and (len(name) > _LONGEST_NAME or "\0" in name):
+    if name is None:
+        return
+    broken = any("\ud800" <= character <= "\udfff" for character in name)  # surrogates: bytes that are not UTF-8
+    if not name.strip() or len(name) > _LONGEST_NAME or "\0" in name or broken:
         raise ValueError(
-            f"a study name has at most {_LONGEST_NAME} characters and no zero byte, got {len(name)}: {name!r:.60}."
+            f"a study name has 1 to {_LONGEST_NAME} characters, not only spaces, all of them valid Unicode and none "
+            f"a zero byte, got {len(name)}: {name!r:.60}."
         )
 
 
@@ -163,14 +170,26 @@ def open_storage(url: str, *, create: bool = True, patience: float = PATIENCE_S)
         engine = sqlalchemy.create_engine(url)
         if not create:
             check_file(engine)
-            if not sqlalchemy.inspect(engine).has_table("studies"):
+            if not {*_TABLES} <= {*sqlalchemy.inspect(engine).get_table_names()}:
                 raise ValueError("it has no studies")
+        elif engine.dialect.name == "sqlite":
+            _note_lock(engine)
         with exclusive_connection(engine):
             storage = create_with_retries(lambda: _storage(url, patience), engine)
         engine.dispose()
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot open the storage {masked(url)}: {error_line(error, url)}") from None
     return storage
+
+
+def _note_lock(engine: sqlalchemy.Engine) -> None:
+    """Logs that another program holds an SQLite file locked, which SQLite waits for in silence."""
+    try:
+        sqlalchemy.inspect(engine).get_table_names()
+    except sqlalchemy.exc.OperationalError as error:
+        if not is_transient(error):
+            raise
+        _logger.warning(f"Waiting for the database {masked(engine.url)}: {error_line(error, engine.url)}")
 
 
 def _storage(url: str, patience: float) -> PatientStorage:

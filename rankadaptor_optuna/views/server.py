@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:@/\[\]]+)(?::\d+)?")  # of a request, with its port
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104
+_LARGEST_PORT = 65535
+_WILDCARDS = ("0.0.0.0", "::")  # noqa: S104
 
 
 def serve(
@@ -119,8 +120,12 @@ class _Handler(WSGIRequestHandler):
 
 
 def _listening(host: str, port: int) -> WSGIServer:
+    if not host.strip():  # to the system, any address
+        raise ValueError("the host is empty; give an address, such as 127.0.0.1, or 0.0.0.0 for all networks.")
+    if not 0 <= port <= _LARGEST_PORT:
+        raise ValueError(f"port must be 0 to {_LARGEST_PORT}, got {port}.")
     try:
         return _Server(host, port)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         hint = "Stop the process that uses it, or choose another port (0 takes any free port)."
         raise ValueError(f"cannot listen on port {port} of {host}: {error}. {hint}") from None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,8 @@ import pytest
 
 from rankadaptor_optuna import __version__
 from rankadaptor_optuna.cli import main
+from rankadaptor_optuna.priors.store import PriorStore
+from rankadaptor_optuna.surrogate.prior import load_prior
 
 OPENING = "rankadaptor dashboard: error: cannot open the storage"
 COMMANDS = [
@@ -165,3 +168,13 @@ def test_a_warning_is_one_line(monkeypatch, capsys):
     assert main(["prune", "somewhere", "nowhere"]) == 2
     assert "rankadaptor: warning: no adapters in: experts\n" in capsys.readouterr().err
     assert warnings.showwarning is before
+
+
+def test_a_name_that_the_terminal_cannot_show_stops_nothing(tmp_path, monkeypatch):
+    (tmp_path / "s.db").touch()
+    store = PriorStore(f"sqlite:///{tmp_path / 's.db'}")
+    store.use("😀", store.add("mine", load_prior("pretrained")), elsewhere=True)
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert main(["priors", "list", "--storage", store.url]) == 0
+    assert rb"\U0001f600" in shown.getvalue()

@@ -156,6 +156,16 @@ def test_an_interrupted_export_goes_on_with_the_model_that_it_pruned(shortened, 
     )
 
 
+@pytest.mark.parametrize("left", [[".pruned." + "0" * 32], ["pruned", "adapter.part"]], ids=" ".join)
+def test_an_export_goes_on_after_a_kill_while_it_wrote(shortened, tmp_path, left):
+    export(shortened.storage, "search", tmp_path / "first", trust_study=True)
+    folder = tmp_path / "export"
+    for name in left:
+        shutil.copytree(tmp_path / "first" / ("pruned" if "pruned" in name else "adapter"), folder / name)
+    export(shortened.storage, "search", folder, trust_study=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "pruned", "rank_pattern.json"]
+
+
 def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 

@@ -183,3 +183,21 @@ def test_a_large_prior_is_stored_whole(store):
     large = dataclasses.replace(prior(), card={"tasks": ["x" * 100] * 2000})
     store.add("mine", large)
     assert store.load("mine").card == large.card
+
+
+@pytest.mark.parametrize("use", [(b"\xff", "mine", 1), (5, b"mine", 1), ("s", "mine", "new"), ("s", "mine", 1.5)])
+def test_uses_of_other_types_are_no_uses(store, url, use):
+    store.add("mine", prior())
+    store.use("search", Version("mine", 1), elsewhere=True)
+    study, name, version = use
+    insertion = "INSERT INTO rankadaptor_prior_uses (study, name, version, elsewhere) VALUES (:s, :n, :v, 0)"
+    execute(url, insertion, s=study, n=name, v=version)
+    assert [stored.studies for stored in store.versions()] == [("search",)]
+    assert store.collect({Use("search", Version("mine", 1))}) == ([], [])
+
+
+def test_a_version_that_no_reference_names_does_not_count(store, url):
+    store.add("mine", prior())
+    row = "INSERT INTO rankadaptor_priors VALUES ('mine', 9223372036854775807, '2020-01-01', 'c', x'00')"
+    execute(url, row)
+    assert store.add("mine", prior(1)) == Version("mine", 2)

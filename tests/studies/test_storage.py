@@ -93,6 +93,7 @@ def test_a_missing_database_file_is_refused_where_a_study_must_exist(tmp_path):
 def test_a_database_of_something_else_gets_no_tables_where_a_study_must_exist(tmp_path):
     with sqlite3.connect(tmp_path / "other.db") as other:
         other.execute("CREATE TABLE cats (name TEXT)")
+        other.execute("CREATE TABLE studies (patient TEXT)")  # not Optuna's
     before = (tmp_path / "other.db").read_bytes()
     with pytest.raises(ValueError, match="it has no studies"):
         open_storage(f"sqlite:///{tmp_path / 'other.db'}", create=False)
@@ -144,8 +145,22 @@ def test_a_storage_that_cannot_be_opened_is_named_without_its_password(url):
     assert caught.value.__cause__ is None
 
 
-@pytest.mark.parametrize("name", ["n" * 513, "a\0b"])
+@pytest.mark.parametrize("name", ["n" * 513, "a\0b", "", "  ", "\ud800"])
 def test_a_name_that_some_database_cannot_hold_is_refused(url, name):
-    with pytest.raises(ValueError, match="a study name has at most 512 characters"):
+    with pytest.raises(ValueError, match="a study name has 1 to 512 characters"):
         create_study(storage=url, study_name=name)
     assert create_study(storage=url, study_name="n" * 512).study_name == "n" * 512
+
+
+def test_a_locked_database_is_waited_for_in_words_and_not_for_ten_times_a_minute(url, tmp_path, monkeypatch, caplog):
+    open_storage(url).remove_session()
+    monkeypatch.setattr("rankadaptor_optuna.studies.patient_storage._LOCKED_S", 0)
+    monkeypatch.setattr("rankadaptor_optuna.database._LONGEST_S", 0)
+    monkeypatch.setattr("rankadaptor_optuna.database.time.sleep", pytest.fail)
+    optuna.logging.enable_propagation()
+    with sqlite3.connect(tmp_path / "study.db") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ValueError, match=r"cannot open the storage .*: database is locked"):
+            open_storage(f"{url}?timeout=0")
+    optuna.logging.disable_propagation()
+    assert f"Waiting for the database {url}?timeout=0: database is locked" in caplog.text

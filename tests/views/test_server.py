@@ -74,3 +74,18 @@ def test_other_names_and_pages_of_other_origins_are_refused(listens, host, origi
     body = b"".join(same_origin(app, listens)(environ, lambda status, headers: answered.append(status)))
     assert answered[0].split()[0] == status
     assert (body == b"deleted") == (status == "200")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"host": ""}, "the host is empty; give an address"),  # to the system, all networks of the machine
+        ({"port": -1}, "port must be 0 to 65535, got -1"),
+        ({"port": 65536}, "port must be 0 to 65535, got 65536"),
+    ],
+)
+def test_an_empty_host_and_an_impossible_port_are_refused(tmp_path, monkeypatch, options, says):
+    monkeypatch.setattr("rankadaptor_optuna.views.server._Server.serve_forever", lambda server: None)
+    optuna.create_study(storage=f"sqlite:///{tmp_path / 'study.db'}")
+    with pytest.raises(ValueError, match=says):
+        serve(f"sqlite:///{tmp_path / 'study.db'}", **({"port": 0} | options))
