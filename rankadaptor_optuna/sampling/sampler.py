@@ -197,7 +197,7 @@ class RankAdaptorSampler(BaseSampler):
             prior, history = self._prior_of(study), self._history(study)
             searched = history.search_space(self.space, self.ranks)
         search_space = {name: each for name, each in search_space.items() if name in searched or not each.single()}
-        if all(distribution.single() for distribution in search_space.values()):
+        if all(each.single() for each in search_space.values()):
             return {}
         remainder = {name: search_space.pop(name) for name in history.names & search_space.keys() - searched.keys()}
         self._warn_of_remainder(study, remainder)
@@ -266,20 +266,21 @@ class RankAdaptorSampler(BaseSampler):
 
     def _warn_of_remainder(self, study: Study, names: Collection[str]) -> None:
         """Says, once, which parameters of the finished trials are not searched with the ranks."""
-        new = [name for name in names if ("remainder", name) not in self._said]
-        if not self._warns_of_independent or not new:
+        if not self._warns_of_independent or self._said.issuperset(("remainder", name) for name in names):
             return
         with self._lock:
             history = self._history(study)
-            has_ranks = bool(history.search_space(self.space, self.ranks))
-        if not (new := [name for name in new if name in history.names and self._is_new(("remainder", name))]):
-            return
-        why: str | None = "not all recent trials with ranks have them, or they decide whether a trial has ranks"
-        if not has_ranks:
-            why = why_no_ranks(history.distributions, self.ranks)
-            why = why or "no trial has parameters named like ranks (layer_3_rank); ranks=... declares them"
+            searched = history.search_space(self.space, self.ranks)
+        new = [name for name in names if name in history.names and self._is_new(("remainder", name))]
+        why = "not all recent trials with ranks have them, or they decide whether a trial has ranks"
+        if searched.keys() >= set(new):
+            why = "their ranges changed: the proposals lie outside"
+        elif not searched:
+            why = "no trial has parameters named like ranks (layer_3_rank); ranks=... declares them"
+            why = why_no_ranks(history.distributions, self.ranks) or why
         sampler = "TPESampler" if self._independent_sampler is None else type(self._independent_sampler).__name__
-        _logger.warning(f"Left to {sampler}: {', '.join(map(repr, sorted(new)))}, as {why}.")
+        if new:
+            _logger.warning(f"Left to {sampler}: {', '.join(map(repr, sorted(new)))}, as {why}.")
 
     def _history(self, study: Study) -> History:
         """Returns the study's trials up to now."""

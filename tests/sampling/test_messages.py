@@ -152,3 +152,10 @@ def test_it_is_said_why_parameters_are_no_ranks(log, ranks, suggest, n_layers, m
     assert sum(message in line for line in logged(log)) == 1
     with pytest.raises(ValueError, match=f"no rank parameters.*{message}"):
         recommend(study)
+
+
+def test_a_range_that_changed_is_said(log):
+    study = optuna.create_study(direction="maximize", sampler=RankAdaptorSampler(prior=None, seed=0))
+    for high, n in ((64, 8), (4, 1)):
+        study.optimize(lambda t, high=high: float(sum(t.suggest_int(f"r_{i}", 2, high) for i in range(4))), n_trials=n)
+    assert any("their ranges changed" in line for line in logged(log))
