@@ -25,7 +25,7 @@ from rankadaptor_optuna.surrogate.knapsack import Choice
 _FRANK_WOLFE_STEPS = 16  # set by hand
 # Highest probability of failing of a recommendation, by the mode of the model of failures. Where the probability that
 # allows for an uncertain model exceeds the first of them, the next one is tried. Set by hand.
-_RISKS = (0.1, 0.03, 0.01, 0.003)
+_RISKS = (0.2, 0.1, 0.03, 0.01)
 _SAME_POINT = 1e-9  # distance in the unit cube that is rounding; set by hand
 _ROUNDING = 0.01  # difference of the scores of equal trials, in their standard deviations, that is not noise; by hand
 

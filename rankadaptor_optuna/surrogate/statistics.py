@@ -85,7 +85,7 @@ def standardise(scores: Array) -> Standardised:
 
     A score that has diverged, or is as far above the median of the others, is pulled in to 20 robust standard
     deviations from that median, does not count for location and spread, and has a standard deviation of half that
-    distance: it says that something is bad, not how bad.
+    distance times the root of the number of such scores: together they say that something is bad, not how bad.
     """
     if not len(scores):
         return Standardised(scores, 0.0, 1.0, scores)
@@ -95,7 +95,8 @@ def standardise(scores: Array) -> Standardised:
     location, spread = float(scores[near].mean()), float(scores[near].std()) or 1.0
     distance = limit if np.isfinite(limit) else spread
     pulled = np.where(near, scores, median + np.sign(scores - median) * distance)
-    return Standardised((pulled - location) / spread, location, spread, np.where(near, 0, (distance / 2 / spread) ** 2))
+    doubt = np.where(near, 0, (~near).sum() * (distance / 2 / spread) ** 2)
+    return Standardised((pulled - location) / spread, location, spread, doubt)
 
 
 def rank_correlation(a: Array, b: Array) -> float:
