@@ -18,6 +18,8 @@ _READ_BY_KERNELS = ("out_proj", "x_proj", "dt_proj")
 _READ_BY_MODEL = ("correction_coefs",)  # Gemma3n clamps this weight in training (models/gemma3n/modeling_gemma3n.py)
 # PEFT takes these names for fused experts (peft/utils/transformers_weight_conversion.py: _MOE_TARGET_MODULE_MAPPING)
 _NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_POSITIONS = re.compile(r"\b(wpe|embed_positions|position_embeddings|positions_embed)\.weight$")  # learned; they end
+_WRAPPERS = {"_orig_mod": "torch.compile", "module": "DataParallel and its like"}
 _CROSS = re.compile(r"\.(cross_attn|crossattention|encoder_attn)\.")
 _NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")  # the outermost list on the way to a module
 
@@ -53,9 +55,13 @@ def check_adaptable(model: Any) -> None:  # noqa: ANN401
     """Checks that a model can be adapted.
 
     Raises:
-        ValueError: It has adapters already, is an encoder-decoder, or is quantised by a method without training.
+        ValueError: It is wrapped, has adapters already, is an encoder-decoder, or is quantised by a method without
+            training.
     """
     name, config = type(model).__name__, getattr(model, "config", None)
+    for inner, wrapper in _WRAPPERS.items():
+        if [child for child, _ in model.named_children()] == [inner]:
+            raise ValueError(f"{name} wraps the model ({wrapper}); pass the model itself, model.{inner}.")
     if hasattr(model, "peft_config") or any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(
             f"{name} carries a PEFT adapter already; merge it (merge_and_unload), or pass the model without adapter."
@@ -86,6 +92,31 @@ def check_language_model(model: Any) -> None:  # noqa: ANN401
             f"{type(model).__name__} has no language-model head, so it has no loss on text; "
             "load the model with AutoModelForCausalLM."
         )
+
+
+def check_weights(model: Any) -> None:  # noqa: ANN401
+    """Checks that the weights of a model are in memory, and can take part in training.
+
+    Raises:
+        ValueError: They are on the meta device, as those that are offloaded to disk, or made in inference mode.
+    """
+    weights = list(model.parameters())
+    if any(weight.is_meta for weight in weights):
+        raise ValueError(
+            f"{type(model).__name__} has weights that are offloaded to disk or not loaded; load it into main memory, "
+            "without device_map and in bfloat16"
+        )
+    if any(weight.is_inference() for weight in weights):
+        raise ValueError(
+            f"{type(model).__name__} was made in torch.inference_mode, so it cannot train; load it outside"
+        )
+
+
+def n_positions(model: Any) -> int | None:  # noqa: ANN401
+    """Returns the length of a model's table of learned positions; None for rotary and other positions."""
+    has_table = any(_POSITIONS.search(name) for name, _ in model.named_parameters())
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) if has_table else None
+    return limit or None
 
 
 def adaptable_linears(model: Any) -> Linears:  # noqa: ANN401

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
-from rankadaptor_optuna.adaptable import check_language_model
+from rankadaptor_optuna.adaptable import check_language_model, check_weights
 from rankadaptor_optuna.attributes import ITEMS_ATTR, UNRECOVERED_ATTR
 from rankadaptor_optuna.model_layers import ModelLayers, read_layers
 from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS, LoraSettings, Ranks
@@ -27,8 +28,9 @@ from rankadaptor_optuna.recovery.memory import free_memory, peak_memory
 from rankadaptor_optuna.recovery.models import check_inputs
 from rankadaptor_optuna.recovery.processes import broadcast, fail_together, process_index
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
-from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train
+from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train, warn_of_unreached
 from rankadaptor_optuna.sampling.trials import verification_seed
+from rankadaptor_optuna.setting_types import check_seed
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.sensitivity_note import note_sensitivity
 
@@ -42,8 +44,8 @@ class RecoveryObjective:
     """Recovers a pruned model with the trial's ranks and scores it, by its loss on held-out text or by lm-eval tasks.
 
     The model is loaded once and reused: each trial attaches an adapter, trains it and removes it. Every trial has the
-    same data in the same order and the same (nested) initialisation, so scores differ by the ranks alone. Create the
-    study with ``direction=objective.direction``.
+    same data in the same order and the same (nested) initialisation, so scores differ by the ranks alone. Threads
+    (``n_jobs``) take turns. Create the study with ``direction=objective.direction``.
 
     A trial that fails (loss not finite, out of memory, unreadable data) becomes a FAIL trial with its reason in the
     user attribute ``fail_reason``; its traceback is logged, its memory is freed, and the study goes on. An error of
@@ -134,9 +136,11 @@ class RecoveryObjective:
         self.model = model if hasattr(model, "named_modules") else model.model
         self.tokenizer = tokenizer
         self.space = space
+        check_seed(seed)
         self.seed = seed
         self.on_step = on_step
         check_language_model(self.model)
+        check_weights(self.model)
         chosen = space.targets or TARGETS if targets is None else targets
         layers = read_layers(self.model, chosen, space.granularity)
         self.lora = LoraSettings(layers.targets, alpha_ratio, alpha, dropout)
@@ -147,10 +151,12 @@ class RecoveryObjective:
         read = partial(examples_of, tokenizer, length=block_length, mask_prompt=mask_prompt)
         self.train = read(train)
         self.training = (training or TrainingConfig()).for_examples(len(self.train))
+        warn_of_unreached(self.training, report_every)
         self.held_out = read(validation, limit=validation_blocks)
         for examples in (self.train, self.held_out):
             check_inputs(self.model, examples)
         self._report = self.held_out.first(report_blocks)
+        self._one_at_a_time = threading.Lock()  # trials share the model
 
     @contextmanager
     def recovered(
@@ -175,6 +181,8 @@ class RecoveryObjective:
             ValueError: A searched layer, or sublayer, has no rank, or the space counts other parameters than train.
             FloatingPointError: The loss is not finite.
         """
+        import torch
+
         seed = self.seed if seed is None else seed
         adapted = self.space.with_fixed(ranks)
         if not any(adapted.values()):  # nothing to train: the pruned model as it is
@@ -187,6 +195,8 @@ class RecoveryObjective:
             broadcast([1, seed, *(int(ranks[module]) for module in self.space.modules)], device)
         config = lora_config(adapted, self.lora)
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
             with fail_together(device):
                 model = stack.enter_context(attached(self.model, config, seed=seed))
                 check_count(model, self.space.cost(ranks))
@@ -229,6 +239,10 @@ class RecoveryObjective:
             optuna.TrialPruned: The study's pruner stopped the trial.
             ValueError: The study has another direction than the score.
         """
+        with self._one_at_a_time:
+            return self._run(trial)
+
+    def _run(self, trial: Trial) -> float:
         self._check_direction(trial)
         ranks = self.space.suggest(trial)
         seed = verification_seed(trial)

@@ -202,7 +202,7 @@ class RankSpace:
         searched = sorted(pruned) or found.layers
         fixed = {} if unpruned_rank is None else {i: unpruned_rank for i in found.layers if i not in searched}
         modules = modules_of(searched, granularity)
-        return cls(
+        space = cls(
             max(found.layers) + 1,
             candidates,
             budget,
@@ -214,6 +214,12 @@ class RankSpace:
             granularity=granularity,
             targets=found.targets,
         )
+        if (space.budget or 0) > space.costliest:
+            most = f"rank {space.candidates[-1]} in every layer ({space.costliest:,.0f} parameters)"
+            warnings.warn(
+                f"budget {budget} exceeds the costliest configuration, {most}: it limits nothing.", stacklevel=2
+            )
+        return space
 
     def by_module(self, values: Mapping[str, float]) -> dict[Any, float]:
         """Returns the sum of values over each searched layer (or sublayer), given values by submodule name."""
@@ -281,6 +287,11 @@ class RankSpace:
         self._check(ranks)
         searched = sum(ranks[module] * cost for module, cost in zip(self.modules, self.costs, strict=True))
         return searched + self.fixed_cost
+
+    @property
+    def costliest(self) -> float:
+        """The cost of the largest candidate in every searched layer, fixed layers included."""
+        return self.cost(Ranks.uniform(self.modules, self.candidates[-1]))
 
     def _check(self, ranks: Mapping[Any, float]) -> None:
         missing = [module for module in self.modules if module not in ranks]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +15,15 @@ from typing import Any
 
 _PASSAGE = 2000  # least number of characters of a passage; set by hand
 _FIELDS = ("text", "instruction", "input", "output", "prompt", "completion", "messages", "conversations")
+_UNUSED = ("system", "system_prompt", "history", "tools")  # fields that change the meaning of the others
+_NO_TEXT = (
+    b"PK",
+    b"%PDF",
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"\x28\xb5\x2f\xfd",
+)  # zip (docx), PDF, gzip, bzip2, xz, zstd
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 _LOADERS = {
     ".json": "json",
@@ -136,6 +145,7 @@ def read_records(source: str | PathLike[str], *, limit: int = 50_000, at_least: 
     else:
         rows, total = _rows(name, limit)
         found = [_example(row, name, number) for number, row in enumerate(rows, start=1)]
+        _warn_of_unused(rows, name)
     if total is None or total > limit:
         found, of = found[:limit], "more" if total is None else f"{total:,}"
         warnings.warn(f"{name}: only the first {limit:,} of {of} records are read; see limit.", stacklevel=2)
@@ -146,9 +156,12 @@ def read_records(source: str | PathLike[str], *, limit: int = 50_000, at_least: 
 
 def _plain_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"cannot read {path}: {_reason(error)}") from error
+    if "\0" in text:
+        raise ValueError(f"cannot read {path}: it holds NUL characters, so it is no text in UTF-8.")
+    return text
 
 
 def _pieces(text: str, at_least: int) -> list[str]:
@@ -174,6 +187,11 @@ def _example(row: Mapping[str, Any], name: str, number: int) -> Any:  # noqa: AN
             return {"messages": _messages(row[key], name, number)}
     if "text" in there and isinstance(row["text"], (str, int, float)):
         return str(row["text"])
+    odd = [
+        key for key in ("text", "instruction", "output") if key in there and not isinstance(row[key], (str, int, float))
+    ]
+    if odd:
+        raise ValueError(f"{name}, record {number}: {odd[0]} must be text, got {row[odd[0]]!r:.80}.")
     nulls = [key for key in row if key in _FIELDS and row[key] is None]
     if nulls:
         raise ValueError(f"{name}, record {number}: {' and '.join(nulls)} is null; remove the record.")
@@ -181,6 +199,16 @@ def _example(row: Mapping[str, Any], name: str, number: int) -> Any:  # noqa: AN
         f"{name}, record {number}: it has none of text, instruction and output, prompt and completion, messages, but "
         f"{', '.join(row)}."
     )
+
+
+def _warn_of_unused(rows: Iterable[Mapping[str, Any]], name: str) -> None:
+    counts = {key: sum(bool(row.get(key)) for row in rows) for key in _UNUSED}
+    counts["label"] = sum(row.get("label") is False for row in rows)  # of KTO's data: a completion to avoid
+    if unused := {key: n for key, n in counts.items() if n}:
+        said = " and ".join(f"{key} (of {n:,} records)" for key, n in unused.items())
+        warnings.warn(
+            f"{name}: {said} is left out; put it into the prompt or the messages, if it counts.", stacklevel=3
+        )
 
 
 def _messages(turns: Any, name: str, number: int) -> list[dict[str, str]]:  # noqa: ANN401
@@ -233,6 +261,8 @@ def _rows(name: str, limit: int) -> tuple[list[Mapping[str, Any]], int | None]:
     import datasets
 
     path = Path(name)
+    if not name.strip():
+        raise ValueError(f"the name of a file or data set must not be empty, got {name!r}.")
     if not path.exists() and (
         _format_of(path) or path.suffix == ".txt" or name.startswith((".", "/", "~")) or name.endswith("/")
     ):
@@ -273,6 +303,8 @@ def _load_local(path: Path, cache: str) -> Any:  # noqa: ANN401
         return datasets.load_dataset(loader, split="train", trust_remote_code=False, **options)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, dict) and "train" not in saved:
+            raise ValueError(f"it has no split train, but {', '.join(saved)}; name the folder of a split")
         return saved["train"] if isinstance(saved, dict) else saved
     return datasets.load_dataset(str(path), split="train", cache_dir=cache, trust_remote_code=False)
 
@@ -299,5 +331,9 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
         byte = error.object[error.start]
+        if error.object.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return "it is in UTF-16; convert it, such as by iconv -f utf-16 -t utf-8"
+        if error.object.startswith(_NO_TEXT) or b"\0" in error.object:
+            return "it is no text file; give its text in UTF-8, decompressed"
         return f"it is not in UTF-8 (byte 0x{byte:02x}); convert it, such as by iconv -f latin1 -t utf-8"
     return (str(error).splitlines() or [type(error).__name__])[0]

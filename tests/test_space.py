@@ -372,3 +372,9 @@ def test_what_modules_have_is_summed_over_what_has_a_rank(granularity, expected)
 def test_arguments_of_another_kind_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         RankSpace(**{"n_layers": 4, **arguments})
+
+
+def test_a_budget_that_limits_nothing_is_said(model):
+    with pytest.warns(UserWarning, match=r"uniform:16 exceeds the costliest configuration, rank 8 .*limits nothing"):
+        space = RankSpace.from_model(model, (2, 4, 8), "uniform:16")
+    assert space.costliest == space.budget / 2

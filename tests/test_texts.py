@@ -72,7 +72,7 @@ def test_records_give_their_text_or_alpaca_fields_or_the_field_named(tmp_path):
         ('{"messages": [{"role": "user"}]}', "record 1: a message needs a role and a text, got {'role': 'user'}"),
         ('{"text": " "}', "holds no text"),
         ("[]", "holds no text"),
-        ('{"text": {"a": 1}}', "record 1: it has none of text"),
+        ('{"text": {"a": 1}}', "record 1: text must be text"),
         ("", "holds no text"),
     ],
 )
@@ -189,3 +189,50 @@ def test_a_mistyped_file_is_no_data_set_of_the_hub(name, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **_: pytest.fail("asked the Hub"))
     with pytest.raises(ValueError, match=f"there is no file {name}"):
         read_records(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("notepad.txt", "some text".encode("utf-16"), "it is in UTF-16"),
+        ("no-mark.txt", "some text".encode("utf-16-le"), "it holds NUL characters"),
+        ("text.txt.gz", gzip.compress(b"some text"), "it is no text file"),
+        ("paper.pdf", b"%PDF-1.4\n\xff", "it is no text file"),
+    ],
+)
+def test_a_file_that_is_no_text_in_utf_8_is_called_what_it_is(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_records(tmp_path / name)
+
+
+def test_a_saved_data_set_without_a_train_split_names_its_splits(tmp_path):
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="no split train, but test"):
+        read_records(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({"instruction": "a", "output": "b", "system": "You are a pirate."}, "system"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "history"),
+        ({"prompt": "a", "completion": "b", "label": False}, "label"),
+    ],
+)
+def test_fields_that_change_the_meaning_are_not_left_out_unsaid(tmp_path, record, named, recwarn):
+    (tmp_path / "data.jsonl").write_text(json.dumps({**record, "id": 7}))
+    with pytest.warns(UserWarning, match=rf"{named} \(of 1 records\) is left out"):
+        read_records(tmp_path / "data.jsonl")
+    recwarn.clear()
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "a", "label": 0, "system": None}))
+    assert read_records(tmp_path / "data.jsonl") == ["a"]
+    assert not recwarn
+
+
+def test_a_field_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": ["a", "b"]}))
+    with pytest.raises(ValueError, match="record 1: text must be text, got"):
+        read_records(tmp_path / "data.jsonl")
+    with pytest.raises(ValueError, match="must not be empty"):
+        read_records("")

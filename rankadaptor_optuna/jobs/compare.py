@@ -89,6 +89,9 @@ def compare(
     """
     if seeds < 2:
         raise ValueError(f"seeds must be at least 2 for an interval, got {seeds}.")
+    methods = tuple(dict.fromkeys([methods] if isinstance(methods, str) else methods))
+    if not methods:
+        raise ValueError(f"name at least one method to compare; there are {', '.join((DENSE, *COMPARED_METHODS))}.")
     if unknown := [method for method in methods if method not in (DENSE, *COMPARED_METHODS)]:
         raise ValueError(f"no method named {unknown[0]!r}; there are {', '.join((DENSE, *COMPARED_METHODS))}.")
     study, recipe = stored_study(storage, study_name, trust_study)
@@ -236,7 +239,8 @@ def _recovered(
 ) -> Iterator[Any]:
     """Yields the recovered model; ``ranks`` are the recommended ranks."""
     if adaptive := _ADAPTIVE.get(method):
-        options = {"parameters": job.space.budget, "seed": seed, "on_step": on_step, "lora": job.lora}
+        budget = job.space.costliest if job.space.budget is None else min(job.space.budget, job.space.costliest)
+        options = {"parameters": budget, "seed": seed, "on_step": on_step, "lora": job.lora}
         with adaptive(job.model, job.train, job.training, **options) as model:
             yield model
         return

@@ -84,7 +84,7 @@ def export(
             save_pruned(model, own, tokenizer)
             pruned = own
 
-    job = load_pruned_job(recipe, pruned, found.ranks, study.study_name, keep)
+    job = load_pruned_job(recipe, pruned, found.ranks, study, keep)
     base = _absolute(pruned or job.model.name_or_path)
     say(f"Training {job.training.steps} steps with the recommended ranks: {found.evidence.statement}")
     loss, before = train_adapter(job, found.ranks, out / "adapter", base=base, seed=seed)

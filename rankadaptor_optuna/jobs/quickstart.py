@@ -71,7 +71,7 @@ def _exported(searched: SearchResult, say: Callable[[str], None]) -> Exported:
     done = folder.measured.get("adapter")  # earlier versions kept a text there
     if not isinstance(done, dict) or done["ranks"] != ranks.to_json() or not (out / "adapter").exists():
         say("Adapter: training with the recommended ranks")
-        job = load_pruned_job(recipe, out / "pruned", ranks, searched.study_name)
+        job = load_pruned_job(recipe, out / "pruned", ranks, searched.study)
         if any(searched.recommendation.all_ranks.values()):
             loss, before = train_adapter(job, ranks, out / "adapter", base=base)
         else:

@@ -17,11 +17,13 @@ from rankadaptor_optuna.jobs.output import only_process, write_json
 from rankadaptor_optuna.jobs.priors import read_prior
 from rankadaptor_optuna.jobs.recipe import Recipe
 from rankadaptor_optuna.jobs.results import SearchResult
+from rankadaptor_optuna.jobs.settings import CONTINUATION
 from rankadaptor_optuna.jobs.stored import check_digests, recipe_as_stored, recipe_folder
 from rankadaptor_optuna.jobs.worker import run_trials
 from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.priors.choice import OnBadPrior
 from rankadaptor_optuna.recovery.processes import join_processes, main_first, process_index
+from rankadaptor_optuna.recovery.tasks import check_names
 from rankadaptor_optuna.sampling.sampler import RankAdaptorSampler
 from rankadaptor_optuna.studies.recommendation import recommend
 from rankadaptor_optuna.studies.storage import check_study_name, create_study, open_storage
@@ -98,6 +100,7 @@ def search(
         if check is not None:
             check(inputs)
         digests, suite = inputs.digests(), recipe.evaluation.suite(inputs.tokenizer, "search")
+        check_names(set(recipe.evaluation.report_tasks) - {CONTINUATION}, recipe.evaluation.include_path)
         if opened is not None and study_name in optuna.get_all_study_names(opened):
             check_digests(optuna.load_study(study_name=study_name, storage=opened), digests)
 

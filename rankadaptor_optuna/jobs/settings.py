@@ -56,6 +56,10 @@ class Space:
     def __post_init__(self) -> None:
         checked_candidates(self.candidates)
         RankSpace(1, self.candidates, self.budget, granularity=self.granularity)
+        if self.unpruned_rank < -1:
+            raise ValueError(
+                f"unpruned_rank must be at least 0, or -1 to search these layers, got {self.unpruned_rank}."
+            )
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,10 @@ class Data:
     limit: int = 50_000
 
     def __post_init__(self) -> None:
-        for name in ("block_length", "validation_blocks", "report_blocks", "limit"):
+        for name, least in (("block_length", 2), ("validation_blocks", 1), ("report_blocks", 1), ("limit", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 @dataclass(frozen=True)

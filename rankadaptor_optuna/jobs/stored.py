@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -126,6 +127,18 @@ def check_digests(study: Study, digests: dict[str, str]) -> None:
     check_same_settings(f"study {study.study_name!r}", was, now, "another study name")
 
 
+def warn_of_other_data(study: Study, inputs: Inputs) -> None:
+    """Warns of data that is not what the study's trials had."""
+    try:
+        check_digests(study, inputs.digests())
+    except ValueError:
+        warnings.warn(
+            f"the data has changed since study {study.study_name!r}: its recommendation is for other data, and the "
+            "losses do not compare.",
+            stacklevel=3,
+        )
+
+
 def recipe_folder(path: Path, recipe: Recipe) -> OutputFolder:
     """Returns a job's output folder, which belongs to one recipe.
 
@@ -147,7 +160,7 @@ def check_modules(job: RecoveryObjective, modules: Iterable[Any], study_name: st
 
 
 def load_pruned_job(
-    recipe: Recipe, pruned: Path | None, modules: Iterable[Any], study_name: str, on_pruned: OnPruned | None = None
+    recipe: Recipe, pruned: Path | None, modules: Iterable[Any], study: Study, on_pruned: OnPruned | None = None
 ) -> RecoveryObjective:
     """Loads the pruned model of a study and returns its trial objective, without tasks.
 
@@ -155,12 +168,14 @@ def load_pruned_job(
         recipe: The study's recipe.
         pruned: Folder of the pruned model. Default: pruned again as the recipe says.
         modules: The modules that the study searched.
-        study_name: Name of the study, for messages.
+        study: The study; a warning says where its trials had other data.
         on_pruned: See ``Inputs.objective``.
 
     Raises:
         ValueError: The model or data cannot be read, or it is not the model of the study.
     """
-    job = Inputs(recipe, pruned).objective(on_pruned, tasks=None)
-    check_modules(job, modules, study_name, pruned or recipe.model)
+    inputs = Inputs(recipe, pruned)
+    warn_of_other_data(study, inputs)
+    job = inputs.objective(on_pruned, tasks=None)
+    check_modules(job, modules, study.study_name, pruned or recipe.model)
     return job

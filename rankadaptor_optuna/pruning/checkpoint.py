@@ -21,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rankadaptor_optuna.adaptable import check_adaptable, check_language_model
+from rankadaptor_optuna.adaptable import check_adaptable, check_language_model, check_weights
 from rankadaptor_optuna.pruning import modeling
 from rankadaptor_optuna.pruning.blocks import block_list, check_unquantised
 from rankadaptor_optuna.pruning.structure import transformer_layers
@@ -84,11 +84,7 @@ def check_prunable(model: nn.Module, method: str = "llm-pruner") -> None:
                 "method 'shortened' removes whole blocks from others"
             )
     check_language_model(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            f"{type(model).__name__} has weights that are offloaded to disk; load it into main memory, "
-            "without device_map and in bfloat16"
-        )
+    check_weights(model)
 
 
 def build_pruned(
@@ -216,7 +212,7 @@ def save_pruned(model: PreTrainedModel, path: str | PathLike[str], tokenizer: An
     staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         staging.mkdir()
-        model.save_pretrained(staging)
+        _save_model(model, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if path.exists():
@@ -235,6 +231,26 @@ def remove_unfinished(path: Path) -> None:
     """Removes what killed processes have left; no other process may be writing to the path."""
     for folder in unfinished(path):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save_model(model: PreTrainedModel, path: Path) -> None:
+    """Writes a model; its generation configuration as it was loaded.
+
+    transformers loads a temperature without sampling, which Llama 2's checkpoints have, and refuses to save it.
+    """
+    generation: Any = getattr(model, "generation_config", None)
+    try:
+        if generation is not None:
+            generation.validate(strict=True)
+    except ValueError:
+        model.generation_config = type(generation)()
+        try:
+            model.save_pretrained(path)
+        finally:
+            model.generation_config = generation
+        generation.to_json_file(path / "generation_config.json")
+        return
+    model.save_pretrained(path)
 
 
 def load_pruned(path: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:  # noqa: ANN401

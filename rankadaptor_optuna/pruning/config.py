@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from rankadaptor_optuna.setting_types import check_numbers
+
 Criterion = Literal["param_first", "param_second", "param_mix", "l1", "l2", "random"]
 BlockCriterion = Literal["ppl", "taylor", "magnitude", "random"]
 Reduction = Literal["sum", "mean", "max", "prod", "first"]
@@ -96,6 +98,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         if self.method not in PRUNING_METHODS:
             raise ValueError(f"method {self.method!r} is unknown; known methods: {', '.join(PRUNING_METHODS)}")
+        check_numbers(self)
         if not 0 < self.ratio < 1:
             raise ValueError(
                 f"ratio must lie between 0 and 1, got {self.ratio}: it is the share of block parameters to remove"

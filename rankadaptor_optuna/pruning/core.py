@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rankadaptor_optuna.adaptable import n_positions
 from rankadaptor_optuna.pruning.blocks import block_list, without_blocks
 from rankadaptor_optuna.pruning.calibration import draw_samples
 from rankadaptor_optuna.pruning.checkpoint import (
@@ -98,6 +100,10 @@ def prune(
     config = (config or PruningConfig()).changed(**changes)
     check_prunable(model, config.method)
     settings = config.resolved(len(block_list(model)[1]))
+    if settings["sample_length"] > (limit := n_positions(model) or math.inf):
+        raise ValueError(
+            f"sample_length={settings['sample_length']} exceeds the {limit} positions of the model; lower it"
+        )
     samples = draw_samples(
         tokenizer,
         read_texts(calibration),

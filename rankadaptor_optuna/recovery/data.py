@@ -156,11 +156,26 @@ def prompt_and_response(tokenizer: Any, record: Mapping[str, Any]) -> tuple[str,
     """
     messages = record.get("messages")
     if messages:
+        if not all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in messages):
+            raise ValueError(f"messages must have a role and a content each, got {messages!r:.80}.")
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(f"a conversation must end with the assistant, got {messages[-1]['role']!r}; cut it there.")
         if tokenizer.chat_template:
+            from jinja2 import TemplateError
+
             render = partial(tokenizer.apply_chat_template, tokenize=False)
-            prompt, whole = render(messages[:-1], add_generation_prompt=True), render(messages)
+            try:
+                prompt, whole = render(messages[:-1], add_generation_prompt=True), render(messages)
+            except (TemplateError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                roles = ", ".join(message["role"] for message in messages)
+                raise ValueError(f"the chat template refuses a conversation of {roles} ({reason}).") from error
             if whole.startswith(prompt):
                 return prompt, whole[len(prompt) :]
+            warnings.warn(
+                "the chat template does not put a reply after its generation prompt; Alpaca's prompt is used instead.",
+                stacklevel=2,
+            )
         instruction = "\n\n".join(message["content"] for message in messages[:-1])
         record = {"instruction": instruction, "output": messages[-1]["content"]}
     names = ("prompt", "completion") if "prompt" in record else ("instruction", "output")
@@ -231,6 +246,12 @@ def instruction_examples(
     return Examples(ids, labels)
 
 
+def _text_of(item: Any) -> Any:  # noqa: ANN401
+    """Returns the text of a record with no other field of ``prompt_and_response``; all else as it is."""
+    is_text = isinstance(item, Mapping) and "text" in item and not item.keys() & {"instruction", "prompt", "messages"}
+    return item["text"] if is_text else item
+
+
 def examples_of(
     tokenizer: Any,  # noqa: ANN401
     data: Sequence[str] | Sequence[Mapping[str, Any]] | Examples,
@@ -251,12 +272,27 @@ def examples_of(
     Raises:
         ValueError: There is too little text, a record lacks a field, or there are texts and records.
     """
+    if length < 2:
+        raise ValueError(f"block_length must be at least 2, a token and the next one, got {length}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"the number of blocks or records must be at least 1, got {limit}.")
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise ValueError(f"the tokenizer must be of transformers (AutoTokenizer), got {type(tokenizer).__name__}.")
     if isinstance(data, Examples):
         return data if limit is None else data.first(limit)
-    records = [item for item in data if isinstance(item, Mapping)]
+    if isinstance(data, (str, bytes, Mapping)):
+        raise ValueError(
+            f"data must be a list of texts or records, got one {type(data).__name__}; texts.read_records reads files."
+        )
+    items = [_text_of(item) for item in data]
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, (str, Mapping)):
+            raise ValueError(f"item {number} of the data is a {type(item).__name__}; data must be texts or records.")
+    records = [item for item in items if isinstance(item, Mapping)]
     if not records:
-        texts = [item for item in data if isinstance(item, str)]
-        return Examples.of_blocks(token_blocks(tokenizer, texts, length, limit))
-    if len(records) < len(data):
+        if not any(text.strip() for text in items):
+            raise ValueError("the data holds no text.")
+        return Examples.of_blocks(token_blocks(tokenizer, items, length, limit))
+    if len(records) < len(items):
         raise ValueError("data must be texts or records, not some of each.")
     return instruction_examples(tokenizer, records, length, mask_prompt=mask_prompt, limit=limit)

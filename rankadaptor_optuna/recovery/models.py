@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from typing import Any
 
-from rankadaptor_optuna.adaptable import features
+from rankadaptor_optuna.adaptable import features, n_positions
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.embedded import model_dir
-
-# Tables of learned positions, which end; rotary positions do not.
-_POSITIONS = re.compile(r"\b(wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
 
 
 def load_model(
@@ -39,7 +35,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = os.fspath(model_dir() if path is None else path)
-    if os.path.isabs(source) and not os.path.isdir(source):
+    if (not source or source.startswith((".", "~", "/")) or os.path.isabs(source)) and not os.path.isdir(source):
         raise ValueError(f"there is no model folder {source!r}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -78,9 +74,8 @@ def check_inputs(model: Any, examples: Examples) -> None:  # noqa: ANN401
             f"the tokenizer gave token id {largest}, but the model knows {n_tokens} tokens: "
             "pass the model's own tokenizer."
         )
-    longest, limit = max(map(len, examples.ids)), getattr(model.config.get_text_config(), "max_position_embeddings", 0)
-    has_table = any(_POSITIONS.search(name) for name, _ in model.named_parameters())
-    if has_table and limit and longest > limit:
+    longest, limit = max(map(len, examples.ids)), n_positions(model)
+    if limit is not None and longest > limit:
         raise ValueError(
             f"an example has {longest} tokens, but {type(model).__name__} knows {limit} positions; lower block_length."
         )

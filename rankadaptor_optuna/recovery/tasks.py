@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -195,17 +195,33 @@ def _name(task: str | dict[str, Any]) -> str:
     return task if isinstance(task, str) else str(task["task"])
 
 
+def check_names(names: Collection[str], include_path: str | None = None) -> None:
+    """Checks that lm-eval knows some tasks, without loading their data.
+
+    Raises:
+        ValueError: It does not; the message names them.
+    """
+    if names:
+        with _silent_lm_eval():
+            _manager(set(names), include_path)
+
+
+def _manager(names: set[str], include_path: str | None) -> Any:  # noqa: ANN401
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False, include_path=include_path)
+    if names - set(manager.all_tasks):  # indexing lm-eval's own tasks takes seconds
+        manager = TaskManager(include_path=include_path)
+    if unknown := sorted(names - set(manager.all_tasks)):
+        raise ValueError(f"lm-eval knows no task named {', '.join(unknown)}; see `lm_eval ls tasks`.")
+    return manager
+
+
 def _load(tasks: list[str | dict[str, Any]], include_path: str | None) -> dict[Any, list[Any]]:
     """Loads the lm-eval tasks of each name; a group or a tag stands for several."""
     import datasets
-    from lm_eval.tasks import TaskManager
 
-    named = {task for task in tasks if isinstance(task, str)}
-    manager = TaskManager(include_defaults=False, include_path=include_path)
-    if named - set(manager.all_tasks):  # indexing lm-eval's own tasks takes seconds
-        manager = TaskManager(include_path=include_path)
-    if unknown := sorted(named - set(manager.all_tasks)):
-        raise ValueError(f"lm-eval knows no task named {', '.join(unknown)}; see `lm_eval ls tasks`.")
+    manager = _manager({task for task in tasks if isinstance(task, str)}, include_path)
     found = {}
     for task in tasks:
         try:

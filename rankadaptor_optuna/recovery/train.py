@@ -19,6 +19,7 @@ from rankadaptor_optuna.recovery.processes import (
     shared_gradients,
     sum_over_processes,
 )
+from rankadaptor_optuna.setting_types import check_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -56,13 +57,18 @@ class TrainingConfig:
     linear_decay: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("steps", "batch_size", "learning_rate", "max_grad_norm", "micro_batch_size", "epochs"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
+            if value == math.inf and name != "max_grad_norm":
+                raise ValueError(f"{name} must be finite, got {value}.")
         for name in ("warmup", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"{name} must be finite, got inf.")
 
     def for_examples(self, n: int) -> TrainingConfig:
         """Converts ``epochs`` to ``steps`` for ``n`` examples; the next pass fills up an incomplete last batch."""
@@ -156,7 +162,7 @@ def train(
                 with fail_together(device):
                     for micro in examples.by_length(rows[index::n_shares], config.micro_batch_size or len(rows)):
                         batch = {name: tensor.to(device) for name, tensor in examples.batch(micro).items()}
-                        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+                        with torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
                             loss = model(**batch, use_cache=False).loss * (examples.n_targets(micro) / n_targets)
                         total += loss.detach()
                         if not torch.isfinite(total):
@@ -192,3 +198,18 @@ def _warn_of_idle(model: Any) -> None:  # noqa: ANN401
     if idle and n_processes() == 1:
         shown = ", ".join(idle[:3])
         warnings.warn(f"no gradient reached {len(idle)} trainable tensors in the first step: {shown}.", stacklevel=3)
+
+
+def warn_of_unreached(training: TrainingConfig, report_every: int | None) -> None:
+    """Warns of a warm-up, and of a first report, that a recovery is too short for."""
+    if training.warmup >= max(training.steps, 2):
+        warnings.warn(
+            f"the learning rate warms up in {training.warmup:g} steps, but there are {training.steps}: it never "
+            "reaches its peak; lower warmup.",
+            stacklevel=3,
+        )
+    if report_every is not None and report_every >= training.steps:
+        warnings.warn(
+            f"report_every={report_every} of {training.steps} steps: no trial reports, and none is stopped early.",
+            stacklevel=3,
+        )

@@ -62,7 +62,7 @@ def again(searched):
 
 @pytest.fixture
 def job(searched):
-    return load_pruned_job(searched.recipe, searched.out / "pruned", searched.recommendation.ranks, "search")
+    return load_pruned_job(searched.recipe, searched.out / "pruned", searched.recommendation.ranks, searched.study)
 
 
 def test_every_method_recovers_within_the_budget_on_fresh_seeds_and_unseen_text(compared, searched, job):
@@ -234,3 +234,10 @@ def test_quantised_weights_are_refused_before_any_recovery(again, tmp_path, monk
     monkeypatch.setattr(module, "_recover_and_measure", lambda *_: pytest.fail("it recovered"))
     with pytest.raises(ValueError, match="q_proj is quantised"):
         again(tmp_path / "out")
+
+
+def test_methods_are_at_least_one_and_each_once(again, tmp_path):
+    with pytest.raises(ValueError, match="name at least one method"):
+        again(tmp_path / "none", methods=[])
+    rows = again(tmp_path / "twice", methods=[NONE, NONE]).rows
+    assert [row.method for row in rows] == [NONE]

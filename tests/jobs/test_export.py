@@ -205,3 +205,14 @@ def test_an_adapter_of_modules_with_full_names_lacks_weights_on_a_deeper_model_t
     assert not any("missing adapter keys" in str(each.message) for each in recwarn)
     with pytest.warns(UserWarning, match=r"missing adapter keys.*h\.2\."):
         PeftModel.from_pretrained(gpt2(3), tmp_path)
+
+
+def test_an_export_on_other_data_than_the_study_had_says_so(searched, tmp_path):
+    data = Path(searched.recipe.data.train)
+    before = data.read_text()
+    data.write_text("\n\n".join(reversed(before.split("\n\n"))))
+    try:
+        with pytest.warns(UserWarning, match="the data has changed since study 'search'"):
+            export(searched.storage, "search", tmp_path / "e", pruned=searched.out / "pruned", trust_study=True)
+    finally:
+        data.write_text(before)

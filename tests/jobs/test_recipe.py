@@ -115,7 +115,7 @@ def test_json_and_back_is_the_same(write, text):
         ("[space]\ncandidates = [8, 4]", "strictly increasing"),
         ('[space]\nbudget = "much"', "'much'"),
         ('[space]\ngranularity = "head"', "space.granularity: expected 'layer' or 'sublayer', got 'head'"),
-        ("[data]\nblock_length = 0", "data.block_length must be at least 1, got 0"),
+        ("[data]\nblock_length = 0", "data.block_length must be at least 2, got 0"),
         ("[lora]\ndropout = 1.0", r"lora.dropout must lie in \[0, 1\), got 1.0"),
         ('[evaluation]\ntasks = "arc_easy"', "evaluation.tasks: expected a valid array or an object, got 'arc_easy'"),
         ('[evaluation]\ntasks = {arc_easy = "high"}', "evaluation.tasks: expected"),
@@ -225,3 +225,17 @@ def test_without_pydantic_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydantic", None)
     with pytest.raises(ImportError, match="pydantic is not installed; it belongs to the extra 'llm'"):
         Recipe.from_dict({})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": {"block_length": 1}}, "data.block_length must be at least 2"),
+        ({"space": {"unpruned_rank": -5}}, "space.unpruned_rank must be at least 0, or -1"),
+        ({"lora": {"alpha": float("inf")}}, "lora.alpha must be finite"),
+        ({"training": {"learning_rate": float("inf")}}, "training.learning_rate must be finite"),
+    ],
+)
+def test_settings_that_no_trial_can_have_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict(settings)

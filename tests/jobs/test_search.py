@@ -260,3 +260,10 @@ def test_a_search_starts_from_a_prior_of_its_database_or_from_the_shipped_one_if
     assert main(other) == 2
     assert main([*other, "--on-bad-prior", "pretrained"]) == 0
     assert "rankadaptor:prior" not in optuna.load_study(study_name="other", storage=url).user_attrs
+
+
+def test_a_mistyped_task_of_the_report_is_refused_before_pruning(values, tmp_path):
+    recipe = Recipe.from_dict({**values, "evaluation": {"report_tasks": ["boolqq"]}})
+    with pytest.raises(ValueError, match="lm-eval knows no task named boolqq"):
+        search(recipe, tmp_path / "out", trials=1, say=lambda line: None)
+    assert not (tmp_path / "out" / "pruned").exists()

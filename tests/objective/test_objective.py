@@ -322,3 +322,49 @@ def test_a_sensitivity_that_is_not_finite_is_not_told(job, monkeypatch):
     broken = {"model.layers.0.mlp.up_proj": math.nan}
     monkeypatch.setattr("rankadaptor_optuna.studies.sensitivity_note.sensitivities", lambda *_: broken)
     assert SENSITIVITY_ATTR not in run(job, 1).user_attrs
+
+
+def test_threads_take_turns_on_the_model(job):
+    alone = run(job, 4)
+    shared = run(job, 4, n_jobs=2)
+    assert [t.state for t in shared.trials] == [TrialState.COMPLETE] * 4
+    assert {t.user_attrs["trainable_parameters"] for t in shared.trials} <= {job.space.cost(job.space.uniform())} | {
+        job.space.cost(job.space.to_ranks(t.params)) for t in shared.trials
+    }
+    assert alone.trials[0].value in [t.value for t in shared.trials]
+    assert not [name for name, _ in job.model.named_modules() if "lora" in name]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_study_without_gradients_around_it_trains_all_the_same(job, mode):
+    expected = run(job, 1).trials[0].value
+    with mode():
+        assert run(job, 1).trials[0].value == expected
+
+
+def test_a_model_without_weights_or_in_a_wrapper_is_refused_up_front(make_job, make_model, tokenizer, texts):
+    with torch.device("meta"):
+        empty = make_model()
+    with torch.inference_mode():
+        frozen = make_model()
+    for model, message in ((empty, "not loaded"), (frozen, "inference_mode")):
+        space = RankSpace.from_model(model, (2, 4, 8), "uniform:4")
+        with pytest.raises(ValueError, match=message):
+            RecoveryObjective(model, tokenizer, space, train=texts, validation=texts)
+    with pytest.raises(ValueError, match=r"pass the model itself, model.module"):
+        RankSpace.from_model(torch.nn.DataParallel(make_model()))
+    with pytest.raises(ValueError, match=r"pass the model itself, model._orig_mod"):
+        RankSpace.from_model(torch.compile(make_model()))
+
+
+@pytest.mark.parametrize("seed", ["0", -1, True, 1.5])
+def test_a_seed_is_an_integer(make_job, tokenizer, seed):
+    with pytest.raises(ValueError, match="seed must be an integer of at least 0"):
+        make_job(tokenizer, seed=seed)
+
+
+def test_a_recovery_too_short_for_its_warm_up_or_its_reports_says_so(make_job, tokenizer):
+    with pytest.warns(UserWarning, match="warms up in 100 steps, but there are 3"):
+        make_job(tokenizer, training=TrainingConfig(steps=3, warmup=100))
+    with pytest.warns(UserWarning, match="report_every=3 of 3 steps: no trial reports"):
+        make_job(tokenizer, report_every=3)

@@ -239,3 +239,11 @@ def test_trainer_device_map_and_lm_eval_take_it_from_disk(pruned, tokenizer, tmp
     arguments = TrainingArguments(tmp_path / "trainer", max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
     Trainer(model, arguments, train_dataset=rows).train()
     assert not torch.equal(model.model.layers[1].mlp.up_proj.weight, before)
+
+
+def test_a_generation_configuration_that_transformers_refuses_to_save_is_kept(model, tokenizer, settings, tmp_path):
+    model.generation_config.temperature = 0.6  # without sampling, as in Llama 2's checkpoints
+    prune(model, tokenizer, **settings).save(tmp_path / "pruned", tokenizer)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert opened.generation_config.temperature == 0.6
+    assert model.generation_config.temperature == 0.6

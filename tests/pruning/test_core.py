@@ -274,3 +274,15 @@ def test_calibration_may_be_a_file_and_is_the_embedded_text_by_default(model, to
     assert from_file.profile == prune(model, tokenizer, ratio=0.2, **settings).profile
     embedded = prune(model, tokenizer, ratio=0.2, **(settings | {"calibration": load_texts().train}))
     assert prune(model, tokenizer, ratio=0.2, **(settings | {"calibration": None})).profile == embedded.profile
+
+
+def test_samples_longer_than_the_table_of_positions_are_refused(tokenizer, texts):
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=16, n_embd=32, n_layer=4, n_head=4))
+    with pytest.raises(ValueError, match="sample_length=32 exceeds the 16 positions"):
+        prune(short, tokenizer, method="shortened", calibration=texts, sample_length=32)
+
+
+@pytest.mark.parametrize("options", [{"ratio": "0.2"}, {"seed": "0"}, {"n_samples": 4.0}, {"keep_first": True}])
+def test_an_option_of_another_type_is_named(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be an? "):
+        PruningConfig(**options)

@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 
-from rankadaptor_optuna.recovery.data import IGNORED, Examples, alpaca_prompt, instruction_examples, token_blocks
+from rankadaptor_optuna.recovery.data import (
+    IGNORED,
+    Examples,
+    alpaca_prompt,
+    examples_of,
+    instruction_examples,
+    prompt_and_response,
+    token_blocks,
+)
 
 
 def test_texts_are_packed_end_to_end_each_ended_by_the_end_token(tokenizer):
@@ -137,3 +145,64 @@ def test_a_batch_is_padded_with_ignored_labels_and_masked_only_where_needed():
 def test_micro_batches_hold_examples_of_like_length():
     ids = [torch.zeros(n) for n in (3, 9, 4, 8, 1)]
     assert Examples(ids, ids).by_length(range(5), 2) == [[1, 3], [2, 0], [4]]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("one text " * 100, "data must be a list of texts or records, got one str"),
+        ({"text": ["a column"] * 9}, "data must be a list of texts or records, got one dict"),
+        (["a text " * 9, None], "item 2 of the data is a NoneType"),
+        (["a text " * 9, 3], "item 2 of the data is a int"),
+        (["", " \n"] * 50, "the data holds no text"),
+        (["a text", {"prompt": "a", "completion": "b"}], "not some of each"),
+    ],
+)
+def test_data_that_is_no_list_of_texts_or_records_is_refused(tokenizer, data, message):
+    with pytest.raises(ValueError, match=message):
+        examples_of(tokenizer, data, length=8, mask_prompt=True)
+
+
+def test_texts_may_come_from_a_generator_or_as_records(tokenizer, texts):
+    expected = examples_of(tokenizer, texts, length=8, mask_prompt=True)
+    for data in (iter(texts), [{"text": text, "id": i} for i, text in enumerate(texts)]):
+        found = examples_of(tokenizer, data, length=8, mask_prompt=True)
+        assert torch.equal(torch.stack(list(found.ids)), torch.stack(list(expected.ids)))
+
+
+def test_lengths_and_tokenizers_that_cannot_work_are_refused(tokenizer, texts):
+    with pytest.raises(ValueError, match="block_length must be at least 2"):
+        examples_of(tokenizer, texts, length=1, mask_prompt=True)
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        examples_of(tokenizer, texts, length=8, mask_prompt=True, limit=0)
+    with pytest.raises(ValueError, match="tokenizer must be of transformers"):
+        examples_of("gpt2", texts, length=8, mask_prompt=True)
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yo"},
+]
+
+
+def test_a_chat_template_that_refuses_a_conversation_is_one_line(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match=r"refuses a conversation of system, user.*System role not supported"):
+        prompt_and_response(strict, {"messages": CONVERSATION})
+
+
+def test_a_chat_template_whose_prompt_is_no_start_of_the_conversation_is_not_used_unsaid(tokenizer):
+    odd = copy.deepcopy(tokenizer)
+    odd.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<ai>' if add_generation_prompt }}"
+    with pytest.warns(UserWarning, match="Alpaca's prompt is used instead"):
+        _, response = prompt_and_response(odd, {"messages": CONVERSATION})
+    assert response == "Yo"
+
+
+def test_a_conversation_ends_with_the_assistant(tokenizer):
+    with pytest.raises(ValueError, match="must end with the assistant, got 'user'"):
+        prompt_and_response(tokenizer, {"messages": CONVERSATION[:2]})
+    with pytest.raises(ValueError, match="must have a role and a content"):
+        prompt_and_response(tokenizer, {"messages": "Hi"})

@@ -166,7 +166,7 @@ def test_training_in_half_precision_keeps_the_adapter_in_float32(model, blocks):
 )
 def test_a_setting_that_is_not_positive_is_named(name):
     for value in (0, -1, float("nan")):
-        with pytest.raises(ValueError, match=f"{name} must be positive, got {value}"):
+        with pytest.raises(ValueError, match=f"{name} must be (positive|an integer), got {value}"):
             TrainingConfig(**{name: value})
 
 
@@ -213,3 +213,15 @@ def test_parameters_that_no_gradient_reaches_are_named(model, ids):
     model.idle = torch.nn.Linear(2, 2)
     with pytest.warns(UserWarning, match=r"no gradient reached 2 trainable tensors.*: idle\.weight, idle"):
         train(model, ids, TrainingConfig(steps=1), seed=0)
+
+
+@pytest.mark.parametrize("settings", [{"steps": "8"}, {"steps": 2.5}, {"batch_size": True}, {"learning_rate": "3e-3"}])
+def test_a_setting_of_another_type_is_named(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} must be an? "):
+        TrainingConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "warmup", "weight_decay", "epochs"])
+def test_an_infinite_setting_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be finite"):
+        TrainingConfig(**{name: float("inf")})
