@@ -290,7 +290,7 @@ class RankSpace:
 
     @property
     def costliest(self) -> float:
-        """The cost of the largest candidate in every searched layer, fixed layers included."""
+        """The cost of the largest candidate in every searched layer."""
         return self.cost(Ranks.uniform(self.modules, self.candidates[-1]))
 
     def _check(self, ranks: Mapping[Any, float]) -> None:
