@@ -296,8 +296,7 @@ class RankSpace:
     def _check(self, ranks: Mapping[Any, float]) -> None:
         missing = [module for module in self.modules if module not in ranks]
         if missing:
-            kind = f"{self.granularity}s"
-            raise ValueError(f"no rank for {kind} {missing}; give one for each of {list(self.modules)}.")
+            raise ValueError(f"no rank for {self.granularity}s {missing}; give one for each of {list(self.modules)}.")
 
     def is_feasible(self, ranks: Mapping[Any, int]) -> bool:
         """Returns whether every rank is a candidate and the cost is within the budget."""
