@@ -99,7 +99,7 @@ def test_without_names_of_ranks_it_samples_as_tpe_does_and_says_so(log):
         np.mean([best(make(seed=seed)) for seed in range(4)])
         for make in (RankAdaptorSampler, TPESampler, RandomSampler)
     )
-    assert ours < 1.5 * tpe < 0.5 * random
+    assert ours < min(1.5 * tpe, 0.75 * random)
     assert any("'n_units_l4', as no trial has parameters named like ranks" in line for line in logged(log))
 
 
