@@ -17,7 +17,7 @@ _DIVERGED = 20
 # One bad outcome: at least so many scores that are so much more alike than the better scores, and so far apart from
 # them by Ashman's D; set by hand. Scores of a search that converges are alike near the best, not far from it.
 _FEWEST, _MIN_GOOD_SHARE, _ALIKE, _SEPARATION = 3, 0.2, 0.1, 10
-_ROUNDING = 1e-12  # variance of equal values of size 1, computed from sums of squares
+_ROUNDING = 1e-12  # variance of equal values, computed from sums of squares, in squares of their mean
 _EQUAL = 1e-9  # difference of scores that is rounding; set by hand
 _MAD_TO_STD = 1.4826  # standard deviations per median absolute deviation: 1 / normal quantile of 0.75
 
@@ -46,15 +46,20 @@ def diverged(scores: Array) -> NDArray[np.bool_]:
 
 def _are_apart(values: Array) -> NDArray[np.bool_]:
     """Returns whether the rest of n increasing values is one bad outcome, after each of the first n - 1, (n - 1,)."""
-    n = np.arange(1, len(values))
     scaled = values / (values[-1] or 1.0)  # squares must not overflow
-    sums, squares = np.cumsum(scaled)[:-1], np.cumsum(scaled**2)[:-1]
-    low, high = sums / n, (scaled.sum() - sums) / n[::-1]
-    low_variance = np.maximum(squares / n - low**2, 0)
-    high_variance = np.maximum(((scaled**2).sum() - squares) / n[::-1] - high**2, 0)
-    is_alike = (low_variance > _ROUNDING) & (high_variance <= _ALIKE**2 * low_variance)
+    low, low_variance = _running_moments(scaled[:-1])
+    below, high_variance = _running_moments(scaled[-1] - scaled[:0:-1])  # from the worst, so that no digits cancel
+    high, high_variance = scaled[-1] - below[::-1], high_variance[::-1]
+    is_alike = (low_variance > _ROUNDING * low**2) & (high_variance <= _ALIKE**2 * low_variance)
     apart: NDArray[np.bool_] = is_alike & ((high - low) ** 2 * 2 >= _SEPARATION**2 * (low_variance + high_variance))
     return apart & (high > low)
+
+
+def _running_moments(values: Array) -> tuple[Array, Array]:
+    """Returns mean and variance of the first 1, 2, ... values, (n,) each."""
+    n = np.arange(1, len(values) + 1)
+    mean = np.cumsum(values) / n
+    return mean, np.maximum(np.cumsum(values**2) / n - mean**2, 0)
 
 
 def _limit(scores: Array) -> float:
