@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import optuna
@@ -103,20 +104,25 @@ def run(case: str, sampler: BaseSampler) -> tuple[int, float, float, bool]:
     return len(study.trials) - len(good), min(good, default=math.inf), loss, bad
 
 
+def _quiet() -> None:
+    set_up()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # exceptions are part of it
+    warnings.simplefilter("ignore")
+
+
 def main() -> None:
     """Runs the command."""
     parser = command_parser(__doc__, "two seeds, without GP")
     parser.add_argument("--seeds", type=int, default=10, help="number of studies of each sampler and case")
     args = parser.parse_args()
-    set_up()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # exceptions are part of it
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     seeds = range(2 if args.quick else args.seeds)
     samplers = [name for name in SAMPLERS if name != "GP" or not args.quick]
     rows: list[dict[str, object]] = []
     checks, n_bad_recommendations = {}, 0
+    pool = ProcessPoolExecutor(initializer=_quiet)
     for case, (n_trials, _) in CASES.items():
-        found = {name: [run(case, SAMPLERS[name](seed)) for seed in seeds] for name in samplers}
+        started = {name: [pool.submit(run, case, SAMPLERS[name](seed)) for seed in seeds] for name in samplers}
+        found = {name: [future.result() for future in futures] for name, futures in started.items()}
         for name, runs in found.items():
             counts, best, recommended, bad = (np.asarray(values) for values in zip(*runs, strict=True))
             row: dict[str, object] = {"case": case, "sampler": name, "trials": n_trials, "bad": f"{counts.mean():.1f}"}
