@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, note_sensitivity, recommend
+from rankadaptor_optuna.llm.texts import load_texts
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.recovery.models import load_model
-from rankadaptor_optuna.texts import load_texts
 
 STEPS, LENGTH = 4, 128
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import optuna
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective, recommend
+from rankadaptor_optuna.llm.texts import load_texts
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.recovery.models import load_model
-from rankadaptor_optuna.texts import load_texts
 
 model, tokenizer = load_model()  # or load_model("any/llama-like-model")
 texts = load_texts()

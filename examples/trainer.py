@@ -9,11 +9,11 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
+from rankadaptor_optuna.llm.texts import load_texts
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.ranks import LoraSettings
 from rankadaptor_optuna.recovery.lora import lora_config
 from rankadaptor_optuna.recovery.models import load_model
-from rankadaptor_optuna.texts import load_texts
 
 STORAGE, NAME = "sqlite:///trainer.db", "trainer"
 

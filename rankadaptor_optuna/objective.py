@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
-from rankadaptor_optuna.adaptable import check_language_model, check_weights
-from rankadaptor_optuna.attributes import ITEMS_ATTR, UNRECOVERED_ATTR
-from rankadaptor_optuna.model_layers import ModelLayers, read_layers
+from rankadaptor_optuna.checks.numbers import check_seed
+from rankadaptor_optuna.database.attributes import ITEMS_ATTR, UNRECOVERED_ATTR
+from rankadaptor_optuna.llm.adaptable import check_language_model, check_weights
+from rankadaptor_optuna.llm.layers import ModelLayers, read_layers
 from rankadaptor_optuna.ranks import ALPHA_RATIO, TARGETS, LoraSettings, Ranks
 from rankadaptor_optuna.recovery.data import Examples, examples_of
 from rankadaptor_optuna.recovery.evaluate import block_losses
@@ -30,7 +31,6 @@ from rankadaptor_optuna.recovery.processes import broadcast, fail_together, proc
 from rankadaptor_optuna.recovery.tasks import Metric, TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, TrainingResult, train, warn_of_unreached
 from rankadaptor_optuna.sampling.trials import verification_seed
-from rankadaptor_optuna.setting_types import check_seed
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.sensitivity_note import note_sensitivity
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from rankadaptor_optuna.model_layers import SUBLAYERS, layer_of, module_of, modules_of, read_layers
-from rankadaptor_optuna.model_layers import Granularity as Granularity
+from rankadaptor_optuna.llm.layers import SUBLAYERS, layer_of, module_of, modules_of, read_layers
+from rankadaptor_optuna.llm.layers import Granularity as Granularity
 from rankadaptor_optuna.ranks import TARGETS, Module, Ranks, layers_path
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from benchmarks.race.peers import Maker, distributions_of, params_of, ranks_of
 from benchmarks.tasks.losses import Losses, SensitiveTask, Sensitivities, Task, Trials
 from rankadaptor_optuna import RankSpace, recommend
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from rankadaptor_optuna.database.attributes import SENSITIVITY_ATTR
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.studies.recommendation import Recommendation
 from rankadaptor_optuna.surrogate.prior import Prior

@@ -28,13 +28,13 @@ from peft import get_peft_model
 from benchmarks.report import check, command_parser, set_up, show, write
 from benchmarks.tasks.texts import lm_eval_tasks
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective
+from rankadaptor_optuna.llm.texts import load_texts
 from rankadaptor_optuna.pruning import prune
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.lora import lora_config
 from rankadaptor_optuna.recovery.models import load_model, quiet
 from rankadaptor_optuna.recovery.tasks import TaskSuite
 from rankadaptor_optuna.recovery.train import TrainingConfig, batches
-from rankadaptor_optuna.texts import load_texts
 
 TASKS = ("local_arc_easy", "local_piqa")
 

@@ -37,7 +37,7 @@ from benchmarks.tasks.simulated import smooth
 from benchmarks.tasks.smollm2 import SMOLLM2, SmolLM2Spec, SmolLM2Task, load_smollm2
 from benchmarks.tasks.specs import DAMAGES, Damage, Dense, TaskSpec, settings
 from rankadaptor_optuna import RankSpace
-from rankadaptor_optuna.attributes import RECIPE_ATTR, SENSITIVITY_ATTR, SPACE_ATTR
+from rankadaptor_optuna.database.attributes import RECIPE_ATTR, SENSITIVITY_ATTR, SPACE_ATTR
 from rankadaptor_optuna.jobs.output import write_text
 from rankadaptor_optuna.priors.meta import MetaTask
 from rankadaptor_optuna.ranks import Ranks

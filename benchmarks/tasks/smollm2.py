@@ -17,6 +17,7 @@ import torch
 from benchmarks.tasks.models import made
 from benchmarks.tasks.recovery import DEVICE
 from rankadaptor_optuna import RankSpace, RecoveryObjective
+from rankadaptor_optuna.llm.texts import load_texts
 from rankadaptor_optuna.pruning import load_pruned, prune
 from rankadaptor_optuna.pruning.checkpoint import save_pruned
 from rankadaptor_optuna.recovery.data import examples_of
@@ -24,7 +25,6 @@ from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.models import load_model, quiet
 from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.recovery.train import TrainingConfig
-from rankadaptor_optuna.texts import load_texts
 
 
 @dataclass(frozen=True)

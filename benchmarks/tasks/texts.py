@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rankadaptor_optuna.texts import load_texts
+from rankadaptor_optuna.llm.texts import load_texts
 
 LENGTH = 64  # bytes per block
 TEXTS = ("wikitext2", "alpaca", "docs", "questions")

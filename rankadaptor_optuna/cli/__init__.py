@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rankadaptor_optuna.extras import import_hint
+from rankadaptor_optuna.checks.extras import import_hint
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from rankadaptor_optuna import __version__
+from rankadaptor_optuna.checks.extras import import_hint, require
+from rankadaptor_optuna.checks.plain_text import one_line
 from rankadaptor_optuna.cli.compare import compare
 from rankadaptor_optuna.cli.dashboard import dashboard
 from rankadaptor_optuna.cli.export import export
@@ -23,8 +25,6 @@ from rankadaptor_optuna.cli.priors import collect, prune_versions, show, version
 from rankadaptor_optuna.cli.prune import prune
 from rankadaptor_optuna.cli.quickstart import quickstart
 from rankadaptor_optuna.cli.search import search
-from rankadaptor_optuna.extras import import_hint, require
-from rankadaptor_optuna.plain_text import one_line
 
 _INTERRUPTED = 130  # 128 + SIGINT
 Run = Callable[..., None]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rankadaptor_optuna.plain_text import printable
+from rankadaptor_optuna.checks.plain_text import printable
 
 Storage = Annotated[str, typer.Option(metavar="URL", help="Optuna storage.")]
 Study = Annotated[str | None, typer.Option(metavar="NAME", help="Study name.", show_default="the storage's only study")]

@@ -35,7 +35,7 @@ def quickstart(
 
     Run the same command again to continue where it stopped.
     """
-    from rankadaptor_optuna.database import masked
+    from rankadaptor_optuna.database.connections import masked
     from rankadaptor_optuna.jobs.quickstart import quickstart as run_quickstart
     from rankadaptor_optuna.jobs.recipe import Recipe
     from rankadaptor_optuna.views.comparison import comparison_table

@@ -28,7 +28,7 @@ from rankadaptor_optuna.jobs.results import (
 )
 from rankadaptor_optuna.jobs.settings import Evaluation
 from rankadaptor_optuna.jobs.stored import check_digests, check_modules, stored_study
-from rankadaptor_optuna.model_layers import layer_of
+from rankadaptor_optuna.llm.layers import layer_of
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.evaluate import block_losses

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankadaptor_optuna.database import masked
-from rankadaptor_optuna.folders import check_writable
+from rankadaptor_optuna.checks.folders import check_writable
+from rankadaptor_optuna.database.connections import masked
 from rankadaptor_optuna.jobs.output import bar, write_json
 from rankadaptor_optuna.jobs.results import Exported
 from rankadaptor_optuna.jobs.stored import load_pruned_job, stored_study
-from rankadaptor_optuna.model_layers import modules_of
+from rankadaptor_optuna.llm.layers import modules_of
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.recovery.evaluate import block_losses

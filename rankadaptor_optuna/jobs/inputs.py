@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankadaptor_optuna.jobs.recipe import Recipe
+from rankadaptor_optuna.llm.texts import read_texts
 from rankadaptor_optuna.objective import RecoveryObjective
 from rankadaptor_optuna.recovery.data import Examples, examples_of
 from rankadaptor_optuna.recovery.models import check_inputs
-from rankadaptor_optuna.texts import read_texts
 
 if TYPE_CHECKING:
     from rankadaptor_optuna.pruning.core import PrunedModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rankadaptor_optuna.database import masked
+from rankadaptor_optuna.database.connections import masked
 from rankadaptor_optuna.jobs.output import bar
 from rankadaptor_optuna.jobs.results import TrainedPrior
 from rankadaptor_optuna.priors.meta import MAX_EPOCHS, meta_train

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from rankadaptor_optuna.folders import check_writable
+from rankadaptor_optuna.checks.folders import check_writable
 from rankadaptor_optuna.studies.storage import check_same_settings
 
 

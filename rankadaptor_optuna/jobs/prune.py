@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankadaptor_optuna.folders import check_writable
+from rankadaptor_optuna.checks.folders import check_writable
 from rankadaptor_optuna.jobs.output import progress_bar
 from rankadaptor_optuna.jobs.results import PruneResult
+from rankadaptor_optuna.llm.texts import load_texts, read_texts
 from rankadaptor_optuna.recovery.data import token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
-from rankadaptor_optuna.texts import load_texts, read_texts
 
 # Text of the perplexities, set by hand: some seconds on a CPU for a model of 1 billion parameters.
 _BLOCKS, _BLOCK_LENGTH = 8, 128

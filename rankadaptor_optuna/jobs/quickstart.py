@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rankadaptor_optuna.database import masked
+from rankadaptor_optuna.database.connections import masked
 from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.export import train_adapter
 from rankadaptor_optuna.jobs.inputs import Inputs

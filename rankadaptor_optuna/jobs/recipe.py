@@ -18,10 +18,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rankadaptor_optuna.adaptable import check_language_model
 from rankadaptor_optuna.jobs.old_recipes import FORMAT, upgraded
 from rankadaptor_optuna.jobs.output import progress_bar
 from rankadaptor_optuna.jobs.settings import CONTINUATION, Data, Evaluation, Pruner, Pruning, Space, validated
+from rankadaptor_optuna.llm.adaptable import check_language_model
 from rankadaptor_optuna.objective import check_reports
 from rankadaptor_optuna.pruning.config import llm_pruner_preset
 from rankadaptor_optuna.ranks import LoraSettings, Ranks
@@ -262,7 +262,7 @@ class Recipe:
         Raises:
             ValueError: A part cannot be read, is empty, or is mostly a copy of another.
         """
-        from rankadaptor_optuna.texts import load_texts, read_records
+        from rankadaptor_optuna.llm.texts import load_texts, read_records
 
         if self.data.train is None:
             texts = load_texts()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, WilcoxonPruner
 
-from rankadaptor_optuna.attributes import DIGESTS_ATTR, TRIALS_ATTR, digests_of, trials_of
-from rankadaptor_optuna.database import masked
+from rankadaptor_optuna.checks.plain_text import one_line
+from rankadaptor_optuna.database.attributes import DIGESTS_ATTR, TRIALS_ATTR, digests_of, trials_of
+from rankadaptor_optuna.database.connections import masked
 from rankadaptor_optuna.jobs.inputs import Inputs
 from rankadaptor_optuna.jobs.output import only_process, write_json
 from rankadaptor_optuna.jobs.priors import read_prior
@@ -20,7 +21,6 @@ from rankadaptor_optuna.jobs.results import SearchResult
 from rankadaptor_optuna.jobs.settings import CONTINUATION
 from rankadaptor_optuna.jobs.stored import check_digests, recipe_as_stored, recipe_folder
 from rankadaptor_optuna.jobs.worker import run_trials
-from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.priors.choice import OnBadPrior
 from rankadaptor_optuna.recovery.processes import join_processes, main_first, process_index
 from rankadaptor_optuna.recovery.tasks import check_names

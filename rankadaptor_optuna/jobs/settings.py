@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
-from rankadaptor_optuna.extras import require
+from rankadaptor_optuna.checks.extras import require
 from rankadaptor_optuna.pruning.config import PruningConfig
 from rankadaptor_optuna.recovery.tasks import Metric, Part, TaskSuite, continuation_items, continuation_task
 from rankadaptor_optuna.space import Granularity, RankSpace, checked_candidates

@@ -14,13 +14,13 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from rankadaptor_optuna.attributes import RECIPE_ATTR, digests_of, recipe_of
-from rankadaptor_optuna.database import masked
+from rankadaptor_optuna.checks.plain_text import one_line
+from rankadaptor_optuna.database.attributes import RECIPE_ATTR, digests_of, recipe_of
+from rankadaptor_optuna.database.connections import masked
 from rankadaptor_optuna.jobs.inputs import Inputs, OnPruned
 from rankadaptor_optuna.jobs.output import OutputFolder
 from rankadaptor_optuna.jobs.recipe import Recipe, comparable
 from rankadaptor_optuna.objective import RecoveryObjective
-from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.studies.storage import check_same_settings, open_storage
 
 _MOST_NAMED = 10

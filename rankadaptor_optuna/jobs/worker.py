@@ -18,10 +18,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from rankadaptor_optuna.database import UnreachableError
+from rankadaptor_optuna.checks.plain_text import one_line
+from rankadaptor_optuna.database.connections import UnreachableError
 from rankadaptor_optuna.jobs.output import bar
 from rankadaptor_optuna.objective import RecoveryObjective
-from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.space import RankSpace

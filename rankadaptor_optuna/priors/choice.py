@@ -11,9 +11,9 @@ import sqlalchemy
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from rankadaptor_optuna.attributes import PRIOR_ATTR, identity_of
-from rankadaptor_optuna.database import UnreachableError
-from rankadaptor_optuna.plain_text import one_line
+from rankadaptor_optuna.checks.plain_text import one_line
+from rankadaptor_optuna.database.attributes import PRIOR_ATTR, identity_of
+from rankadaptor_optuna.database.connections import UnreachableError
 from rankadaptor_optuna.priors.store import PriorStore, Use, Version, parse_reference
 from rankadaptor_optuna.surrogate.prior import Prior, load_prior
 

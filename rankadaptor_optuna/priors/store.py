@@ -38,7 +38,8 @@ from sqlalchemy.dialects.mysql import LONGBLOB, VARCHAR
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 from sqlalchemy.types import NullType
 
-from rankadaptor_optuna.database import (
+from rankadaptor_optuna.checks.plain_text import one_line
+from rankadaptor_optuna.database.connections import (
     UnreachableError,
     check_file,
     check_url,
@@ -47,7 +48,6 @@ from rankadaptor_optuna.database import (
     exclusive_connection,
     masked,
 )
-from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.surrogate.prior import Prior
 
 T = TypeVar("T")

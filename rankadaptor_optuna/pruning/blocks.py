@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankadaptor_optuna.adaptable import check_adaptable, features, path_of_layers
+from rankadaptor_optuna.llm.adaptable import check_adaptable, features, path_of_layers
 from rankadaptor_optuna.pruning.calibration import check_vocabulary
 from rankadaptor_optuna.pruning.config import BlockCriterion
 from rankadaptor_optuna.pruning.gradients import Gradient, Progress, evaluation_mode

@@ -21,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rankadaptor_optuna.adaptable import check_adaptable, check_language_model, check_weights
+from rankadaptor_optuna.llm.adaptable import check_adaptable, check_language_model, check_weights
 from rankadaptor_optuna.pruning import modeling
 from rankadaptor_optuna.pruning.blocks import block_list, check_unquantised
 from rankadaptor_optuna.pruning.structure import transformer_layers

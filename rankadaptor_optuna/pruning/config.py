@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from rankadaptor_optuna.setting_types import check_numbers
+from rankadaptor_optuna.checks.numbers import check_numbers
 
 Criterion = Literal["param_first", "param_second", "param_mix", "l1", "l2", "random"]
 BlockCriterion = Literal["ppl", "taylor", "magnitude", "random"]

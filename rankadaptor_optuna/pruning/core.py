@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankadaptor_optuna.adaptable import n_positions
+from rankadaptor_optuna.llm.adaptable import n_positions
+from rankadaptor_optuna.llm.texts import read_texts
 from rankadaptor_optuna.pruning.blocks import block_list, without_blocks
 from rankadaptor_optuna.pruning.calibration import draw_samples
 from rankadaptor_optuna.pruning.checkpoint import (
@@ -26,7 +27,6 @@ from rankadaptor_optuna.pruning.config import PruningConfig
 from rankadaptor_optuna.pruning.gradients import Progress
 from rankadaptor_optuna.pruning.methods import PLANNERS, size
 from rankadaptor_optuna.pruning.structure import has_units
-from rankadaptor_optuna.texts import read_texts
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rankadaptor_optuna.folders import check_writable
+from rankadaptor_optuna.checks.folders import check_writable
 from rankadaptor_optuna.pruning.checkpoint import (
     LayerProfile,
     check_save_path,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankadaptor_optuna.model_layers import ModelLayers
+from rankadaptor_optuna.llm.layers import ModelLayers
 from rankadaptor_optuna.ranks import LoraSettings, Ranks
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import Any
 
-from rankadaptor_optuna.adaptable import features, n_positions
+from rankadaptor_optuna.llm.adaptable import features, n_positions
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.embedded import model_dir
 

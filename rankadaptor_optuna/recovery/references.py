@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankadaptor_optuna.model_layers import layer_of, read_layers
+from rankadaptor_optuna.llm.layers import layer_of, read_layers
 from rankadaptor_optuna.ranks import TARGETS, LoraSettings, Ranks
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.lora import adapted_model, detached, fixed_rng

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankadaptor_optuna.checks.numbers import check_numbers
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.processes import (
     fail_together,
@@ -19,7 +20,6 @@ from rankadaptor_optuna.recovery.processes import (
     shared_gradients,
     sum_over_processes,
 )
-from rankadaptor_optuna.setting_types import check_numbers
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import PROPOSAL_ATTR
+from rankadaptor_optuna.database.attributes import PROPOSAL_ATTR
 from rankadaptor_optuna.sampling.history import History
 from rankadaptor_optuna.sampling.observations import EncodedTrials
 from rankadaptor_optuna.sampling.trials import announced_ranks

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import ITEMS_ATTR
+from rankadaptor_optuna.database.attributes import ITEMS_ATTR
 from rankadaptor_optuna.surrogate.grid import Array
 
 _MIN_COMPARED = 3  # trials with a value; a line needs two, and its scatter a third; set by hand

@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import sensitivity_of
+from rankadaptor_optuna.database.attributes import sensitivity_of
 from rankadaptor_optuna.sampling.encoding import Encoding
 from rankadaptor_optuna.sampling.observations import EncodedTrials
 from rankadaptor_optuna.sampling.rank_parameters import Templates, rank_parameters

@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import RANKS_ATTR, SPACE_ATTR, identity_of
+from rankadaptor_optuna.database.attributes import RANKS_ATTR, SPACE_ATTR, identity_of
 from rankadaptor_optuna.priors.choice import OnBadPrior, PriorChoice, PriorLike
 from rankadaptor_optuna.sampling.announcement import Announcer
 from rankadaptor_optuna.sampling.encoding import Encoding

@@ -8,7 +8,7 @@ from typing import Any
 
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import proposal_of, seed_of
+from rankadaptor_optuna.database.attributes import proposal_of, seed_of
 
 _HUGE = 1e150  # squares of larger numbers overflow
 

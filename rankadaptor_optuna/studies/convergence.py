@@ -9,7 +9,7 @@ import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from rankadaptor_optuna.attributes import CONVERGED_ATTR
+from rankadaptor_optuna.database.attributes import CONVERGED_ATTR
 from rankadaptor_optuna.priors.choice import PriorLike
 from rankadaptor_optuna.sampling.trials import verification_seed
 from rankadaptor_optuna.space import RankSpace

@@ -33,8 +33,8 @@ from optuna.storages._rdb import models
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from rankadaptor_optuna.attributes import RECIPE_ATTR
-from rankadaptor_optuna.database import UnreachableError, error_line, is_transient, masked
+from rankadaptor_optuna.database.attributes import RECIPE_ATTR
+from rankadaptor_optuna.database.connections import UnreachableError, error_line, is_transient, masked
 from rankadaptor_optuna.sampling.trials import announced_ranks
 from rankadaptor_optuna.studies.reading import study_space
 

@@ -12,8 +12,8 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from rankadaptor_optuna.attributes import SPACE_ATTR, ranks_of, recipe_of
-from rankadaptor_optuna.plain_text import one_line
+from rankadaptor_optuna.checks.plain_text import one_line
+from rankadaptor_optuna.database.attributes import SPACE_ATTR, ranks_of, recipe_of
 from rankadaptor_optuna.ranks import LoraSettings, Module, Ranks
 from rankadaptor_optuna.sampling.encoding import Encoding
 from rankadaptor_optuna.sampling.history import History

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from optuna.study import Study
 
-from rankadaptor_optuna.attributes import unrecovered_of
+from rankadaptor_optuna.database.attributes import unrecovered_of
 from rankadaptor_optuna.priors.choice import PriorLike
 from rankadaptor_optuna.ranks import LoraSettings, Ranks
 from rankadaptor_optuna.space import RankSpace

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import Trial
 
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from rankadaptor_optuna.database.attributes import SENSITIVITY_ATTR
 from rankadaptor_optuna.recovery.data import Examples
 from rankadaptor_optuna.recovery.sensitivity import sensitivities
 from rankadaptor_optuna.sampling.trials import verification_seed

@@ -14,8 +14,8 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from rankadaptor_optuna.attributes import RECIPE_ATTR, recipe_of
-from rankadaptor_optuna.database import (
+from rankadaptor_optuna.database.attributes import RECIPE_ATTR, recipe_of
+from rankadaptor_optuna.database.connections import (
     check_file,
     check_url,
     create_with_retries,

@@ -10,7 +10,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from rankadaptor_optuna.plain_text import one_line
+from rankadaptor_optuna.checks.plain_text import one_line
 from rankadaptor_optuna.priors.meta import MetaTask
 from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.studies.storage import open_storage

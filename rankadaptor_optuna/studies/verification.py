@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rankadaptor_optuna.attributes import VERIFY_ATTR
+from rankadaptor_optuna.database.attributes import VERIFY_ATTR
 from rankadaptor_optuna.sampling.trials import (
     constraints_of,
     has_failed,

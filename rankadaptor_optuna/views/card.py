@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 
+from rankadaptor_optuna.checks.plain_text import code_span, markdown, yaml_scalar
 from rankadaptor_optuna.jobs.output import write_text
 from rankadaptor_optuna.jobs.results import Exported
-from rankadaptor_optuna.plain_text import code_span, markdown, yaml_scalar
 from rankadaptor_optuna.recovery.embedded import HUB_MODEL
 from rankadaptor_optuna.views.style import as_count, as_json
 from rankadaptor_optuna.views.tables import from_columns, markdown_table

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from optuna.study import Study
 
-from rankadaptor_optuna.extras import require
-from rankadaptor_optuna.plain_text import markdown
+from rankadaptor_optuna.checks.extras import require
+from rankadaptor_optuna.checks.plain_text import markdown
 from rankadaptor_optuna.priors.choice import PriorLike
 from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.studies.recommendation import Recommendation, recommend_from

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankadaptor_optuna.attributes import is_number
+from rankadaptor_optuna.checks.plain_text import one_line
+from rankadaptor_optuna.database.attributes import is_number
 from rankadaptor_optuna.jobs.results import Collected
-from rankadaptor_optuna.plain_text import one_line
 from rankadaptor_optuna.priors.store import PriorStore, StoredVersion, Version
 from rankadaptor_optuna.surrogate.prior import Prior
 from rankadaptor_optuna.views.style import as_count

@@ -15,8 +15,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import optuna
 
-from rankadaptor_optuna.database import masked
-from rankadaptor_optuna.plain_text import one_line
+from rankadaptor_optuna.checks.plain_text import one_line
+from rankadaptor_optuna.database.connections import masked
 from rankadaptor_optuna.priors.choice import PriorChoice, PriorLike
 from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.studies.storage import open_storage

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
-from rankadaptor_optuna.attributes import converged_of, sensitivity_of
-from rankadaptor_optuna.plain_text import one_line
+from rankadaptor_optuna.checks.plain_text import one_line
+from rankadaptor_optuna.database.attributes import converged_of, sensitivity_of
 from rankadaptor_optuna.ranks import Ranks
 from rankadaptor_optuna.space import RankSpace
 from rankadaptor_optuna.studies.reading import StudyReading

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankadaptor_optuna.plain_text import markdown, one_line
+from rankadaptor_optuna.checks.plain_text import markdown, one_line
 
 Table = list[list[str]]
 

@@ -84,10 +84,10 @@ def test_options_are_checked_before_a_model_is_loaded(tmp_path, capsys, monkeypa
 
 def test_the_perplexities_are_those_of_the_dense_and_the_pruned_model(dense_folder, tmp_path):
     from rankadaptor_optuna.jobs.prune import prune_checkpoint
+    from rankadaptor_optuna.llm.texts import load_texts
     from rankadaptor_optuna.recovery.data import token_blocks
     from rankadaptor_optuna.recovery.evaluate import block_losses
     from rankadaptor_optuna.recovery.models import load_model
-    from rankadaptor_optuna.texts import load_texts
 
     options = {"method": "shortened", "ratio": 0.25, "n_samples": 2, "sample_length": 16}
     result = prune_checkpoint(str(dense_folder), tmp_path / "out", options)

@@ -14,7 +14,7 @@ import pytest
 from playwright import sync_api
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace
-from rankadaptor_optuna.attributes import PRIOR_ATTR, SPACE_ATTR
+from rankadaptor_optuna.database.attributes import PRIOR_ATTR, SPACE_ATTR
 from rankadaptor_optuna.studies.reading import study_space
 
 pytestmark = pytest.mark.e2e

@@ -7,7 +7,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from rankadaptor_optuna.attributes import RECIPE_ATTR
+from rankadaptor_optuna.database.attributes import RECIPE_ATTR
 from rankadaptor_optuna.jobs import compare as compare_module
 from rankadaptor_optuna.jobs.compare import compare
 from rankadaptor_optuna.jobs.export import export

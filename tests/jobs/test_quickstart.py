@@ -9,8 +9,8 @@ import pytest
 from peft import PeftModel
 
 from rankadaptor_optuna import create_study
-from rankadaptor_optuna.attributes import RECIPE_ATTR
 from rankadaptor_optuna.cli import main
+from rankadaptor_optuna.database.attributes import RECIPE_ATTR
 from rankadaptor_optuna.jobs import compare as compare_module
 from rankadaptor_optuna.jobs import quickstart as module
 from rankadaptor_optuna.jobs.quickstart import quickstart

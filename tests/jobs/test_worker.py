@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study
-from rankadaptor_optuna.attributes import VERIFY_ATTR
+from rankadaptor_optuna.database.attributes import VERIFY_ATTR
 from rankadaptor_optuna.jobs.worker import run_trials, trial_line
 
 SPACE = RankSpace(6, (2, 4, 8), "uniform:4")

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 import rankadaptor_optuna.objective
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, RecoveryObjective, create_study
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR, VERIFY_ATTR
+from rankadaptor_optuna.database.attributes import SENSITIVITY_ATTR, VERIFY_ATTR
 from rankadaptor_optuna.recovery.data import Examples, instruction_examples, token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.recovery.lora import attached, lora_config

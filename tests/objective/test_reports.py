@@ -5,7 +5,7 @@ import pytest
 from optuna.trial import TrialState
 
 from rankadaptor_optuna import RankAdaptorSampler, create_study
-from rankadaptor_optuna.attributes import VERIFY_ATTR
+from rankadaptor_optuna.database.attributes import VERIFY_ATTR
 from rankadaptor_optuna.recovery.data import token_blocks
 from rankadaptor_optuna.recovery.evaluate import block_losses
 from rankadaptor_optuna.studies.fitted import FittedStudy

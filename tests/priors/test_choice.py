@@ -11,8 +11,8 @@ from optuna.samplers import PartialFixedSampler
 from optuna.trial import TrialState
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
-from rankadaptor_optuna.attributes import PRIOR_ATTR
-from rankadaptor_optuna.database import UnreachableError
+from rankadaptor_optuna.database.attributes import PRIOR_ATTR
+from rankadaptor_optuna.database.connections import UnreachableError
 from rankadaptor_optuna.priors.choice import PriorChoice, uses
 from rankadaptor_optuna.priors.store import PriorStore, Use, Version
 from rankadaptor_optuna.surrogate.prior import load_prior

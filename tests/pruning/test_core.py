@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from rankadaptor_optuna.llm.texts import load_texts
 from rankadaptor_optuna.pruning import LayerProfile, PrunedModel, PruningConfig, llm_pruner_preset, prune
 from rankadaptor_optuna.pruning.importance import unit_importance
 from rankadaptor_optuna.pruning.methods import silenced
-from rankadaptor_optuna.texts import load_texts
 
 DROPPED = {"heads": {1: [0], 2: [1]}, "channels": {1: [*range(24)], 2: [*range(3, 64, 2)]}}
 

@@ -7,7 +7,7 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from rankadaptor_optuna import RankAdaptorSampler, recommend
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from rankadaptor_optuna.database.attributes import SENSITIVITY_ATTR
 from tests.sampling.common import SENSITIVITY, SPACE, anyones, is_uniform, new_study, objective, ranks_of, score
 
 

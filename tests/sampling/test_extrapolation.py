@@ -7,7 +7,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from rankadaptor_optuna.attributes import ITEMS_ATTR
+from rankadaptor_optuna.database.attributes import ITEMS_ATTR
 from tests.sampling.common import X, add, encoded, history_of
 
 

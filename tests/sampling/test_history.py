@@ -6,7 +6,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.pruners import HyperbandPruner, _filter_study
 from optuna.trial import TrialState
 
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR, VERIFY_ATTR
+from rankadaptor_optuna.database.attributes import SENSITIVITY_ATTR, VERIFY_ATTR
 from rankadaptor_optuna.sampling.trials import verification_seed
 from tests.sampling.common import RANK, SPACE, X, add, encoded, history_of
 

@@ -9,7 +9,7 @@ from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
-from rankadaptor_optuna.attributes import SPACE_ATTR
+from rankadaptor_optuna.database.attributes import SPACE_ATTR
 from tests.sampling.common import HAS_SET_CONSTRAINT, SPACE, new_study, objective, ranks_of, score
 
 

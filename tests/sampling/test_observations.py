@@ -8,7 +8,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from rankadaptor_optuna import RankAdaptorSampler
-from rankadaptor_optuna.attributes import PROPOSAL_ATTR
+from rankadaptor_optuna.database.attributes import PROPOSAL_ATTR
 from rankadaptor_optuna.sampling.encoding import Encoding
 from tests.sampling.common import RANK, X, add, encoded, history_of
 

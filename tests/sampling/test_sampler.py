@@ -11,7 +11,7 @@ import pytest
 from optuna.samplers import RandomSampler
 
 from rankadaptor_optuna import PerformanceModel, RankAdaptorSampler, RankSpace
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from rankadaptor_optuna.database.attributes import SENSITIVITY_ATTR
 from tests.sampling.common import RANK, SENSITIVITY, SPACE, is_uniform, new_study, objective, ranks_of, score
 
 

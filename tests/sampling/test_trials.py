@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import optuna
 
-from rankadaptor_optuna.attributes import PROPOSAL_ATTR
+from rankadaptor_optuna.database.attributes import PROPOSAL_ATTR
 from rankadaptor_optuna.sampling.trials import announced_ranks, verification_seed
 from tests.sampling.common import add
 

@@ -8,7 +8,7 @@ import pytest
 from optuna.samplers import RandomSampler
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, StopWhenConverged, recommend
-from rankadaptor_optuna.attributes import CONVERGED_ATTR
+from rankadaptor_optuna.database.attributes import CONVERGED_ATTR
 from rankadaptor_optuna.studies import convergence
 from rankadaptor_optuna.studies.convergence import remaining_gain
 from rankadaptor_optuna.studies.fitted import FittedStudy

@@ -11,8 +11,8 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study
-from rankadaptor_optuna.attributes import RECIPE_ATTR
-from rankadaptor_optuna.database import UnreachableError
+from rankadaptor_optuna.database.attributes import RECIPE_ATTR
+from rankadaptor_optuna.database.connections import UnreachableError
 from rankadaptor_optuna.studies import patient_storage
 from rankadaptor_optuna.studies.storage import open_storage
 

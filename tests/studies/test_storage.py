@@ -7,7 +7,7 @@ import pytest
 from optuna.samplers import RandomSampler
 
 from rankadaptor_optuna import RankSpace, create_study
-from rankadaptor_optuna.attributes import RECIPE_ATTR
+from rankadaptor_optuna.database.attributes import RECIPE_ATTR
 from rankadaptor_optuna.studies.storage import check_same_settings, open_storage
 
 SPACE = RankSpace(
@@ -155,7 +155,7 @@ def test_a_name_that_some_database_cannot_hold_is_refused(url, name):
 def test_a_locked_database_is_waited_for_in_words_and_not_for_ten_times_a_minute(url, tmp_path, monkeypatch, caplog):
     open_storage(url).remove_session()
     monkeypatch.setattr("rankadaptor_optuna.studies.patient_storage._LOCKED_S", 0)
-    monkeypatch.setattr("rankadaptor_optuna.database._LONGEST_S", 0)
+    monkeypatch.setattr("rankadaptor_optuna.database.connections._LONGEST_S", 0)
     monkeypatch.setattr("rankadaptor_optuna.database.time.sleep", pytest.fail)
     optuna.logging.enable_propagation()
     with sqlite3.connect(tmp_path / "study.db") as other:

@@ -6,7 +6,7 @@ import pytest
 from optuna.samplers import RandomSampler
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, create_study, recommend
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from rankadaptor_optuna.database.attributes import SENSITIVITY_ATTR
 from rankadaptor_optuna.studies.tasks import meta_task, read_tasks
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -4,7 +4,7 @@ import numpy as np
 import optuna
 import pytest
 
-from rankadaptor_optuna.attributes import VERIFY_ATTR
+from rankadaptor_optuna.database.attributes import VERIFY_ATTR
 from rankadaptor_optuna.studies.reading import StudyReading
 from rankadaptor_optuna.studies.verification import Verifications, verification_seeds
 

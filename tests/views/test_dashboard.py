@@ -10,7 +10,7 @@ import pytest
 from optuna_dashboard import get_note, save_note
 
 from rankadaptor_optuna import RankSpace, publish_dashboard, recommend
-from rankadaptor_optuna.attributes import CONVERGED_ATTR, RECIPE_ATTR, SENSITIVITY_ATTR
+from rankadaptor_optuna.database.attributes import CONVERGED_ATTR, RECIPE_ATTR, SENSITIVITY_ATTR
 from rankadaptor_optuna.ranks import LoraSettings
 from rankadaptor_optuna.views.dashboard import HEAT_MAP_ID, PROGRESS_ID, RANKS_ID
 

@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import create_trial
 
 from rankadaptor_optuna import RankSpace, recommend
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from rankadaptor_optuna.database.attributes import SENSITIVITY_ATTR
 from rankadaptor_optuna.views.figures import heat_map_figure, progress_figure, ranks_figure
 
 pytest.importorskip("plotly")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rankadaptor_optuna import recommend
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR
+from rankadaptor_optuna.database.attributes import SENSITIVITY_ATTR
 from rankadaptor_optuna.views.pictures import draw_progress, draw_ranks
 
 pytest.importorskip("matplotlib")

@@ -7,7 +7,7 @@ import pytest
 from optuna_dashboard import get_note
 
 from rankadaptor_optuna import publish_dashboard
-from rankadaptor_optuna.attributes import PRIOR_ATTR
+from rankadaptor_optuna.database.attributes import PRIOR_ATTR
 from rankadaptor_optuna.views.server import same_origin, serve
 
 

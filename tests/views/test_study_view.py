@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from rankadaptor_optuna.attributes import SENSITIVITY_ATTR, VERIFY_ATTR
+from rankadaptor_optuna.database.attributes import SENSITIVITY_ATTR, VERIFY_ATTR
 
 
 def add(study, space, rank, value, **settings):

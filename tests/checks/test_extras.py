@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from rankadaptor_optuna.extras import EXTRAS, import_hint, require
+from rankadaptor_optuna.checks.extras import EXTRAS, import_hint, require
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
 
 def test_every_library_of_an_extra_for_users_is_known():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     for extra, requirements in project["optional-dependencies"].items():
         names = [re.match(r"[\w-]+", each)[0].replace("-", "_") for each in requirements]
         own = [name for name in names if name != "rankadaptor_optuna"]

@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 import sqlalchemy
 from sqlalchemy import func, select
 
-from rankadaptor_optuna.extras import import_hint
-from rankadaptor_optuna.plain_text import one_line
+from rankadaptor_optuna.checks.extras import import_hint
+from rankadaptor_optuna.checks.plain_text import one_line
 
 T = TypeVar("T")
 _LOCK = 7_236_117_601  # id of PostgreSQL's advisory lock; arbitrary, the same in every worker

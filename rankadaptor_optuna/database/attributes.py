@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 
-from rankadaptor_optuna.plain_text import one_line
+from rankadaptor_optuna.checks.plain_text import one_line
 
 # user attributes of a study
 SPACE_ATTR = "rankadaptor:space"  # the rank space, as RankSpace.to_dict returns it

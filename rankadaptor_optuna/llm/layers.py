@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rankadaptor_optuna.adaptable import Linears, adaptable_linears, designed_model, features
+from rankadaptor_optuna.llm.adaptable import Linears, adaptable_linears, designed_model, features
 from rankadaptor_optuna.ranks import TARGETS, Module
 
 Granularity = Literal["layer", "sublayer"]

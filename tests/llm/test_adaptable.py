@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from benchmarks.families.models import tiny_model
 from rankadaptor_optuna import RankSpace, RecoveryObjective
-from rankadaptor_optuna.model_layers import read_layers
+from rankadaptor_optuna.llm.layers import read_layers
 from rankadaptor_optuna.ranks import TARGETS, LoraSettings
 from rankadaptor_optuna.recovery.lora import attached, check_attachable, detached, lora_config, trainable_parameters
 from rankadaptor_optuna.recovery.models import n_parameters

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankadaptor_optuna.plain_text import code_span, markdown, one_line, printable, yaml_scalar
+from rankadaptor_optuna.checks.plain_text import code_span, markdown, one_line, printable, yaml_scalar
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import sqlalchemy
 
-from rankadaptor_optuna.database import check_url, error_line, masked
+from rankadaptor_optuna.database.connections import check_url, error_line, masked
 
 
 @pytest.mark.parametrize(

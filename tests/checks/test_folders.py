@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rankadaptor_optuna.checks.folders import check_writable
 from rankadaptor_optuna.cli import main
-from rankadaptor_optuna.folders import check_writable
 from rankadaptor_optuna.jobs.output import only_process
 
 

@@ -8,7 +8,7 @@ import optuna
 import pytest
 
 from rankadaptor_optuna import RankAdaptorSampler, RankSpace, recommend
-from rankadaptor_optuna.attributes import (
+from rankadaptor_optuna.database.attributes import (
     CONVERGED_ATTR,
     PROPOSAL_ATTR,
     RECIPE_ATTR,

@@ -7,7 +7,7 @@ import re
 import datasets
 import pytest
 
-from rankadaptor_optuna.texts import load_texts, read_records, read_texts
+from rankadaptor_optuna.llm.texts import load_texts, read_records, read_texts
 
 
 def paragraphs(texts):

@@ -1,0 +1,1 @@
+"""Shared databases: connections without passwords in messages, and the attributes that stand in a study."""

@@ -1,0 +1,1 @@
+"""Language models and text, without training: linear modules that LoRA can adapt, layers and their costs, data."""
