@@ -111,7 +111,6 @@ def _prepared(command: Run, needed: Sequence[str] = ()) -> Run:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
         require(*needed)
         if "transformers" in needed:
             from rankadaptor_optuna.recovery.models import quiet

@@ -70,9 +70,9 @@ def unrecovered_of(user_attrs: Mapping[str, Any]) -> float | None:
 def ranks_of(user_attrs: Mapping[str, Any]) -> list[str] | None:
     """Returns the templates of the rank parameters' names stored with a study; None where there are none."""
     value = user_attrs.get(RANKS_ATTR)
-    if value is None or (isinstance(value, list) and all(isinstance(t, str) and t.count("{}") == 1 for t in value)):
+    if value is None or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
         return value
-    warn_once(f"{unusable(RANKS_ATTR, value, 'a list of templates like layer_{}_rank')}: ignored.")
+    warn_once(f"{unusable(RANKS_ATTR, value, 'a list of texts')}: ignored.")
     return None
 
 

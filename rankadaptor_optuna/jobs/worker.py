@@ -93,7 +93,7 @@ def run_trial(study: Study, job: Callable[[Any], float], interrupts: Interrupts)
         return study.tell(trial, state=TrialState.PRUNED)
     except UnreachableError:
         raise
-    except Exception:
+    except Exception:  # raised on, as soon as the trial no longer stays RUNNING
         study.tell(trial, state=TrialState.FAIL)
         raise
     if isinstance(value, float) and math.isnan(value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +78,8 @@ class EncodedTrials:
             interrupted: Numbers of trials that did not fail by themselves, see ``History``.
         """
         self._interrupted = frozenset(interrupted)
+        for stale in ("failed", "_broken", "failure_model"):
+            self.__dict__.pop(stale, None)
         names = self.encoding.rank_names + self.encoding.ordinary_names
         usable = []
         for trial in finished[self._n_read :]:
@@ -123,7 +126,7 @@ class EncodedTrials:
             feasible=np.asarray(feasible, dtype=bool),
         )
 
-    @property
+    @cached_property
     def failed(self) -> NDArray[np.bool_]:
         """Whether each trial had a bad outcome: it failed, or its score is not finite or has diverged, (n,).
 
@@ -152,13 +155,14 @@ class EncodedTrials:
         bad = (self.failed | self._broken)[-_N_LATEST:]
         return float(bad.mean()) if len(bad) else 0.0
 
-    @property
+    @cached_property
     def _broken(self) -> NDArray[np.bool_]:
         """Whether each trial broke a constraint, (n,)."""
         return np.asarray([any(value > 0 for value in given.values()) for given in self._constraints], dtype=bool)
 
+    @cached_property
     def failure_model(self) -> FailureModel | None:
-        """Returns the model of failures, on features and cost; None where all failed trials broke a constraint."""
+        """The model of failures, on features and cost; None where all failed trials broke a constraint."""
         failed = self.failed
         unexplained = ~(failed & self._broken)
         if not failed[unexplained].any():
@@ -173,7 +177,7 @@ class EncodedTrials:
         so failures that nothing predicts forbid nothing. Failures in trials that broke a constraint are left to that
         constraint.
         """
-        if (model := self.failure_model()) is None:
+        if (model := self.failure_model) is None:
             return None
         probability = max(highest * (1 - self.margin), _TINY)
         limit = math.log(probability / (1 - probability))

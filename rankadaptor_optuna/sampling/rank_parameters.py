@@ -76,10 +76,9 @@ def rank_parameters(
         declared: Templates of the names. Default: names that say so (``layer_3_rank``, ``lora_r_3``,
             ``model.layers.3.mlp.r``), at least three of a series.
     """
-    readings: dict[str, list[tuple[str, int]]] = {}  # every number in a name may be the layer's
+    readings: dict[str, list[tuple[str, int]]] = {}
     for name, distribution in distributions.items():
-        found = [(f"{name[: m.start()]}{{}}{name[m.end() :]}", int(m[0])) for m in _NUMBER.finditer(name)]
-        found = [(template, layer) for template, layer in found if _is_rank(template, declared)]
+        found = [(template, layer) for template, layer in _readings(name) if _is_rank(template, declared)]
         if found and candidate_ranks(distribution) is not None:
             readings[name] = found
     sizes = Counter(template for found in readings.values() for template, _ in found)
@@ -89,6 +88,11 @@ def rank_parameters(
         if declared is not None or sizes[template] >= MIN_LAYERS:
             layers[name] = layer, template
     return dict(sorted(layers.items(), key=lambda item: (item[1][0], item[0])))
+
+
+def _readings(name: str) -> list[tuple[str, int]]:
+    """Returns template and number for each number in a name, any of which may be the layer's."""
+    return [(f"{name[: m.start()]}{{}}{name[m.end() :]}", int(m[0])) for m in _NUMBER.finditer(name)]
 
 
 def modules_of_ranks(ranks: Mapping[str, tuple[int, str]]) -> dict[str, Module]:
@@ -114,17 +118,13 @@ def _part_of(template: str) -> str | None:
 
 def rank_template(name: str, distribution: BaseDistribution) -> str | None:
     """Returns the template of a single name that says that its parameter is a layer's rank; None for other names."""
-    templates = [f"{name[: m.start()]}{{}}{name[m.end() :]}" for m in _NUMBER.finditer(name)]
-    found = [each for each in templates if _is_rank(each, None)]
+    found = [template for template, _ in _readings(name) if _is_rank(template, None)]
     return found[0] if found and candidate_ranks(distribution) is not None else None
 
 
 def why_no_ranks(distributions: Mapping[str, BaseDistribution], declared: Templates | None) -> str | None:
     """Returns the reason why none of some parameters is a rank; None where they neither look like ranks nor should."""
-    templates = {
-        name: [f"{name[: m.start()]}{{}}{name[m.end() :]}" for m in _NUMBER.finditer(name)] for name in distributions
-    }
-    likely = sorted(name for name, found in templates.items() if any(_is_rank(each, declared) for each in found))
+    likely = sorted(name for name in distributions if any(_is_rank(each, declared) for each, _ in _readings(name)))
     if not likely:
         return None if not declared else f"no name matches the declared ranks, {', '.join(map(repr, declared))}"
     for name in likely:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import zlib
@@ -151,8 +150,9 @@ class RankAdaptorSampler(BaseSampler):
 
     def _store_space(self, study: Study, stored: Mapping[str, Any]) -> None:
         """Stores the space, or the declared ranks, at the first trial in a study; says when the study has others."""
+        own: dict[str, Any] | list[str]
         if self.space is not None:
-            key, own = SPACE_ATTR, json.loads(json.dumps(self.space.to_dict()))
+            key, own = SPACE_ATTR, self.space.to_dict()
         elif self.ranks is not None:
             key, own = RANKS_ATTR, list(self.ranks)
         else:

@@ -65,7 +65,7 @@ class FittedStudy:
         self.points = np.asarray([self.encoding.point(t.params) for t in self.observations.trials])
         self.fit_first(len(self.observations.trials))
         self._margin = trials.margin
-        self._trials, self._failures = trials, trials.failure_model()
+        self._trials, self._failures = trials, trials.failure_model
         self._constraints = self._learned_constraints(_RISKS[0])
         self.allocations = Allocations.of(self.encoding.grid, math.inf if space is None else space.searched_budget)
 

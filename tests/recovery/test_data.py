@@ -179,30 +179,23 @@ def test_lengths_and_tokenizers_that_cannot_work_are_refused(tokenizer, texts):
         examples_of("gpt2", texts, length=8, mask_prompt=True)
 
 
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Yo"},
-]
-
-
 def test_a_chat_template_that_refuses_a_conversation_is_one_line(tokenizer):
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(ValueError, match=r"refuses a conversation of system, user.*System role not supported"):
-        prompt_and_response(strict, {"messages": CONVERSATION})
+        prompt_and_response(strict, {"messages": TURNS})
 
 
 def test_a_chat_template_whose_prompt_is_no_start_of_the_conversation_is_not_used_unsaid(tokenizer):
     odd = copy.deepcopy(tokenizer)
     odd.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<ai>' if add_generation_prompt }}"
     with pytest.warns(UserWarning, match="Alpaca's prompt is used instead"):
-        _, response = prompt_and_response(odd, {"messages": CONVERSATION})
-    assert response == "Yo"
+        _, response = prompt_and_response(odd, {"messages": TURNS})
+    assert response == "Ho"
 
 
 def test_a_conversation_ends_with_the_assistant(tokenizer):
     with pytest.raises(ValueError, match="must end with the assistant, got 'user'"):
-        prompt_and_response(tokenizer, {"messages": CONVERSATION[:2]})
+        prompt_and_response(tokenizer, {"messages": TURNS[:2]})
     with pytest.raises(ValueError, match="must have a role and a content"):
         prompt_and_response(tokenizer, {"messages": "Hi"})
