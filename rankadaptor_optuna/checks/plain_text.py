@@ -26,9 +26,3 @@ def markdown(text: object) -> str:
 def code_span(text: object) -> str:
     """Returns a text as a span of code in Markdown."""
     return f"`{one_line(text).replace('`', chr(39))}`"
-
-
-def yaml_scalar(text: object) -> str:
-    """Returns a text as a scalar of YAML, quoted unless it is a plain name."""
-    plain = one_line(text)
-    return plain if re.fullmatch(r"[A-Za-z][\w./-]*", plain, re.ASCII) else "'" + plain.replace("'", "''") + "'"

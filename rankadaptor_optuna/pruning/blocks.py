@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -113,7 +114,7 @@ def _logits(model: Any, row: torch.Tensor, *, use_cache: bool = False) -> torch.
 
 
 def _check_finite(value: float) -> None:
-    if not torch.isfinite(torch.tensor(value)):
+    if not math.isfinite(value):
         raise ValueError("the calibration loss is not finite: load the model with dtype=torch.bfloat16 or float32")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from rankadaptor_optuna.checks.plain_text import code_span, markdown, yaml_scalar
+from rankadaptor_optuna.checks.plain_text import code_span, markdown, one_line
 from rankadaptor_optuna.jobs.output import write_text
 from rankadaptor_optuna.jobs.results import Exported
 from rankadaptor_optuna.recovery.embedded import HUB_MODEL
@@ -23,7 +23,7 @@ def model_card(exported: Exported) -> str:
     ranks = from_columns({"layer": [*found.all_ranks], "rank": [*found.all_ranks.values()], "searched": searched})
     return f"""---
 library_name: peft
-base_model: {yaml_scalar(exported.base)}
+base_model: {json.dumps(one_line(exported.base))}
 tags: [lora, pruning, rankadaptor]
 ---
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankadaptor_optuna.checks.plain_text import code_span, markdown, one_line, printable, yaml_scalar
+from rankadaptor_optuna.checks.plain_text import code_span, markdown, one_line, printable
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,3 @@ def test_markdown_shows_markup_and_html_as_they_are():
         r"a \| \[b\](http://c) \`d\` &lt;script&gt; \*e\* &amp; f_g \_h\_"
     )
     assert code_span("a`b\nc") == "`a'b c`"
-
-
-def test_a_yaml_scalar_is_quoted_unless_it_is_a_name():
-    assert yaml_scalar("org/model-1.5B") == "org/model-1.5B"
-    assert yaml_scalar("x\nlicense: mit") == "'x license: mit'"
-    assert yaml_scalar("it's: y") == "'it''s: y'"

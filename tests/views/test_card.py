@@ -18,7 +18,7 @@ def test_the_card_has_study_ranks_budget_and_losses(make_study, tmp_path, model,
     recipe = Recipe.from_dict({"model": model, "space": {"budget": "uniform:8"}, "training": {"steps": 2}})
     write_card(Exported(found, recipe, "mine", "mysql://me:***@host/db", 2.5, 3.5, "/home/me/pruned", Path(tmp_path)))
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: peft\nbase_model: '/home/me/pruned'\n")
+    assert card.startswith('---\nlibrary_name: peft\nbase_model: "/home/me/pruned"\n')
     assert f"# LoRA recovery of a pruned {dense}," in card
     assert 'AutoModelForCausalLM.from_pretrained("/home/me/pruned")' in card
     assert f'PeftModel.from_pretrained(model, "{tmp_path}/adapter")' in card
