@@ -156,7 +156,7 @@ def test_a_locked_database_is_waited_for_in_words_and_not_for_ten_times_a_minute
     open_storage(url).remove_session()
     monkeypatch.setattr("rankadaptor_optuna.studies.patient_storage._LOCKED_S", 0)
     monkeypatch.setattr("rankadaptor_optuna.database.connections._LONGEST_S", 0)
-    monkeypatch.setattr("rankadaptor_optuna.database.time.sleep", pytest.fail)
+    monkeypatch.setattr("rankadaptor_optuna.database.connections.time.sleep", pytest.fail)
     optuna.logging.enable_propagation()
     with sqlite3.connect(tmp_path / "study.db") as other:
         other.execute("BEGIN EXCLUSIVE")
