@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are loaded
 
 import time
 import warnings
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -28,18 +29,21 @@ _RATE = "lr"
 
 
 class Corner(NamedTuple):
-    """Size of a study: ranks and trials, the share of pruned trials, and whether a learning rate is searched."""
+    """Size of a study: ranks, trials, shares of pruned and of infinite scores, whether a learning rate is searched."""
 
     ranks: int
     trials: int
     pruned: float = 0.0
     rate: bool = False
+    failed: float = 0.0
 
 
 CORNERS = {
     "50 trials": Corner(12, 50),
     "2,000 trials, half pruned": Corner(12, 2000, 0.5),
     "30 ranks and a rate, 1,000 trials, half pruned": Corner(30, 1000, 0.5, rate=True),
+    "50 trials, a tenth failed": Corner(12, 50, failed=0.1),
+    "2,000 trials, a tenth failed": Corner(12, 2000, failed=0.1),
     "224 ranks": Corner(224, 50),
     "560 ranks": Corner(560, 50),
 }
@@ -53,12 +57,16 @@ def search_space(corner: Corner) -> dict[str, BaseDistribution]:
     return space | ({_RATE: FloatDistribution(1e-5, 1e-1, log=True)} if corner.rate else {})
 
 
+def _loss(params: Mapping[str, float]) -> float:
+    return -float(np.log1p([rank for name, rank in params.items() if name != _RATE]).sum())
+
+
 def finished_trials(corner: Corner) -> list[FrozenTrial]:
     """Returns the trials of a corner."""
     rng, space, trials = np.random.default_rng(0), search_space(corner), []
     for _ in range(corner.trials):
         params = {name: int(rng.choice(np.arange(2, 17, 2))) for name in space if name != _RATE}
-        value = float(-np.log1p(list(params.values())).sum() + 0.3 * rng.standard_normal())
+        value = _loss(params) + 0.3 * float(rng.standard_normal())
         rate = {_RATE: float(10 ** rng.uniform(-5, -1))} if corner.rate else {}
         is_pruned = bool(rng.random() < corner.pruned)
         last = int(rng.integers(1, _STEPS + 1)) if is_pruned else _STEPS if corner.pruned else 0
@@ -67,7 +75,7 @@ def finished_trials(corner: Corner) -> list[FrozenTrial]:
                 state=TrialState.PRUNED if is_pruned else TrialState.COMPLETE,
                 params={**params, **rate},
                 distributions=space,
-                value=None if is_pruned else value,
+                value=None if is_pruned else float("inf") if rng.random() < corner.failed else value,
                 intermediate_values={step: value + 3 * float(np.exp(-step / 50)) for step in range(1, last + 1)},
             )
         )
@@ -84,7 +92,7 @@ def cost_of_ask(corner: Corner, sampler: BaseSampler, n_asks: int) -> float:
         start = time.process_time()
         trial = study.ask(space)
         spent.append(1000 * (time.process_time() - start))
-        study.tell(trial, -30.0)
+        study.tell(trial, _loss(trial.params))
     return float(np.median(spent))
 
 

@@ -52,9 +52,9 @@ def ask(study: optuna.Study) -> float:
     """Returns the CPU milliseconds of one ask and its 30 suggestions."""
     start = time.process_time()
     trial = study.ask()
-    ranks = RankSpace(N_LAYERS).suggest(trial)  # a budget would mark other samplers' proposals as infeasible
+    RankSpace(N_LAYERS).suggest(trial)  # a budget would mark other samplers' proposals as infeasible
     spent = time.process_time() - start
-    study.tell(trial, float(sum(ranks.values())))
+    study.tell(trial, 0.0)  # a score like the others, so that no trial counts as diverged
     return 1000 * spent
 
 

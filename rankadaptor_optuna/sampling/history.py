@@ -43,6 +43,7 @@ class History:
         self.sensitivity: dict[str, float] = {}
         self.interrupted: set[int] = set()
         self._n_read = 0
+        self._spaces: dict[tuple[RankSpace | None, Templates | None], dict[str, BaseDistribution]] = {}  # as of now
         self._distributions: dict[str, tuple[int, BaseDistribution]] = {}  # the latest, with its trial's number
         self._params: dict[TrialState, list[tuple[int, frozenset[str], dict[str, Any]]]] = {s: [] for s in TrialState}
         self._encoded: EncodedTrials | None = None
@@ -77,6 +78,7 @@ class History:
                 self._read_parameters(trial)
 
     def _read_parameters(self, trial: FrozenTrial) -> None:
+        self._spaces.clear()
         self._params[trial.state].append((trial.number, frozenset(trial.params), trial.params))
         for name, distribution in trial.distributions.items():
             if trial.number >= self._distributions.get(name, (0, None))[0]:
@@ -109,6 +111,11 @@ class History:
             Their latest distributions (ranges may change), sorted by name, as storages differ in their order; of a
             single value where they are ranks only; empty without a space where no trial has ranks.
         """
+        if (space, declared) not in self._spaces:
+            self._spaces[space, declared] = self._search_space(space, declared)
+        return dict(self._spaces[space, declared])
+
+    def _search_space(self, space: RankSpace | None, declared: Templates | None) -> dict[str, BaseDistribution]:
         given = {} if space is None else space.distributions()
 
         def ranks_among(names: frozenset[str]) -> frozenset[str]:

@@ -21,6 +21,7 @@ from rankadaptor_optuna.surrogate.grid import Array
 from rankadaptor_optuna.surrogate.statistics import diverged
 
 _N_LATEST = 10  # trials over which the share of infeasible ones is taken; set by hand
+_MOST_MODELLED = 250  # latest failed and latest good trials that the model of failures learns from; by hand, for speed
 _TINY = 1e-3  # keeps the logit finite where all of the latest trials failed
 _MAX_VIOLATION = 5  # highest constraint value, in medians of the values' sizes; set by hand
 
@@ -63,6 +64,7 @@ class EncodedTrials:
         self._features = model.encode_with_cost(np.zeros((0, model.grid.n_layers)), np.zeros((0, encoding.width)))
         self._values = np.zeros((0, len(signs)))
         self._has_failed = self._is_allowed = np.zeros(0, dtype=bool)
+        self._numbers = np.zeros(0, dtype=np.intp)
         self._interrupted: frozenset[int] = frozenset()
         self._extrapolation = Extrapolation()
         self._trials: list[FrozenTrial] = []
@@ -99,7 +101,9 @@ class EncodedTrials:
         unknown = [math.nan] * self._values.shape[1]
         values = [t.values if has_finite_values(t) else unknown for t in usable]
         # by number: every process sums the same values in the same order, whichever trial finished first
-        order = np.argsort([t.number for t in trials], kind="stable")
+        numbers = np.concatenate([self._numbers, [t.number for t in usable]]).astype(np.intp)
+        order = np.argsort(numbers, kind="stable")
+        self._numbers = numbers[order]
         constraints = self._constraints + [constraints_of(t) for t in usable]
         self._features = np.concatenate([self._features, features])[order]
         self._values = np.concatenate([self._values, values])[order]
@@ -113,7 +117,7 @@ class EncodedTrials:
         """Returns the trials that have a value; with one objective, pruned trials get an extrapolated value."""
         values, variance = self._values.copy(), np.zeros(len(self._values))
         if self._values.shape[1] == 1:
-            extrapolated = self._extrapolation.of([t.number for t in self._trials], values[:, 0])
+            extrapolated = self._extrapolation.of(self._numbers.tolist(), values[:, 0])
             for i, (value, uncertainty) in extrapolated.items():
                 values[i], variance[i] = value, uncertainty
         known = np.flatnonzero(~np.isnan(values[:, 0]))
@@ -133,8 +137,7 @@ class EncodedTrials:
         Trials within the present ranges are judged among themselves: with better scores out of reach, theirs are not
         divergence.
         """
-        by_themselves = [t.number not in self._interrupted for t in self._trials]
-        failed = self._has_failed & np.asarray(by_themselves, dtype=bool)
+        failed = self._has_failed & ~np.isin(self._numbers, list(self._interrupted))
         if len(self._signs) == 1:
             scores = self._signs[0] * self._values[:, 0]
             known, allowed = ~np.isnan(scores), self._is_allowed
@@ -164,10 +167,12 @@ class EncodedTrials:
     def failure_model(self) -> FailureModel | None:
         """The model of failures, on features and cost; None where all failed trials broke a constraint."""
         failed = self.failed
-        unexplained = ~(failed & self._broken)
-        if not failed[unexplained].any():
+        bad, good = np.flatnonzero(failed & ~self._broken), np.flatnonzero(~failed)
+        if not len(bad):
             return None
-        return self.model.failures(self._features[unexplained], failed[unexplained])
+        rows = np.sort(np.concatenate([bad[-_MOST_MODELLED:], good[-_MOST_MODELLED:]]))
+        kept_bad, kept_good = (min(1.0, _MOST_MODELLED / max(1, len(each))) for each in (bad, good))
+        return self.model.failures(self._features[rows], failed[rows], math.log(kept_good / kept_bad))
 
     def failure(self, highest: float) -> Belief | None:
         """Returns the learned constraint that keeps away from failures; None where no trial failed.

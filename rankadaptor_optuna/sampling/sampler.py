@@ -199,7 +199,7 @@ class RankAdaptorSampler(BaseSampler):
         search_space = {name: each for name, each in search_space.items() if name in searched or not each.single()}
         if all(each.single() for each in search_space.values()):
             return {}
-        remainder = {name: search_space.pop(name) for name in history.names & search_space.keys() - searched.keys()}
+        remainder = {name: search_space.pop(name) for name in sorted(history.names & search_space.keys() - searched)}
         self._warn_of_remainder(study, remainder)
         params = sample_remainder(study, trial, remainder, self._rng(trial, "remainder")) if remainder else {}
         return params | self._sample_searched(study, trial, search_space, history, prior) if search_space else params

@@ -229,12 +229,12 @@ class BayesianModel(ModelBase):
         points = hyperparameter_points(self.grid, self._prior, self.n_features, trend=0)
         return self.belief_with_cost(BayesianHead(features, values / scale, [with_cost(p) for p in points]).mean)
 
-    def failures(self, features: Array, failed: NDArray[np.bool_]) -> FailureModel:
+    def failures(self, features: Array, failed: NDArray[np.bool_], log_odds: float = 0.0) -> FailureModel:
         """Returns the model of failures, fitted to whether each trial failed, (n,).
 
-        Features are those of ``encode_with_cost``, (n, F + 1).
+        Features are those of ``encode_with_cost``, (n, F + 1); ``log_odds`` as in ``FailureModel``.
         """
-        return FailureModel(features, failed, failure_priors(self.grid, self.n_features))
+        return FailureModel(features, failed, failure_priors(self.grid, self.n_features), log_odds)
 
     def belief_with_cost(self, weights: Array, offset: float = 0.0) -> Belief:
         """Returns a linear function of the features and the cost, weights (F + 1,) and offset, as tables."""

@@ -39,13 +39,19 @@ class FailureModel:
         features: Features of configurations, (n, F).
         failed: Whether the trial of each failed, (n,).
         priors: Standard deviations of the weights, (F,) each.
+        log_odds: Added to all logits where the trials are a sample: log of the share of good trials kept over that of
+            failed trials kept (King & Zeng, 2001, Political Analysis 9(2), equation 7). The first feature is 1.
 
     Attributes:
         weights: Mean of the modes over the priors, (F,).
     """
 
-    def __init__(self, features: Array, failed: NDArray[np.bool_], priors: Sequence[Array]) -> None:
-        self._fits = [_fit(features, failed.astype(np.float64), std) for std in priors]
+    def __init__(
+        self, features: Array, failed: NDArray[np.bool_], priors: Sequence[Array], log_odds: float = 0.0
+    ) -> None:
+        fits = [_fit(features, failed.astype(np.float64), std) for std in priors]
+        shift = log_odds * np.eye(features.shape[1])[0]
+        self._fits = [fit._replace(weights=fit.weights + shift) for fit in fits]
         evidence = np.asarray([fit.evidence for fit in self._fits])
         self._probabilities = np.exp(evidence - np.logaddexp.reduce(evidence))
         self.weights: Array = self._probabilities @ np.stack([fit.weights for fit in self._fits])

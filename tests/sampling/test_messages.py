@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import optuna
 import pytest
@@ -159,3 +163,26 @@ def test_a_range_that_changed_is_said(log):
     for high, n in ((64, 8), (4, 1)):
         study.optimize(lambda t, high=high: float(sum(t.suggest_int(f"r_{i}", 2, high) for i in range(4))), n_trials=n)
     assert any("their ranges changed" in line for line in logged(log))
+
+
+PARAMETERS_BESIDE_THE_RANKS = """
+import optuna
+from rankadaptor_optuna import RankAdaptorSampler
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+def objective(trial):
+    if trial.suggest_categorical("method", ["lora", "full"]) == "full":
+        return sum(trial.suggest_float(name, 0, 1) for name in ("one", "two", "three"))
+    return float(sum(trial.suggest_int(f"r_{i}", 2, 8) for i in range(4)))
+study = optuna.create_study(sampler=RankAdaptorSampler(prior=None, seed=0))
+study.optimize(objective, n_trials=20)
+print([sorted(trial.params.items()) for trial in study.trials])
+"""
+
+
+def test_proposals_beside_the_ranks_are_the_same_in_any_process():
+    command = [sys.executable, "-c", PARAMETERS_BESIDE_THE_RANKS]
+    printed = {
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(printed) == 1

@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 from rankadaptor_optuna import RankAdaptorSampler
 from rankadaptor_optuna.database.attributes import PROPOSAL_ATTR
+from rankadaptor_optuna.sampling import observations
 from rankadaptor_optuna.sampling.encoding import Encoding
 from tests.sampling.common import RANK, X, add, encoded, history_of
 
@@ -182,3 +183,17 @@ def test_scores_within_a_narrowed_range_have_not_diverged():
     history = history_of(study)
     narrow = Encoding({"x": FloatDistribution(0, 0.5)})
     assert not history.encoded(narrow, RankAdaptorSampler(prior=None)._new_model).failed.any()
+
+
+def test_of_many_trials_the_latest_bad_and_good_teach_the_model_of_failures(monkeypatch):
+    study = optuna.create_study()
+    for i in range(40):
+        add(study, {"x": i / 40}, math.inf if i % 4 == 0 else 1.0 + i / 100)
+    whole = encoded(study).failure_model
+    monkeypatch.setattr(observations, "_MOST_MODELLED", 8)
+    seen = {}
+    trials = encoded(study)
+    monkeypatch.setattr(trials.model, "failures", lambda *args: seen.update(zip("xfs", args, strict=True)) or whole)
+    assert trials.failure_model is whole
+    assert seen["f"].sum() == (~seen["f"]).sum() == 8
+    assert seen["s"] == pytest.approx(math.log((8 / 30) / (8 / 10)))

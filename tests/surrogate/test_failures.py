@@ -57,3 +57,16 @@ def test_random_failures_are_not_explained_by_the_configuration():
     assert np.ptp(FailureModel(features, failed, PRIORS).probability(features)) < 0.35
     features, failed = sample(60, 5.0)
     assert np.ptp(FailureModel(features, failed, PRIORS).probability(features)) > 0.9
+
+
+def test_a_sample_of_the_trials_has_the_probabilities_of_all():
+    features, _ = sample(4000, 2.0)
+    features[:, 1] += 1  # most fail
+    failed = np.random.default_rng(1).random(4000) < 1 / (1 + np.exp(-2 * features[:, 1]))
+    bad, good = np.flatnonzero(failed), np.flatnonzero(~failed)
+    kept = np.concatenate([bad[:300], good[:300]])
+    shift = np.log((300 / len(good)) / (300 / len(bad)))
+    whole = FailureModel(features, failed, PRIORS).probability(features[:200])
+    few = FailureModel(features[kept], failed[kept], PRIORS, shift).probability(features[:200])
+    assert np.abs(few - whole).mean() < 0.05
+    assert np.abs(FailureModel(features[kept], failed[kept], PRIORS).probability(features[:200]) - whole).mean() > 0.05
